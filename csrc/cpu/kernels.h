@@ -1,0 +1,122 @@
+// What the vector kernels take and give: the interface between the schedule (rows.h) and the kernels (tiled_body.h),
+// which are compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../smooth_rank.h"
+
+namespace roadmap {
+
+// Columns of a row that are worked on together: values, exponentials and gradients of a block stay in the L2 cache.
+constexpr int kBlock = 4096;
+constexpr int kWords = kBlock / 64;
+// Elements past the end that a vector may touch.
+constexpr int kPad = 16;
+
+// Neighbouring positives, in ascending order, that share one centre of the exponentials.
+template <typename T>
+struct Group {
+  int64_t begin, end;  // into Positives, [begin, end)
+  T centre;
+  bool finite;  // infinite positives meet only ties and limits: no exponential is taken
+};
+
+// The positives of one row, ascending in score.
+template <typename T>
+struct Positives {
+  std::vector<T> score;            // [P]
+  std::vector<T> exponential;      // [P]  e^((u - centre) / tau)
+  std::vector<T> weight_negative;  // [P]  dloss/drank- of each
+  std::vector<T> weight_positive;  // [P]  dloss/drank+ of each (smooth only)
+  std::vector<Group<T>> groups;
+
+  int64_t size() const { return static_cast<int64_t>(score.size()); }
+};
+
+// One block of a row: its scores in T and, a bit a column, which of them are negatives.
+template <typename T>
+struct Block {
+  const T* score;            // [count]
+  const uint64_t* negative;  // [kWords]
+  int count;                 // <= kBlock
+};
+
+// Buffers of one thread.
+template <typename T>
+struct Scratch {
+  alignas(64) T kept[kBlock + kPad];      // negatives that reach some positive, packed
+  alignas(64) T band[kBlock + kPad];      // those of them between the skip and the tail of one group, packed
+  alignas(64) T band_exponential[kBlock + kPad];
+  alignas(64) T band_weight[kBlock + kPad];
+  alignas(64) T band_gradient[kBlock + kPad];
+  alignas(64) T tail[kBlock + kPad];         // slope from the groups that have the element in their tail
+  alignas(64) double gradient[kBlock + kPad];  // slope from bands, in units of 1 / tau
+  alignas(64) T score[kBlock + kPad];        // a block widened from a half type
+  alignas(64) T out[kBlock + kPad];          // its gradient before narrowing
+  uint16_t band_bits[kBlock / 2];            // which kept elements are in the band, a word a vector
+  uint64_t positive[kWords];
+  uint64_t negative[kWords];
+  uint64_t ignored[kWords];
+};
+
+// Ranks and slopes are added to [P]; they are sums over the pairs of one span of columns.
+template <typename T>
+struct Sums {
+  double* rank;   // [P]
+  double* slope;  // [P], null when no gradient is wanted
+};
+
+template <typename T>
+struct Kernels {
+  bool (*any_nan)(const Block<T>&, const Settings<T>&, Scratch<T>&);
+  // Fills Positives::exponential.
+  void (*exponentials)(Positives<T>&, const Settings<T>&);
+  // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN.
+  bool (*rank_block)(const Block<T>&, const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
+                     Sums<T>);
+  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count].
+  void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, T scale, Scratch<T>&, T* out);
+  // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).
+  void (*rank_positives)(const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
+                         double* rank);
+  // Smooth: out[j - begin] = sum_i (w+_i - w+_j) sigma'(s_j - s_i) for the positives j in [begin, end).
+  void (*gradient_positives)(const Positives<T>&, int64_t begin, int64_t end, const Settings<T>&, Scratch<T>&,
+                             double* out);
+};
+
+struct Conversions {
+  uint64_t (*nonzero_bits)(const uint8_t*);  // of 64 bytes
+  void (*widen_half)(const uint16_t*, float*, int64_t);
+  void (*narrow_half)(const float*, uint16_t*, int64_t);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> kernels_float;
+  Kernels<double> kernels_double;
+  Conversions conversions;
+
+  template <typename T>
+  const Kernels<T>& kernels() const {
+    if constexpr (sizeof(T) == 4) {
+      return kernels_float;
+    } else {
+      return kernels_double;
+    }
+  }
+};
+
+extern const InstructionSet kBaseline;
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+// The widest this processor has, or the one ROADMAP_EXT_CPU names. Throws std::runtime_error for one it cannot run.
+const InstructionSet& instruction_set();
+// Those this processor can run, widest first.
+std::vector<const InstructionSet*> available_instruction_sets();
+
+}  // namespace roadmap

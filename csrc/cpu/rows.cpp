@@ -1,0 +1,553 @@
+// Steps of a row and their schedule: see rows.h. The work on the pairs themselves is in tiled_body.h.
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace roadmap {
+namespace {
+
+// Columns whose sums belong together; long rows are split into spans so that threads can share a row with few positives.
+constexpr int64_t kSpan = 16 * kBlock;
+// Bound on spans x positives, which is the workspace of a shared row.
+constexpr int64_t kPartialSums = 1 << 18;
+// Positives that one task of a shared row takes: enough to make reading the row cheap.
+constexpr int64_t kPiece = 512;
+// Bounds the float32 sums of the gradient over a group.
+constexpr int64_t kGroup = 64;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+size_t size_of(ScoreType type) {
+  return type == ScoreType::kDouble ? 8 : type == ScoreType::kFloat ? 4 : 2;
+}
+
+// The roles of a block's columns, a bit each. This is all the kernels see of the masks.
+struct Roles {
+  const Matrix& m;
+  const Conversions& convert;
+
+  void mask(const uint8_t* bytes, int count, uint64_t* bits) const {
+    int j = 0;
+    for (; j + 64 <= count; j += 64) bits[j / 64] = convert.nonzero_bits(bytes + j);
+    if (j < count) {
+      uint8_t rest[64] = {};
+      std::memcpy(rest, bytes + j, count - j);
+      bits[j / 64] = convert.nonzero_bits(rest);
+    }
+  }
+
+  template <typename T>
+  void fill(int64_t row, int64_t begin, int count, Scratch<T>& s) const {
+    const int words = static_cast<int>(divide_up(count, 64));
+    mask(m.target + row * m.target_stride + begin, count, s.positive);
+    if (m.ignore) {
+      mask(m.ignore + row * m.ignore_stride + begin, count, s.ignored);
+    } else {
+      std::fill(s.ignored, s.ignored + words, uint64_t(0));
+    }
+    if (count % 64) s.ignored[words - 1] |= ~uint64_t(0) << (count % 64);  // past the end
+    for (int w = 0; w < words; ++w) {
+      s.positive[w] &= ~s.ignored[w];
+      s.negative[w] = ~(s.positive[w] | s.ignored[w]);
+    }
+  }
+};
+
+template <typename T>
+struct Row {
+  int64_t index = 0;
+  Positives<T> p;
+  std::vector<int64_t> column;    // [P]  ascending
+  std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
+  std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
+  std::vector<std::pair<T, int64_t>> order;                           // [P]  score, k
+  std::vector<double> partial;                                        // [spans, 2, P]
+  bool nan = false;
+  double scale = 1;  // power of two on the gradients of half types
+
+  int64_t size() const { return p.size(); }
+  int64_t spans(int64_t columns) const {
+    return std::max<int64_t>(1, std::min(divide_up(columns, kSpan), kPartialSums / std::max<int64_t>(1, size())));
+  }
+};
+
+// One pass over a matrix: the steps of a row, each on a part that one thread can do alone.
+template <typename T>
+class Pass {
+ public:
+  Pass(const Matrix& m, const SurrogateSettings& s, bool slope)
+      : m_(m),
+        set_(instruction_set()),
+        kernels_(set_.kernels<T>()),
+        settings_(static_cast<Surrogate>(s.surrogate), s.tau, s.rho, s.delta, s.start, s.offset, m.columns),
+        roles_{m, set_.conversions},
+        smooth_(settings_.surrogate == Surrogate::kSmooth),
+        slope_(slope) {}
+
+  const Matrix& matrix() const { return m_; }
+  bool smooth() const { return smooth_; }
+  const Settings<T>& settings() const { return settings_; }
+
+  struct Found {
+    std::vector<T> score;
+    std::vector<int64_t> column;
+  };
+
+  // Positives of columns [begin, end).
+  void collect(int64_t row, int64_t begin, int64_t end, Scratch<T>& scratch, Found& found) const {
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+      roles_.fill(row, at, count, scratch);
+      for (int w = 0; w < divide_up(count, 64); ++w) {
+        for (uint64_t bits = scratch.positive[w]; bits; bits &= bits - 1) {
+          const int64_t column = at + 64 * w + __builtin_ctzll(bits);
+          found.column.push_back(column);
+          found.score.push_back(score(row, column));
+        }
+      }
+    }
+  }
+
+  // Sorts what collect() found and groups neighbours.
+  void arrange(int64_t index, Found& found, Row<T>& row) const {
+    const int64_t size = static_cast<int64_t>(found.score.size());
+    row.index = index;
+    row.nan = false;
+    row.scale = 1;
+    row.column.swap(found.column);
+    row.order.resize(size);
+    for (int64_t k = 0; k < size; ++k) {
+      row.order[k] = {found.score[k], k};
+      row.nan |= found.score[k] != found.score[k];
+    }
+    // A NaN has no place in an order; such a row is not computed at all.
+    if (!row.nan) std::sort(row.order.begin(), row.order.end());
+    Positives<T>& p = row.p;
+    p.score.resize(size);
+    p.exponential.resize(size);
+    p.weight_negative.resize(size);
+    p.weight_positive.resize(smooth_ ? size : 0);
+    row.position.resize(size);
+    for (int64_t i = 0; i < size; ++i) {
+      p.score[i] = row.order[i].first;
+      row.position[row.order[i].second] = i;
+    }
+    row.rank_positive.assign(size, 1.0);
+    row.rank_negative.assign(size, 0.0);
+    row.slope.assign(size, 0.0);
+    row.gradient.resize(size);
+    p.groups.clear();
+    if (row.nan) return;
+    for (int64_t i = 0; i < size;) {
+      const T first = p.score[i];
+      int64_t end = i + 1;
+      while (end < size && end - i < kGroup &&
+             (p.score[end] == first || p.score[end] - first <= settings_.group_span)) {
+        ++end;
+      }
+      const T last = p.score[end - 1];
+      p.groups.push_back({i, end, first + (last - first) / 2, std::isfinite(first) && std::isfinite(last)});
+      i = end;
+    }
+    kernels_.exponentials(p, settings_);
+    if (!smooth_) {  // positives at least as high, ties included
+      for (int64_t i = 0; i < size;) {
+        int64_t end = i;
+        while (end < size && p.score[end] == p.score[i]) row.rank_positive[end++] = static_cast<double>(size - i);
+        i = end;
+      }
+    }
+  }
+
+  // Ranks of the positives in groups [first, last) among the negatives of one span of columns. Returns whether one is NaN.
+  bool rank(const Row<T>& row, int64_t begin, int64_t end, int64_t first, int64_t last, Scratch<T>& scratch,
+            Sums<T> sums) const {
+    bool nan = false;
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
+      nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums)
+                          : kernels_.any_nan(block, settings_, scratch);
+    }
+    return nan;
+  }
+
+  void rank_positives(Row<T>& row, int64_t first, int64_t last, Scratch<T>& scratch) const {
+    kernels_.rank_positives(row.p, first, last, settings_, scratch, row.rank_positive.data());
+  }
+
+  // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in.
+  void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch) const {
+    double* out = row.gradient.data() + begin;
+    if (smooth_) {
+      kernels_.gradient_positives(row.p, begin, end, settings_, scratch, out);
+    } else {
+      std::fill(out, out + (end - begin), 0.0);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const double own = static_cast<double>(row.p.weight_negative[i]);
+      // A pair without slope carries nothing back, whatever arrives.
+      if (row.slope[i] != 0) row.gradient[i] -= own * row.slope[i];
+    }
+  }
+
+  // The gradient of one block of columns, in the type of the scores.
+  void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, void* gradient) const {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
+    const Block<T> block = load(row.index, begin, count, scratch);
+    char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
+    const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
+    T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);
+    if (row.nan) {
+      for (int j = 0; j < count; ++j) {
+        out[j] = scratch.ignored[j / 64] >> (j % 64) & 1 ? T(0) : std::numeric_limits<T>::quiet_NaN();
+      }
+    } else if (!row.size()) {
+      std::fill(out, out + count, T(0));
+    } else {
+      kernels_.gradient_block(block, row.p, settings_, static_cast<T>(row.scale), scratch, out);
+      auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
+      for (; k < row.size() && row.column[k] < begin + count; ++k) {
+        out[row.column[k] - begin] = static_cast<T>(row.gradient[row.position[k]] * row.scale);
+      }
+    }
+    if constexpr (sizeof(T) == 4) {
+      if (m_.type == ScoreType::kHalf) {
+        set_.conversions.narrow_half(out, reinterpret_cast<uint16_t*>(target), count);
+      } else if (m_.type == ScoreType::kBFloat16) {
+        uint16_t* const to = reinterpret_cast<uint16_t*>(target);
+        for (int j = 0; j < count; ++j) to[j] = float_to_bfloat(out[j]);
+      }
+    }
+  }
+
+  bool wants_slope() const { return slope_; }
+
+ private:
+  T score(int64_t row, int64_t column) const {
+    const int64_t at = row * m_.score_stride + column;
+    switch (m_.type) {
+      case ScoreType::kHalf: return half_to_float(static_cast<const uint16_t*>(m_.scores)[at]);
+      case ScoreType::kBFloat16: return bfloat_to_float(static_cast<const uint16_t*>(m_.scores)[at]);
+      default: return static_cast<const T*>(m_.scores)[at];
+    }
+  }
+
+  Block<T> load(int64_t row, int64_t begin, int64_t count, Scratch<T>& scratch) const {
+    roles_.fill(row, begin, static_cast<int>(count), scratch);
+    const int64_t at = row * m_.score_stride + begin;
+    const T* score = static_cast<const T*>(m_.scores) + at;
+    if constexpr (sizeof(T) == 4) {
+      if (m_.type == ScoreType::kHalf) {
+        set_.conversions.widen_half(static_cast<const uint16_t*>(m_.scores) + at, scratch.score, count);
+        score = scratch.score;
+      } else if (m_.type == ScoreType::kBFloat16) {
+        const uint16_t* const from = static_cast<const uint16_t*>(m_.scores) + at;
+        for (int64_t j = 0; j < count; ++j) scratch.score[j] = bfloat_to_float(from[j]);
+        score = scratch.score;
+      }
+    }
+    return {score, scratch.negative, static_cast<int>(count)};
+  }
+
+  const Matrix m_;
+  const InstructionSet& set_;
+  const Kernels<T>& kernels_;
+  const Settings<T> settings_;
+  const Roles roles_;
+  const bool smooth_, slope_;
+};
+
+// The loss of a row and the weights of its ranks: AP = mean of rank+ / (rank+ + rank-).
+template <typename T>
+double ap_weights(Row<T>& row, bool smooth) {
+  if (row.nan) return std::numeric_limits<double>::quiet_NaN();
+  const int64_t size = row.size();
+  if (!size) return 0;
+  double loss = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const double positive = row.rank_positive[i], negative = row.rank_negative[i], rank = positive + negative;
+    // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
+    const double miss = std::isinf(negative) ? 1 : negative / rank;
+    loss += miss;
+    // Divided twice: rank squared can overflow.
+    row.p.weight_negative[i] = static_cast<T>(positive / rank / (rank * static_cast<double>(size)));
+    if (smooth) row.p.weight_positive[i] = static_cast<T>(-miss / (rank * static_cast<double>(size)));
+  }
+  return loss / static_cast<double>(size);
+}
+
+// A power of two that brings the largest possible gradient of the row near the top of float16: what GradScaler's factor
+// would have saved is then still there when it arrives.
+template <typename T>
+double half_scale(const Row<T>& row, const Pass<T>& pass) {
+  double sum = 0, largest = 0;
+  for (int64_t i = 0; i < row.size(); ++i) {
+    sum += std::fabs(static_cast<double>(row.p.weight_negative[i]));
+    largest = std::max(largest, std::fabs(row.gradient[i]));
+  }
+  const Settings<T>& s = pass.settings();
+  const double bound = std::max(largest, sum * std::max(s.exact_rho, 0.25 / s.tau));
+  if (!(bound > 0) || !std::isfinite(bound)) return 1;
+  return std::ldexp(1.0, std::max(-100, std::min(100, 14 - std::ilogb(bound))));
+}
+
+// What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the weights;
+// `gradient` is null when none is wanted.
+template <typename T, typename Finish>
+void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const Finish& finish, void* gradient,
+              float* unscale) {
+  const Matrix& m = pass.matrix();
+  const auto scale = [&](Row<T>& row) {
+    if (unscale) {
+      row.scale = row.nan ? 1 : half_scale(row, pass);
+      unscale[row.index] = static_cast<float>(1 / row.scale);
+    }
+  };
+  std::vector<std::unique_ptr<Scratch<T>>> scratches(parallel.workers);
+  const auto scratch_of = [&](int worker) -> Scratch<T>& {
+    if (!scratches[worker]) scratches[worker] = std::make_unique<Scratch<T>>();
+    return *scratches[worker];
+  };
+  const auto sums_of = [&](Row<T>& row, int64_t span, int64_t spans) -> Sums<T> {
+    double* rank = row.rank_negative.data();
+    double* slope = row.slope.data();
+    if (spans > 1) {
+      rank = row.partial.data() + span * 2 * row.size();
+      slope = rank + row.size();
+    }
+    return {rank, pass.wants_slope() ? slope : nullptr};
+  };
+  const auto span_begin = [&](int64_t span, int64_t spans) {
+    // Whole blocks, as even as can be; a function of the matrix and the row alone.
+    return std::min(m.columns, divide_up(m.columns, kBlock) * span / spans * kBlock);
+  };
+  const auto add_spans = [&](Row<T>& row, int64_t spans) {
+    for (int64_t span = 0; spans > 1 && span < spans; ++span) {
+      const double* rank = row.partial.data() + span * 2 * row.size();
+      for (int64_t i = 0; i < row.size(); ++i) {
+        row.rank_negative[i] += rank[i];
+        row.slope[i] += rank[i + row.size()];
+      }
+    }
+  };
+
+  const bool shared = parallel.workers > 1 && m.rows < 4 * parallel.workers && m.columns >= 2 * kBlock;
+  if (!shared) {
+    std::vector<Row<T>> rows(parallel.workers);
+    std::vector<typename Pass<T>::Found> founds(parallel.workers);
+    parallel.run(m.rows, [&](int64_t index, int worker) {
+      Row<T>& row = rows[worker];
+      Scratch<T>& scratch = scratch_of(worker);
+      founds[worker].score.clear();
+      founds[worker].column.clear();
+      pass.collect(index, 0, m.columns, scratch, founds[worker]);
+      pass.arrange(index, founds[worker], row);
+      const int64_t groups = static_cast<int64_t>(row.p.groups.size());
+      if (ranks && !row.nan) {
+        const int64_t spans = row.spans(m.columns);
+        row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
+        for (int64_t span = 0; span < spans; ++span) {
+          row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), 0, groups, scratch,
+                               sums_of(row, span, spans));
+        }
+        add_spans(row, spans);
+        if (pass.smooth()) pass.rank_positives(row, 0, groups, scratch);
+      }
+      finish(row);
+      if (!gradient) return;
+      if (!row.nan) {
+        for (int64_t i = 0; i < row.size(); i += kBlock) {
+          pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), scratch);
+        }
+      }
+      scale(row);
+      for (int64_t begin = 0; begin < m.columns; begin += kBlock) pass.gradient(row, begin, scratch, gradient);
+    });
+    return;
+  }
+
+  Row<T> row;
+  for (int64_t index = 0; index < m.rows; ++index) {
+    std::vector<typename Pass<T>::Found> parts(divide_up(m.columns, kSpan));
+    parallel.run(static_cast<int64_t>(parts.size()), [&](int64_t part, int worker) {
+      pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch_of(worker), parts[part]);
+    });
+    typename Pass<T>::Found found;
+    for (const auto& part : parts) {
+      found.score.insert(found.score.end(), part.score.begin(), part.score.end());
+      found.column.insert(found.column.end(), part.column.begin(), part.column.end());
+    }
+    pass.arrange(index, found, row);
+    const std::vector<Group<T>>& groups = row.p.groups;
+    std::vector<int64_t> pieces = {0};  // of groups, about kPiece positives each
+    for (size_t g = 0; g < groups.size(); ++g) {
+      if (g + 1 == groups.size() || groups[g].end - groups[pieces.back()].begin >= kPiece) {
+        pieces.push_back(static_cast<int64_t>(g) + 1);
+      }
+    }
+    if (groups.empty()) pieces.push_back(0);  // still looks for NaN
+    const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
+    if (ranks && !row.nan) {
+      const int64_t spans = row.spans(m.columns);
+      row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
+      std::vector<char> nan(spans * count, 0);
+      parallel.run(spans * count, [&](int64_t task, int worker) {
+        const int64_t span = task / count, piece = task % count;
+        nan[task] = pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece],
+                              pieces[piece + 1], scratch_of(worker), sums_of(row, span, spans));
+      });
+      row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
+      add_spans(row, spans);
+      if (pass.smooth()) {
+        parallel.run(count, [&](int64_t piece, int worker) {
+          pass.rank_positives(row, pieces[piece], pieces[piece + 1], scratch_of(worker));
+        });
+      }
+    }
+    finish(row);
+    if (!gradient) continue;
+    if (!row.nan) {
+      parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int worker) {
+        pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch_of(worker));
+      });
+    }
+    scale(row);
+    parallel.run(divide_up(m.columns, kBlock), [&](int64_t block, int worker) {
+      pass.gradient(row, block * kBlock, scratch_of(worker), gradient);
+    });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
+                            const ApOutput<T>& out) {
+  const Pass<T> pass(m, settings, out.gradient != nullptr);
+  run_rows(
+      pass, parallel, true,
+      [&](Row<T>& row) {
+        out.loss[row.index] = static_cast<T>(ap_weights(row, pass.smooth()));
+        out.positives[row.index] = row.size();
+      },
+      out.gradient, out.unscale);
+}
+
+template <typename T>
+void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
+                      const RankOutput<T>& out) {
+  const Pass<T> pass(m, settings, out.slope != nullptr);
+  run_rows(
+      pass, parallel, true,
+      [&](Row<T>& row) {
+        constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+        for (int64_t k = 0; k < row.size(); ++k) {
+          const int64_t at = out.first[row.index] + k, i = row.position[k];
+          out.query[at] = row.index;
+          out.reference[at] = row.column[k];
+          out.positive_rank[at] = row.nan ? kNan : static_cast<T>(row.rank_positive[i]);
+          out.negative_rank[at] = row.nan ? kNan : static_cast<T>(row.rank_negative[i]);
+          if (out.slope) out.slope[at] = row.nan ? kNan : static_cast<T>(row.slope[i]);
+        }
+      },
+      nullptr, nullptr);
+}
+
+template <typename T>
+void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
+                               const RankGradient<T>& in) {
+  const Pass<T> pass(m, settings, false);
+  run_rows(
+      pass, parallel, false,
+      [&](Row<T>& row) {
+        for (int64_t k = 0; k < row.size(); ++k) {
+          const int64_t at = in.first[row.index] + k, i = row.position[k];
+          row.p.weight_negative[i] = in.negative_weight[at];
+          if (pass.smooth()) row.p.weight_positive[i] = in.positive_weight ? in.positive_weight[at] : T(0);
+          row.slope[i] = static_cast<double>(in.slope[at]);
+          row.nan |= in.slope[at] != in.slope[at];  // the forward pass met a NaN score
+        }
+      },
+      in.gradient, nullptr);
+}
+
+void count_positives(const Matrix& m, const Parallel& parallel, int64_t* first) {
+  const Roles roles{m, instruction_set().conversions};
+  parallel.run(m.rows, [&](int64_t row, int) {
+    uint64_t target[kWords], ignored[kWords];
+    int64_t total = 0;
+    for (int64_t at = 0; at < m.columns; at += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, m.columns - at));
+      roles.mask(m.target + row * m.target_stride + at, count, target);
+      if (m.ignore) roles.mask(m.ignore + row * m.ignore_stride + at, count, ignored);
+      for (int w = 0; w < divide_up(count, 64); ++w) {
+        total += __builtin_popcountll(m.ignore ? target[w] & ~ignored[w] : target[w]);
+      }
+    }
+    first[row + 1] = total;
+  });
+  first[0] = 0;
+  for (int64_t row = 0; row < m.rows; ++row) first[row + 1] += first[row];
+}
+
+template <typename T>
+void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t columns, const T* weight,
+                const float* unscale, const Parallel& parallel, void* out) {
+  const Conversions& convert = instruction_set().conversions;
+  const int64_t blocks = divide_up(columns, kBlock);
+  const int64_t rows_a_task = std::max<int64_t>(1, kSpan / std::max<int64_t>(1, columns));
+  const int64_t row_tasks = divide_up(rows, rows_a_task);
+  const int64_t column_tasks = rows_a_task > 1 ? 1 : divide_up(blocks, 16);
+  parallel.run(row_tasks * column_tasks, [&](int64_t task, int) {
+    const int64_t first = task / column_tasks * rows_a_task, part = task % column_tasks;
+    for (int64_t row = first; row < std::min(rows, first + rows_a_task); ++row) {
+      // Both factors in double: their product may pass float's range where the result does not.
+      const double factor = static_cast<double>(weight[row]) * (unscale ? static_cast<double>(unscale[row]) : 1.0);
+      for (int64_t block = part * blocks / column_tasks; block < (part + 1) * blocks / column_tasks; ++block) {
+        const int64_t at = row * columns + block * kBlock;
+        const int64_t count = std::min<int64_t>(kBlock, columns - block * kBlock);
+        if (type == ScoreType::kFloat || type == ScoreType::kDouble) {
+          const T* const from = static_cast<const T*>(gradient) + at;
+          T* const to = static_cast<T*>(out) + at;
+          const T by = static_cast<T>(factor);
+          for (int64_t j = 0; j < count; ++j) to[j] = from[j] * by;
+        } else {
+          const uint16_t* const from = static_cast<const uint16_t*>(gradient) + at;
+          uint16_t* const to = static_cast<uint16_t*>(out) + at;
+          float values[kBlock];
+          if (type == ScoreType::kHalf) {
+            convert.widen_half(from, values, count);
+          } else {
+            for (int64_t j = 0; j < count; ++j) values[j] = bfloat_to_float(from[j]);
+          }
+          for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(values[j] * factor);
+          if (type == ScoreType::kHalf) {
+            convert.narrow_half(values, to, count);
+          } else {
+            for (int64_t j = 0; j < count; ++j) to[j] = float_to_bfloat(values[j]);
+          }
+        }
+      }
+    }
+  });
+}
+
+#define ROADMAP_INSTANTIATE(T)                                                                                       \
+  template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                 \
+                                          const ApOutput<T>&);                                                       \
+  template void smooth_rank_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&); \
+  template void smooth_rank_gradient_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,               \
+                                             const RankGradient<T>&);                                                \
+  template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const T*, const float*, const Parallel&, void*);
+ROADMAP_INSTANTIATE(float)
+ROADMAP_INSTANTIATE(double)
+
+}  // namespace roadmap

@@ -1,0 +1,22 @@
+// The tiled kernels for every processor: 16-byte vectors, no instruction named.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace roadmap {
+namespace baseline {
+#include "vector_baseline.h"
+//
+#include "tiled_body.h"
+}  // namespace baseline
+
+const InstructionSet kBaseline = {"baseline",
+                                  baseline::make_kernels<float>(),
+                                  baseline::make_kernels<double>(),
+                                  {baseline::nonzero_bits, baseline::widen_half, baseline::narrow_half}};
+
+}  // namespace roadmap

@@ -1,0 +1,484 @@
+// The tiled kernels, one row against its positives, in the vectors of whichever instruction set includes this file.
+//
+// For a group of positives that share a centre c, sigma((v - u) / tau) = 1 / (1 + e^((c - v)/tau) e^((u - c)/tau)): one
+// exponential an element instead of one a pair leaves a multiply-add and a reciprocal in the pair loops. Before those,
+// each negative of a block falls into one of three classes for the group:
+//
+//     skipped   fl(v - min u) < -cut     all of them together stay below half an ulp of the rank
+//     tail      fl(v - max u) > delta    linear for every positive of the group: a count and a sum do
+//     band      the others, packed densely, meet every positive of the group
+//
+// Lanes hold float32 sums of at most kTile vectors; everything longer is added in float64, always in column order, so
+// that no result depends on the number of threads.
+
+namespace {
+
+constexpr int kTile = 64;
+// Group sizes are bounded so that the gradient's float32 sums over a group stay short, too.
+static_assert(kBlock % 64 == 0 && kPad >= 16);
+
+// An exponential that makes any product with a positive's vanish in 1 / (1 + product), and stay finite.
+template <typename T>
+constexpr T kVanish = sizeof(T) == 4 ? T(1e26) : T(1e250);
+
+template <typename T>
+int padded(int n) {
+  return (n + Vec<T>::kWidth - 1) / Vec<T>::kWidth * Vec<T>::kWidth;
+}
+
+// e^x for |x| <= Settings::exponent_max, x = high + low with |low| < 1: 1 ulp.
+template <typename T>
+typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Word Words __attribute__((vector_size(sizeof(V))));
+  constexpr bool kFloat = sizeof(T) == 4;
+  constexpr int kMantissa = kFloat ? 23 : 52;
+  constexpr Word kBias = kFloat ? 127 : 1023;
+  // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the low bits.
+  const V magic = X::set(kFloat ? T(12582912.0) : T(6755399441055744.0));
+  const V shifted = X::mul_add(high, X::set(T(1.4426950408889634)), magic);
+  const V n = shifted - magic;
+  // ln 2 in two parts; the first has few enough bits that n times it is exact.
+  const V ln2_high = X::set(kFloat ? T(0.693359375) : T(6.93145751953125e-1));
+  const V ln2_low = X::set(kFloat ? T(-2.12194440054690583e-4) : T(1.42860682030941723212e-6));
+  V r = high - n * ln2_high;
+  r = (r - n * ln2_low) + low;
+  // Taylor: the next term is below 5e-9 (float) and 5e-18 (double) for |r| <= 0.35.
+  constexpr int kDegree = kFloat ? 7 : 13;
+  constexpr double kInverseFactorial[14] = {1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
+                                            1.0 / 120,   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                            1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  V p = X::set(static_cast<T>(kInverseFactorial[kDegree]));
+  for (int k = kDegree - 1; k >= 0; --k) p = X::mul_add(p, r, X::set(static_cast<T>(kInverseFactorial[k])));
+  Words power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power << kMantissa) + (kBias << kMantissa);
+  V scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+// e^((a - b) / tau), clamped. The difference and the product with 1 / tau carry their rounding errors along: without
+// them an exponent of 50 would be off by 3e-6.
+template <typename T>
+typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>::V b, const Settings<T>& s) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  V d = a - b;
+  const V b_used = a - d;
+  const V a_used = d + b_used;
+  const V lost = (a - a_used) - (b - b_used);
+  d = X::clamp(d, s.exponent_max * static_cast<T>(s.tau));
+  const V rate = X::set(s.rate_hi);
+  const V high = d * rate;
+  const V low = X::product_error(d, rate, high) + (d * X::set(s.rate_lo) + lost * rate);
+  return exponential<T>(X::clamp(high, s.exponent_max), X::clamp(low, T(0.5)));
+}
+
+// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept. The test is the
+// group's own (below), so that what is dropped here no group would have kept.
+template <typename T>
+int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
+  using X = Vec<T>;
+  const auto floor = X::set(-s.cut), low = X::set(lowest);
+  constexpr unsigned kLanes = (1u << X::kWidth) - 1;
+  int kept = 0;
+  unsigned unordered = 0;
+  for (int j = 0; j < block.count; j += X::kWidth) {
+    const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64)) & kLanes;
+    if (!negative) continue;
+    const int left = block.count - j;
+    const auto v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
+    unordered |= X::bits(X::unordered(v)) & negative;
+    const unsigned bits = X::bits(X::not_less(v - low, floor)) & negative;
+    X::compress(scratch.kept + kept, v, bits);
+    kept += __builtin_popcount(bits);
+  }
+  nan |= unordered != 0;
+  return kept;
+}
+
+// Classes of the kept elements for one group. band and, if asked for, band_bits are filled; the band is padded with
+// elements that vanish. `tail(index, bits, v)` is called for each vector with elements in the tail.
+template <bool Smooth, typename T, typename Tail>
+int classify(const T* kept, int n, T lowest, T highest, const Settings<T>& s, Scratch<T>& scratch, Tail tail) {
+  using X = Vec<T>;
+  const auto floor = X::set(-s.cut), low = X::set(lowest), high = X::set(highest);
+  // Far above, sigma is 1 to half an ulp: the same distance as far below.
+  const auto knee = X::set(Smooth ? s.cut : s.delta);
+  int band = 0;
+  for (int j = 0; j < n; j += X::kWidth) {
+    const auto v = X::load(kept + j);
+    const unsigned valid = n - j >= X::kWidth ? (1u << X::kWidth) - 1 : (1u << (n - j)) - 1;
+    const unsigned above = X::bits(X::greater(v - high, knee)) & valid;
+    const unsigned bits = X::bits(X::not_less(v - low, floor)) & valid & ~above;
+    if (above) tail(j, above, v);
+    X::compress(scratch.band + band, v, bits);
+    scratch.band_bits[j / X::kWidth] = static_cast<uint16_t>(bits);
+    band += __builtin_popcount(bits);
+  }
+  return band;
+}
+
+template <typename T>
+void band_exponentials(int band, T centre, const Settings<T>& s, Scratch<T>& scratch) {
+  using X = Vec<T>;
+  const auto c = X::set(centre);
+  const int full = padded<T>(band);
+  for (int j = band; j < full; ++j) scratch.band[j] = -std::numeric_limits<T>::infinity();
+  for (int j = 0; j < band; j += X::kWidth) {
+    X::store(scratch.band_exponential + j, difference_exponential<T>(c, X::load(scratch.band + j), s));
+  }
+  for (int j = band; j < full; ++j) scratch.band_exponential[j] = kVanish<T>;
+}
+
+template <typename T>
+double lane_sum(typename Vec<T>::V v) {
+  double lanes[Vec<T>::kWidth] = {};
+  Vec<T>::accumulate(lanes, v);
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// H- and tau H-' of a vector of pairs. v - u decides; product = e^(-(v - u) / tau).
+template <bool Smooth, bool Slope, typename T>
+struct Pair {
+  using X = Vec<T>;
+  using V = typename X::V;
+  const V one, delta, rho, rho_tau, start, offset;
+
+  explicit Pair(const Settings<T>& s)
+      : one(X::set(1)),
+        delta(X::set(s.delta)),
+        rho(X::set(s.rho)),
+        rho_tau(X::set(s.rho_tau)),
+        start(X::set(s.start)),
+        offset(X::set(s.offset)) {}
+
+  void operator()(V v, V ev, V u, V eu, V& value, V& slope) const {
+    const V r = X::reciprocal(X::mul_add(ev, eu, one));
+    const V curve = Slope ? r - r * r : r;
+    if constexpr (Smooth) {
+      value = r;
+      if constexpr (Slope) slope = curve;
+    } else {
+      const V t = v - u;
+      const V past = t - delta;
+      const auto tail = X::greater(past, X::set(0));
+      const V below = X::add_where(X::greater_equal(t, X::set(0)), r, start);
+      value = X::select(tail, X::mul_add(rho, past, offset), below);
+      if constexpr (Slope) slope = X::select(tail, rho_tau, curve);
+    }
+  }
+
+  V slope_only(V v, V ev, V u, V eu) const {
+    const V r = X::reciprocal(X::mul_add(ev, eu, one));
+    const V curve = r - r * r;
+    if constexpr (Smooth) return curve;
+    return X::select(X::greater(v - u, delta), rho_tau, curve);
+  }
+};
+
+// Sums over the band for Rows positives at once, which share the loads of the band.
+template <bool Smooth, bool Slope, int Rows, typename T>
+void rank_rows(const Scratch<T>& scratch, int band, const T* u, const T* eu, const Settings<T>& s, double* rank,
+               double* slope) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  const Pair<Smooth, Slope, T> pair(s);
+  V score[Rows], exponential[Rows];
+  for (int i = 0; i < Rows; ++i) {
+    score[i] = X::set(u[i]);
+    exponential[i] = X::set(eu[i]);
+  }
+  for (int tile = 0; tile < band; tile += kTile * X::kWidth) {
+    const int end = std::min(band, tile + kTile * X::kWidth);
+    V ranks[Rows], slopes[Rows];
+    for (int i = 0; i < Rows; ++i) ranks[i] = slopes[i] = X::set(0);
+    for (int j = tile; j < end; j += X::kWidth) {
+      const V v = X::load(scratch.band + j), ev = X::load(scratch.band_exponential + j);
+      for (int i = 0; i < Rows; ++i) {
+        V value, curve;
+        pair(v, ev, score[i], exponential[i], value, curve);
+        ranks[i] = ranks[i] + value;
+        if constexpr (Slope) slopes[i] = slopes[i] + curve;
+      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      rank[i] += lane_sum<T>(ranks[i]);
+      if constexpr (Slope) slope[i] += lane_sum<T>(slopes[i]) / s.tau;
+    }
+  }
+}
+
+template <bool Smooth, bool Slope, typename T>
+void rank_group(const Scratch<T>& scratch, int band, const Positives<T>& p, const Group<T>& g, const Settings<T>& s,
+                Sums<T> sums) {
+  constexpr int kRows = Vec<T>::kRows;
+  int64_t i = g.begin;
+  const auto run = [&](auto rows) {
+    constexpr int kCount = decltype(rows)::value;
+    for (; i + kCount <= g.end; i += kCount) {
+      rank_rows<Smooth, Slope, kCount>(scratch, band, &p.score[i], &p.exponential[i], s, sums.rank + i,
+                                       Slope ? sums.slope + i : nullptr);
+    }
+  };
+  run(std::integral_constant<int, kRows>());
+  run(std::integral_constant<int, 1>());
+}
+
+template <bool Smooth, bool Slope, typename T>
+bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
+                   Scratch<T>& scratch, Sums<T> sums) {
+  using X = Vec<T>;
+  bool nan = false;
+  const int kept = keep(block, p.score[p.groups[first].begin], s, scratch, nan);
+  if (!kept || nan) return nan;
+  for (int64_t index = first; index < last; ++index) {
+    const Group<T>& g = p.groups[index];
+    int64_t above = 0;
+    double lanes[X::kWidth] = {};
+    const int band = classify<Smooth>(scratch.kept, kept, p.score[g.begin], p.score[g.end - 1], s, scratch,
+                                      [&](int, unsigned bits, typename X::V v) {
+                                        above += __builtin_popcount(bits);
+                                        X::accumulate(lanes, X::select(X::lanes(bits), v, X::set(0)));
+                                      });
+    if (above) {
+      double sum = 0;
+      for (double lane : lanes) sum += lane;
+      const double count = static_cast<double>(above);
+      for (int64_t i = g.begin; i < g.end; ++i) {
+        if constexpr (Smooth) {
+          sums.rank[i] += count;
+        } else {
+          // rho = 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
+          const double linear =
+              s.exact_rho == 0 ? 0 : s.exact_rho * (sum - count * (static_cast<double>(p.score[i]) + s.exact_delta));
+          sums.rank[i] += linear + s.exact_offset * count;
+          if constexpr (Slope) sums.slope[i] += s.exact_rho * count;
+        }
+      }
+    }
+    if (!band) continue;
+    if (!g.finite) {  // the band of an infinite positive is its ties
+      const double tie = (Smooth ? 0.5 : 0.5 + s.exact_start) * band;
+      for (int64_t i = g.begin; i < g.end; ++i) sums.rank[i] += tie;
+      continue;
+    }
+    band_exponentials(band, g.centre, s, scratch);
+    rank_group<Smooth, Slope>(scratch, band, p, g, s, sums);
+  }
+  return false;
+}
+
+template <typename T>
+bool rank_block(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
+                Scratch<T>& scratch, Sums<T> sums) {
+  const bool slope = sums.slope != nullptr;
+  if (s.surrogate == Surrogate::kSmooth) {
+    return slope ? rank_block_as<true, true>(block, p, first, last, s, scratch, sums)
+                 : rank_block_as<true, false>(block, p, first, last, s, scratch, sums);
+  }
+  return slope ? rank_block_as<false, true>(block, p, first, last, s, scratch, sums)
+               : rank_block_as<false, false>(block, p, first, last, s, scratch, sums);
+}
+
+// band_gradient[j] = sum over the group of w_i tau H'(s_j - s_i), for Columns vectors of the band at once.
+template <bool Smooth, int Columns, typename T>
+void gradient_columns(Scratch<T>& scratch, int j, const Positives<T>& p, const Group<T>& g, const Settings<T>& s) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  const Pair<Smooth, true, T> pair(s);
+  V v[Columns], ev[Columns], sum[Columns];
+  for (int k = 0; k < Columns; ++k) {
+    v[k] = X::load(scratch.band + j + k * X::kWidth);
+    ev[k] = X::load(scratch.band_exponential + j + k * X::kWidth);
+    sum[k] = X::set(0);
+  }
+  for (int64_t i = g.begin; i < g.end; ++i) {
+    const V u = X::set(p.score[i]), eu = X::set(p.exponential[i]), w = X::set(p.weight_negative[i]);
+    for (int k = 0; k < Columns; ++k) sum[k] = X::mul_add(w, pair.slope_only(v[k], ev[k], u, eu), sum[k]);
+  }
+  for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sum[k]);
+}
+
+// Adds band_gradient to the kept elements it belongs to.
+template <typename T>
+void spread_band(int kept, Scratch<T>& scratch) {
+  using X = Vec<T>;
+  int front = 0;
+  for (int j = 0; j < kept; j += X::kWidth) {
+    const unsigned bits = scratch.band_bits[j / X::kWidth];
+    if (!bits) continue;
+    X::accumulate(scratch.gradient + j, X::expand(X::load(scratch.band_gradient + front), bits));
+    front += __builtin_popcount(bits);
+  }
+}
+
+template <bool Smooth, typename T>
+void gradient_block_as(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale,
+                       Scratch<T>& scratch) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  bool nan = false;
+  const int kept = keep(block, p.score[0], s, scratch, nan);
+  if (!kept) return;
+  const int full = padded<T>(kept);
+  std::fill(scratch.gradient, scratch.gradient + full, 0.0);
+  std::fill(scratch.tail, scratch.tail + full, T(0));
+  double below = 0;  // weights of the groups up to this one: whoever is in its tail is in theirs
+  for (const Group<T>& g : p.groups) {
+    for (int64_t i = g.begin; i < g.end; ++i) below += static_cast<double>(p.weight_negative[i]);
+    const V slope = X::set(static_cast<T>(s.exact_rho * below));
+    const int band = classify<Smooth>(scratch.kept, kept, p.score[g.begin], p.score[g.end - 1], s, scratch,
+                                      [&](int j, unsigned bits, V) {
+                                        if constexpr (!Smooth) {
+                                          const V old = X::load(scratch.tail + j);
+                                          X::store(scratch.tail + j, X::select(X::lanes(bits), slope, old));
+                                        }
+                                      });
+    if (!band || !g.finite) continue;
+    band_exponentials(band, g.centre, s, scratch);
+    int j = 0;
+    for (; j + 4 * X::kWidth <= band; j += 4 * X::kWidth) gradient_columns<Smooth, 4>(scratch, j, p, g, s);
+    for (; j < band; j += X::kWidth) gradient_columns<Smooth, 1>(scratch, j, p, g, s);
+    spread_band(kept, scratch);
+  }
+  const double to_slope = scale / s.tau;
+  for (int j = 0; j < full; ++j) {
+    scratch.kept[j] = static_cast<T>(scratch.gradient[j] * to_slope + static_cast<double>(scratch.tail[j]) * scale);
+  }
+}
+
+// Unpacks the gradients of the kept elements over the block, zero elsewhere; who was kept is decided by the test of
+// keep() again, on scores that stand in the cache.
+template <typename T>
+void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
+                    T* out) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  if (s.surrogate == Surrogate::kSmooth) {
+    gradient_block_as<true>(block, p, s, scale, scratch);
+  } else {
+    gradient_block_as<false>(block, p, s, scale, scratch);
+  }
+  const V floor = X::set(-s.cut), low = X::set(p.score[0]);
+  constexpr unsigned kLanes = (1u << X::kWidth) - 1;
+  int front = 0;
+  for (int j = 0; j < block.count; j += X::kWidth) {
+    const int left = block.count - j;
+    const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64)) & kLanes;
+    unsigned bits = 0;
+    if (negative) {
+      const V v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
+      bits = X::bits(X::not_less(v - low, floor)) & negative;
+    }
+    const V g = X::expand(X::load(scratch.kept + front), bits);
+    front += __builtin_popcount(bits);
+    if (left >= X::kWidth) {
+      X::store(out + j, g);
+    } else {
+      X::store_first(out + j, left, g);
+    }
+  }
+}
+
+// The references of these two are the positives themselves, in ascending pieces of a block.
+template <typename T>
+void rank_positives(const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s, Scratch<T>& scratch,
+                    double* rank) {
+  for (int64_t piece = 0; piece < p.size(); piece += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, p.size() - piece));
+    std::copy_n(p.score.data() + piece, count, scratch.kept);
+    for (int64_t index = first; index < last; ++index) {
+      const Group<T>& g = p.groups[index];
+      const bool finite = g.finite;
+      int64_t above = 0;
+      const int band =
+          classify<true>(scratch.kept, count, p.score[g.begin], p.score[g.end - 1], s, scratch,
+                         [&](int, unsigned bits, typename Vec<T>::V) { above += __builtin_popcount(bits); });
+      // The pieces ascend, so what lies before the band was skipped, and self stands at i - before.
+      const int64_t before = piece + count - above - band;
+      if (finite && band) band_exponentials(band, g.centre, s, scratch);
+      for (int64_t i = g.begin; i < g.end; ++i) {
+        rank[i] += static_cast<double>(above);
+        const int64_t self = i - before;
+        const bool here = self >= 0 && self < band;
+        if (!finite) {
+          rank[i] += 0.5 * (band - (here ? 1 : 0));
+        } else if (band) {
+          const T kept = here ? scratch.band_exponential[self] : T(0);
+          if (here) scratch.band_exponential[self] = kVanish<T>;  // self is left out, not subtracted
+          rank_rows<true, false, 1>(scratch, band, &p.score[i], &p.exponential[i], s, rank + i, nullptr);
+          if (here) scratch.band_exponential[self] = kept;
+        }
+      }
+    }
+  }
+}
+
+// sigma' is even, so what j gets from i and what it gives as a positive itself combine into (w+_i - w+_j) sigma'.
+template <typename T>
+void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const Settings<T>& s, Scratch<T>& scratch,
+                        double* out) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  const Pair<true, true, T> pair(s);
+  const int count = static_cast<int>(end - begin);
+  std::copy_n(p.score.data() + begin, count, scratch.kept);
+  std::fill(scratch.gradient, scratch.gradient + padded<T>(count), 0.0);
+  for (const Group<T>& g : p.groups) {
+    if (!g.finite) continue;
+    int above = 0;
+    const int band = classify<true>(scratch.kept, count, p.score[g.begin], p.score[g.end - 1], s, scratch,
+                                    [&](int, unsigned bits, V) { above += __builtin_popcount(bits); });
+    if (!band) continue;
+    band_exponentials(band, g.centre, s, scratch);
+    const int before = count - above - band;
+    for (int j = 0; j < padded<T>(band); ++j) {
+      scratch.band_weight[j] = j < band ? p.weight_positive[begin + before + j] : T(0);
+    }
+    for (int j = 0; j < band; j += X::kWidth) {
+      const V ev = X::load(scratch.band_exponential + j), own = X::load(scratch.band_weight + j);
+      V sum = X::set(0);
+      for (int64_t i = g.begin; i < g.end; ++i) {
+        const V curve = pair.slope_only(ev, ev, ev, X::set(p.exponential[i]));
+        sum = X::mul_add(X::set(p.weight_positive[i]) - own, curve, sum);
+      }
+      X::store(scratch.band_gradient + j, sum);
+    }
+    spread_band(count, scratch);
+  }
+  for (int j = 0; j < count; ++j) out[j] = scratch.gradient[j] / s.tau;
+}
+
+template <typename T>
+bool any_nan(const Block<T>& block, const Settings<T>& s, Scratch<T>& scratch) {
+  bool nan = false;
+  keep(block, std::numeric_limits<T>::infinity(), s, scratch, nan);
+  return nan;
+}
+
+template <typename T>
+void positive_exponentials(Positives<T>& p, const Settings<T>& s) {
+  using X = Vec<T>;
+  for (const Group<T>& g : p.groups) {
+    if (!g.finite) continue;
+    for (int64_t i = g.begin; i < g.end; i += X::kWidth) {
+      const int left = static_cast<int>(std::min<int64_t>(X::kWidth, g.end - i));
+      const auto u = X::load_first(&p.score[i], left);
+      X::store_first(&p.exponential[i], left, difference_exponential<T>(u, X::set(g.centre), s));
+    }
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> make_kernels() {
+  return {any_nan<T>,        positive_exponentials<T>, rank_block<T>, gradient_block<T>,
+          rank_positives<T>, gradient_positives<T>};
+}
+
+}  // namespace

@@ -1,0 +1,12 @@
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    torch: str
+    compiler: str
+    cuda: bool
+    cuda_reason: str
+    cuda_archs: str
+    cpu: str
+    cpu_available: list[str]
+
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,108 @@
+"""Every check of an argument, before any kernel runs: what was given, what is accepted, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SURROGATES = ("sup", "smooth")
+REDUCTIONS = ("mean", "sum", "none")
+METHODS = ("auto", "tiled", "reference")
+
+# 1 / tau and the settings themselves must be finite in float32.
+_SMALLEST_TAU = 1e-37
+_LARGEST = 3e38
+
+
+class Settings(NamedTuple):
+    """The rank surrogate's settings, checked, with the default offset filled in. The order is the ops' own."""
+
+    surrogate: str
+    tau: float
+    rho: float
+    delta: float
+    start: float
+    offset: float
+
+
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of the ``accepted`` words."""
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > _LARGEST:
+        raise ValueError(f"{name} must be finite (in float32), got {value}")
+    return number
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x) without overflow."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def make_settings(
+    surrogate: str, tau: float, rho: float, delta: float, start: float, offset: float | None
+) -> Settings:
+    """Check the settings of the rank surrogate. Raises TypeError for what is no number, ValueError for a bad one."""
+    one_of("surrogate", surrogate, SURROGATES)
+    tau, rho, delta, start = (
+        _number(name, value) for name, value in (("tau", tau), ("rho", rho), ("delta", delta), ("start", start))
+    )
+    if tau < _SMALLEST_TAU:
+        raise ValueError(f"tau must be positive (at least {_SMALLEST_TAU:g}), got {tau}")
+    if rho < 0:
+        raise ValueError(f"rho must not be negative, got {rho}")
+    if delta < 0:
+        raise ValueError(f"delta must not be negative, got {delta}")
+    # By default the surrogate is continuous at the knee.
+    offset = start + sigmoid(delta / tau) if offset is None else _number("offset", offset)
+    return Settings(surrogate, tau, rho, delta, start, offset)
+
+
+def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
+    """Check scores [B, N] and its masks. Raises TypeError for types and dtypes, ValueError for shapes and devices."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
+    if scores.layout != torch.strided:
+        raise TypeError(f"scores must be a dense tensor, got layout {scores.layout}: call scores.to_dense()")
+    if scores.dtype not in DTYPES:
+        raise TypeError(
+            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}: convert it, for example with "
+            "scores.float()"
+        )
+    if scores.dim() != 2:
+        raise ValueError(
+            f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}"
+            + (": one query is scores[None]" if scores.dim() == 1 else "")
+        )
+    _check_mask("target", target, scores)
+    if ignore is not None:
+        _check_mask("ignore", ignore, scores)
+
+
+def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of dtype torch.bool, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool()")
+    if mask.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {mask.layout}: call {name}.to_dense()")
+    if mask.shape != scores.shape:
+        raise ValueError(
+            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}: use "
+            f"{name}.expand_as(scores) where it is to be broadcast"
+        )
+    if mask.device != scores.device:
+        raise ValueError(
+            f"{name} must be on the device of scores, {scores.device}, got {mask.device}: use {name}.to(scores.device)"
+        )

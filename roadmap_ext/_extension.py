@@ -1,0 +1,110 @@
+"""Loads the compiled extension, and words what it means when it is not there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ._version import __version__
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def reference_only() -> bool:
+    """Whether the package was installed, or is run, without kernels on purpose."""
+    return find_spec(f"{__package__}._reference_only") is not None or os.environ.get("ROADMAP_EXT_NO_BUILD") == "1"
+
+
+def _load() -> ModuleType | None:
+    if reference_only():
+        return None
+    try:
+        return import_module(f"{__package__}._C")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._C":
+            raise
+        here = Path(__file__).resolve().parent
+        raise ImportError(
+            f"roadmap_ext was imported from {here}, which has no compiled extension (_C). If it is installed elsewhere, "
+            "this is its source tree shadowing it: start Python from another folder. Otherwise build it here with "
+            "`make build` or `pip install --no-build-isolation -e .`; ROADMAP_EXT_NO_BUILD=1 runs the plain PyTorch "
+            "reference alone."
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled extension of roadmap_ext does not load with torch {torch.__version__}: {error}. "
+            f"It needs torch>=2.11; build it again for this one with `{REBUILD}` in its source folder."
+        ) from error
+
+
+_C = _load()
+_warned = False
+
+
+def warn_reference_only() -> None:
+    """Say once that there are no kernels."""
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1: the plain PyTorch reference runs instead of the "
+            "kernels, hundreds of times slower.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs.
+
+    Returns:
+        A dict: ``version``; ``torch`` it was built with; ``compiler``; ``cuda`` (bool), ``cuda_reason`` (why not) and
+        ``cuda_archs``; ``cpu``, the instruction set in use (``"avx512"``, ``"avx2"`` or ``"baseline"``; the environment
+        variable ``ROADMAP_EXT_CPU`` chooses one before the first call) and ``cpu_available``. Without kernels,
+        ``cpu`` is ``"reference"``.
+    """
+    info: dict[str, Any] = {"version": __version__, "python": sys.version.split()[0]}
+    if _C is None:
+        info |= {
+            "torch": torch.__version__,
+            "compiler": None,
+            "cuda": False,
+            "cuda_reason": "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1",
+            "cuda_archs": "",
+            "cpu": "reference",
+            "cpu_available": [],
+        }
+    else:
+        info |= _C.build_info()
+    return info
+
+
+def check_kernels(device: torch.device, method: str) -> None:
+    """Raise RuntimeError, saying what to do, where no kernels for ``device`` were built."""
+    info = build_info()
+    if _C is None:
+        raise RuntimeError(
+            f"method={method!r} needs the kernels, but {info['cuda_reason']}. Build them with `{REBUILD}`, or pass "
+            "method='reference'."
+        )
+    if device.type in ("cpu", "meta") or (device.type == "cuda" and info["cuda"]):
+        return
+    if device.type == "cuda":
+        raise RuntimeError(
+            f"the scores are on {device}, but this build of roadmap_ext has no CUDA kernels because "
+            f"{info['cuda_reason']}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
+            "move the scores to the CPU or pass method='reference'."
+        )
+    kinds = "CPU and CUDA" if info["cuda"] else f"CPU (no CUDA because {info['cuda_reason']})"
+    raise RuntimeError(
+        f"the scores are on {device}, but this build of roadmap_ext has kernels for {kinds}. `{REBUILD}` builds all "
+        f"there are, none for {device.type!r}; move the scores to the CPU or pass method='reference'."
+    )

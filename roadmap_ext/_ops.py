@@ -1,0 +1,51 @@
+"""What torch.compile needs to know of the ops in csrc/ops.cpp: the shapes they return, without running them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._extension import _C
+
+
+def accumulation_dtype(scores: Tensor) -> torch.dtype:
+    """The dtype of losses and ranks: float64 for float64 scores, float32 for all others."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    want_gradient = arguments[-1]
+    rows, columns = scores.shape
+    half = scores.dtype in (torch.float16, torch.bfloat16)
+    return (
+        scores.new_empty((rows,), dtype=accumulation_dtype(scores)),
+        scores.new_empty((rows,), dtype=torch.int64),
+        scores.new_empty((rows, columns) if want_gradient else (0, 0)),
+        scores.new_empty((rows if want_gradient and half else 0,), dtype=torch.float32),
+    )
+
+
+def _smooth_rank(scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    want_slope = arguments[-1]
+    count = torch.library.get_ctx().new_dynamic_size()  # the number of positives: known when the op has run
+    dtype = accumulation_dtype(scores)
+    return (
+        scores.new_empty((count,), dtype=torch.int64),
+        scores.new_empty((count,), dtype=torch.int64),
+        scores.new_empty((count,), dtype=dtype),
+        scores.new_empty((count,), dtype=dtype),
+        scores.new_empty((count if want_slope else 0,), dtype=dtype),
+    )
+
+
+def _like_first(first: Tensor, *arguments: Any) -> Tensor:
+    return first.new_empty(first.shape)
+
+
+if _C is not None:
+    torch.library.register_fake("roadmap_ext::average_precision", _average_precision)
+    torch.library.register_fake("roadmap_ext::smooth_rank", _smooth_rank)
+    torch.library.register_fake("roadmap_ext::scale_rows", _like_first)
+    torch.library.register_fake("roadmap_ext::smooth_rank_backward", _like_first)

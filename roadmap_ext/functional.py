@@ -1,0 +1,232 @@
+"""ap_loss and smooth_rank: autograd Functions around the ops, and the choice of method.
+
+ap_loss computes its gradient in the forward pass, in the launch that computes the loss, and keeps nothing else: one
+[B, N] tensor in the dtype of the scores. smooth_rank keeps the scores and masks, and one number a positive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference
+from ._checks import METHODS, REDUCTIONS, Settings, check_scores, make_settings, one_of
+from ._extension import check_kernels, reference_only, warn_reference_only
+from ._ranks import SmoothRank
+from ._reduce import reduce_rows
+
+_NO_SECOND_DERIVATIVE = (
+    "roadmap_ext: the kernels have first derivatives only, and this asks for a second one (a gradient penalty, or "
+    "backward through a gradient taken with create_graph=True): pass method='reference', which has them all."
+)
+
+
+def _anchor(scores: Tensor) -> Tensor:
+    """An empty tensor with the scores' place in the graph and none of their memory."""
+    return scores.detach()[:0, :0].clone() if not scores.requires_grad else scores[:0, :0].clone()
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """Passes a gradient on, joined to everything it depends on, so that a second derivative meets an error.
+
+    once_differentiable would cut those ties instead: where another path leads to the scores, autograd would then return
+    that path's share as if it were the whole second derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
+class _AveragePrecision(torch.autograd.Function):
+    """Loss and number of positives a query; the gradient comes with them and waits for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, anchor: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        loss, positives, gradient, unscale = torch.ops.roadmap_ext.average_precision(
+            scores, target, ignore, *settings, True
+        )
+        ctx.save_for_backward(gradient, unscale, anchor)
+        ctx.mark_non_differentiable(positives)
+        return loss, positives
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _grad_positives: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, unscale, anchor = ctx.saved_tensors
+        result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, unscale)
+        if torch.is_grad_enabled():
+            result = _FirstDerivativeOnly.apply(result, anchor, grad_loss)
+        return result, None, None, None, None
+
+
+class _SmoothRank(torch.autograd.Function):
+    """Ranks of every positive, [nnz], with any gradient arriving at them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query, column, positive_rank, negative_rank, slope = torch.ops.roadmap_ext.smooth_rank(
+            scores, target, ignore, *settings, True
+        )
+        ctx.settings = settings
+        ctx.save_for_backward(scores, target, ignore, slope)
+        ctx.mark_non_differentiable(query, column)
+        if settings.surrogate == "sup":
+            ctx.mark_non_differentiable(positive_rank)
+        return query, column, positive_rank, negative_rank
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scores, target, ignore, slope = ctx.saved_tensors
+        positive_grad, negative_grad = grads[2], grads[3]
+        if ctx.settings.surrogate == "sup":
+            positive_grad = None
+        result = torch.ops.roadmap_ext.smooth_rank_backward(
+            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings
+        )
+        if torch.is_grad_enabled():
+            depends_on = [scores, negative_grad] + ([] if positive_grad is None else [positive_grad])
+            result = _FirstDerivativeOnly.apply(result, *depends_on)
+        return result, None, None, None
+
+
+def _resolve(method: str, scores: Tensor) -> str:
+    """The method to run. Raises RuntimeError where its kernels were not built."""
+    if method == "reference":
+        return method
+    if method == "auto" and reference_only():
+        warn_reference_only()
+        return "reference"
+    check_kernels(scores.device, method)
+    return "tiled"
+
+
+def ap_loss(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+    method: str = "auto",
+) -> Tensor:
+    """1 - average precision of each query, smooth: an upper bound of 1 - AP that has a gradient everywhere.
+
+    For a query with positives P and negatives Neg::
+
+        rank+(i) = 1 + #{j in P, j != i: s_j >= s_i}          rank-(i) = sum over j in Neg of H-(s_j - s_i)
+        loss     = 1 - 1/|P| * sum over i in P of rank+(i) / (rank+(i) + rank-(i))
+
+        H-(t) = sigma(t / tau)                 for t < 0
+                start + sigma(t / tau)         for 0 <= t <= delta
+                rho * (t - delta) + offset     for t > delta
+
+    SupAP is ROADMAP's (Ramzi et al., NeurIPS 2021, eq. 3 to 5). ``surrogate="smooth"`` is Smooth-AP (Brown et al., ECCV
+    2020): sigma(t / tau) for every pair, positives included, with gradients through both ranks; rho, delta, start and
+    offset then play no part. ``1 - AP_sup >= 1 - AP`` for ``start >= 1/2`` and ``offset >= 1``.
+
+    The gradient is computed with the loss; for backward one [B, N] tensor in the dtype of the scores is kept. Sums run in
+    float32 at least. Autocast leaves the scores as they come. Results are bitwise equal from run to run and for every
+    number of CPU threads. Second derivatives raise, except with ``method="reference"``.
+
+    Args:
+        scores: [B, N] similarity of each query to each reference, higher is closer; float16, bfloat16, float32 or
+            float64, any strides.
+        target: [B, N] bool, True where the reference is relevant to the query.
+        ignore: [B, N] bool, True where a pair is left out of every sum (a query's own row, a duplicate), positive or
+            not. None for no such pair.
+        surrogate: ``"sup"`` or ``"smooth"``.
+        tau: temperature of the sigmoid, in units of the scores; positive.
+        rho: slope of the linear tail, loss per unit of score; not negative.
+        delta: knee where the tail begins, in units of the scores; not negative.
+        start: jump at t = 0.
+        offset: value just above the knee; None for start + sigma(delta / tau), which makes H- continuous.
+        reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"`` for [B].
+        method: ``"auto"``, ``"tiled"`` (fused kernels, |P| x N work, nothing of that size in memory) or ``"reference"``
+            (plain PyTorch).
+
+    Returns:
+        A scalar, or [B] with ``reduction="none"``; float64 for float64 scores, float32 for all others. A query without
+        positives has loss 0, one without negatives 0. A NaN score that is not ignored makes its row's loss NaN.
+
+    Raises:
+        TypeError: scores, target or ignore is no tensor or has the wrong dtype; a setting is no number.
+        ValueError: shapes or devices differ, a setting is out of range, an unknown surrogate, reduction or method.
+        RuntimeError: the kernels for the scores' device were not built.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.2, 0.5]], requires_grad=True)
+        >>> ap_loss(scores, torch.tensor([[True, False, False]]))
+        tensor(0., grad_fn=<DivBackward0>)
+    """
+    one_of("method", method, METHODS)
+    one_of("reduction", reduction, REDUCTIONS)
+    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    check_scores(scores, target, ignore)
+    if _resolve(method, scores) == "reference":
+        return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
+    if torch.is_grad_enabled() and scores.requires_grad:
+        loss, positives = _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings)
+    else:
+        loss, positives, _, _ = torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, False)
+    return reduce_rows(loss, positives > 0, reduction)
+
+
+def smooth_rank(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    method: str = "auto",
+) -> SmoothRank:
+    """The smooth ranks of every positive: what :func:`ap_loss` is made of, for losses yet to be written.
+
+    ``positive_rank`` is rank+ and ``negative_rank`` rank- of :func:`ap_loss`; any gradient may arrive at
+    ``negative_rank``, and with ``surrogate="smooth"`` at ``positive_rank`` (with ``"sup"`` it is a true step and carries
+    none). The arguments are those of :func:`ap_loss`, and so are the errors.
+
+    The number of positives decides the shape of the result, so on a GPU the host waits for it once; under
+    torch.compile it is a dynamic size.
+
+    Returns:
+        :class:`SmoothRank` (query, reference, positive_rank, negative_rank), each [nnz], row after row, columns
+        ascending. The ranks are float64 for float64 scores and float32 for all others.
+
+    Example:
+        Recall@k's surrogate (Patel et al., CVPR 2022) in two lines::
+
+            ranks = smooth_rank(scores, target, surrogate="smooth")
+            recall = torch.sigmoid(k - ranks.positive_rank - ranks.negative_rank)
+    """
+    one_of("method", method, METHODS)
+    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    check_scores(scores, target, ignore)
+    if _resolve(method, scores) == "reference":
+        return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
+    if torch.is_grad_enabled() and scores.requires_grad:
+        return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings))
+    return SmoothRank(*torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings, False)[:4])
+
+
+# The fake kernels are registered by importing them; the name is not used otherwise.
+del _ops

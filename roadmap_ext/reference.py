@@ -1,0 +1,114 @@
+"""The losses in plain PyTorch, as the papers write them: the oracle of every kernel, and readable before it is fast.
+
+One query at a time, |P| x |Neg| in memory, differentiable by autograd alone (twice, too), on any device. float16 and
+bfloat16 scores are widened to float32 first, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import REDUCTIONS, Settings, check_scores, make_settings, one_of
+from ._ranks import SmoothRank
+from ._reduce import reduce_rows
+
+
+def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
+    """H- of ``gap`` = s_j - s_i, elementwise: an upper bound of the step [gap >= 0] (ROADMAP, eq. 4)."""
+    below = torch.sigmoid(gap / settings.tau)
+    if settings.surrogate == "smooth":
+        return below
+    below = below + settings.start * (gap >= 0)
+    # A slope of 0 means a flat tail, also at an infinite gap.
+    linear = settings.rho * (gap - settings.delta) if settings.rho else torch.zeros_like(gap)
+    return torch.where(gap > settings.delta, linear + settings.offset, below)
+
+
+def _gaps(references: Tensor, positives: Tensor) -> Tensor:
+    """s_j - s_i, [P, references]. Equal infinities are ties; they carry no gradient."""
+    gap = references[None] - positives[:, None]
+    tie = references.isinf()[None] & (references[None] == positives[:, None])
+    return torch.where(tie, torch.zeros_like(gap), gap)
+
+
+def _row_ranks(row: Tensor, positive: Tensor, negative: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """rank+ and rank- of each positive of one query, [P] each."""
+    positives, negatives = row[positive], row[negative]
+    negative_rank = surrogate_step(_gaps(negatives, positives), settings).sum(1)
+    if settings.surrogate == "smooth":
+        others = ~torch.eye(len(positives), dtype=torch.bool, device=row.device)
+        positive_rank = 1 + (surrogate_step(_gaps(positives, positives), settings) * others).sum(1)
+    else:  # the true step: itself, and every other positive at least as high
+        fixed = positives.detach()
+        positive_rank = (fixed[None] >= fixed[:, None]).sum(1).to(row.dtype)
+    # A NaN anywhere among a query's pairs reaches its ranks, whatever it was compared with.
+    kept = row[positive | negative]
+    nan = torch.where(kept.isnan(), kept, torch.zeros_like(kept)).sum()
+    return positive_rank + nan.detach(), negative_rank + nan
+
+
+def _roles(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    ignored = torch.zeros_like(target) if ignore is None else ignore
+    return wide, target & ~ignored, ~target & ~ignored
+
+
+def ap_loss(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`roadmap_ext.ap_loss` in plain PyTorch: same arguments, same result, same errors."""
+    one_of("reduction", reduction, REDUCTIONS)
+    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    check_scores(scores, target, ignore)
+    wide, positive, negative = _roles(scores, target, ignore)
+    losses = []
+    for row, is_positive, is_negative in zip(wide, positive, negative, strict=True):
+        if is_positive.any():
+            positive_rank, negative_rank = _row_ranks(row, is_positive, is_negative, settings)
+            losses.append(1 - (positive_rank / (positive_rank + negative_rank)).mean())
+        else:  # 0, attached to the graph, but for a NaN
+            kept = row[is_negative]
+            losses.append(torch.where(kept.isnan(), kept, torch.zeros_like(kept)).sum())
+    loss = torch.stack(losses) if losses else wide.sum(1)
+    return reduce_rows(loss, positive.any(1), reduction)
+
+
+def smooth_rank(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+) -> SmoothRank:
+    """:func:`roadmap_ext.smooth_rank` in plain PyTorch: same arguments, same result, same errors."""
+    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    check_scores(scores, target, ignore)
+    wide, positive, negative = _roles(scores, target, ignore)
+    ranks = [
+        _row_ranks(row, is_positive, is_negative, settings)
+        for row, is_positive, is_negative in zip(wide, positive, negative, strict=True)
+    ]
+    query, reference = positive.nonzero(as_tuple=True)
+    empty = wide.reshape(-1)[:0]
+    return SmoothRank(
+        query,
+        reference,
+        torch.cat([empty.detach() if surrogate == "sup" else empty] + [positive_rank for positive_rank, _ in ranks]),
+        torch.cat([empty] + [negative_rank for _, negative_rank in ranks]),
+    )

@@ -1,0 +1,101 @@
+"""Builds roadmap_ext._C: CPU kernels always, CUDA kernels where tools/cuda.py finds all they need.
+
+Environment: FORCE_CUDA=1 fails where CUDA kernels cannot be had, FORCE_CUDA=0 leaves them out; CUDA_HOME and
+TORCH_CUDA_ARCH_LIST as torch reads them; ROADMAP_EXT_NO_BUILD=1 installs the plain PyTorch reference alone.
+"""
+
+import os
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # a build frontend does not put it there
+
+NO_BUILD = os.environ.get("ROADMAP_EXT_NO_BUILD") == "1"
+MARKER = "_reference_only.py"
+
+
+class BuildPy(build_py):
+    """Leaves a marker in an installation without kernels, so that it is not taken for a broken one."""
+
+    def run(self):
+        super().run()
+        marker = Path("roadmap_ext" if self.editable_mode else Path(self.build_lib, "roadmap_ext")) / MARKER
+        if NO_BUILD:
+            marker.write_text('"""Installed with ROADMAP_EXT_NO_BUILD=1: there are no kernels, on purpose."""\n')
+        else:
+            marker.unlink(missing_ok=True)
+
+
+def extension():
+    """The one shared object, and the command class that builds it."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            "roadmap_ext builds against the torch it will run with, and none is installed here: install torch>=2.11, then "
+            "run `pip install --no-build-isolation .` again, or set ROADMAP_EXT_NO_BUILD=1 for the plain PyTorch "
+            "reference alone."
+        ) from error
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < (2, 11):
+        raise SystemExit(f"roadmap_ext needs torch>=2.11, found {torch.__version__}: upgrade torch and build again.")
+    try:
+        import pybind11
+    except ImportError as error:
+        raise SystemExit("roadmap_ext needs pybind11 to build: pip install pybind11 ninja") from error
+
+    from tools.cuda import decide
+
+    os.chdir(HERE)
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    capabilities = []
+    if torch.cuda.is_available():
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    decision = decide(torch.__version__, torch.version.cuda, cuda_sources, os.environ, capabilities)
+    print(decision, flush=True)
+
+    def text(value):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    macros = [
+        ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the oldest torch that the binary has to work with
+        ("ROADMAP_TORCH_VERSION", text(torch.__version__)),
+        ("ROADMAP_WITH_CUDA", "1" if decision.build else "0"),
+        ("ROADMAP_CUDA_REASON", text(decision.reason)),
+        ("ROADMAP_CUDA_ARCHS", text(decision.archs)),
+    ]
+    # No contraction: error-free transformations are written out, and every product rounds where the code says so.
+    flags = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    arguments = {
+        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        "include_dirs": [pybind11.get_include()],  # first: torch 2.11's own copy does not compile with a target version
+        "define_macros": macros,
+        "extra_compile_args": {"cxx": flags},
+        "depends": sorted(glob("csrc/**/*.h", recursive=True)),
+    }
+    if not decision.build:
+        return cpp_extension.CppExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
+    os.environ["CUDA_HOME"] = str(decision.root)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = decision.archs
+    cpp_extension.CUDA_HOME = str(decision.root)  # read when torch was imported
+    arguments["sources"] += cuda_sources
+    arguments["define_macros"] += [("USE_CUDA", "1")]
+    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+    return cpp_extension.CUDAExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
+
+
+commands = {"build_py": BuildPy}
+extensions = []
+# Metadata and source archives need no torch; whatever compiles does.
+if not NO_BUILD and not {"egg_info", "sdist", "dist_info", "--version", "clean"} & set(sys.argv[1:2]):
+    built, builder = extension()
+    extensions.append(built)
+    commands["build_ext"] = builder
+
+setup(ext_modules=extensions, cmdclass=commands)
