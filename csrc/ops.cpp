@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -84,22 +85,33 @@ struct Input {
   }
 };
 
-// torch's own threads, fed from a counter: torch splits a range statically, and rows differ in cost.
+// torch's own threads. Each starts on its own share of the tasks, so that the rows which an op wrote are in the cache of
+// the thread that reads them next, and then takes from the shares of others: rows differ in cost.
 Parallel torch_threads() {
   Parallel parallel;
   parallel.workers = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
   const int workers = parallel.workers;
   parallel.run = [workers](int64_t tasks, const std::function<void(int64_t, int)>& task) {
-    std::atomic<int64_t> next{0};
+    const int64_t shares = std::min<int64_t>(workers, tasks);
+    struct alignas(64) Counter {
+      std::atomic<int64_t> next;
+    };
+    const std::unique_ptr<Counter[]> counters(new Counter[shares]);
+    for (int64_t share = 0; share < shares; ++share) counters[share].next = tasks * share / shares;
     const auto work = [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
-        for (int64_t index; (index = next.fetch_add(1)) < tasks;) task(index, static_cast<int>(worker));
+        for (int64_t turn = 0; turn < shares; ++turn) {
+          const int64_t share = (worker + turn) % shares, last = tasks * (share + 1) / shares;
+          for (int64_t index; (index = counters[share].next.fetch_add(1)) < last;) {
+            task(index, static_cast<int>(worker));
+          }
+        }
       }
     };
-    if (workers == 1 || tasks <= 1) {
-      work(0, 1);
+    if (shares <= 1) {
+      work(0, shares);
     } else {
-      torch::stable::parallel_for(0, std::min<int64_t>(workers, tasks), 1, work);
+      torch::stable::parallel_for(0, shares, 1, work);
     }
   };
   return parallel;
@@ -128,50 +140,76 @@ T* data(const Tensor& t) {
   return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                             std::string surrogate, double tau, double rho, double delta,
-                                                             double start, double offset, bool want_gradient) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
-  const Input input(scores, target, ignore);
-  const Matrix& m = input.matrix;
-  const bool half = is_half(m.type);
-  Tensor loss = empty(scores, {m.rows}, accumulation(scores));
-  Tensor positives = empty(scores, {m.rows}, ScalarType::Long);
-  Tensor gradient = want_gradient ? empty(scores, {m.rows, m.columns}, scores.scalar_type())
-                                  : empty(scores, {0, 0}, scores.scalar_type());
-  Tensor unscale = empty(scores, {want_gradient && half ? m.rows : 0}, ScalarType::Float);
-  dispatch(scores, [&](auto zero) {
-    using T = decltype(zero);
-    // A matrix without columns has a gradient without elements: nothing to want.
-    void* const out = want_gradient && m.columns ? data<void>(gradient) : nullptr;
-    if (want_gradient && half && !out) {
-      for (int64_t row = 0; row < m.rows; ++row) data<float>(unscale)[row] = 1;
-    }
-    roadmap::average_precision_rows<T>(
-        m, settings, torch_threads(),
-        {data<T>(loss), data<int64_t>(positives), out, out && half ? data<float>(unscale) : nullptr});
-  });
-  return {loss, positives, gradient, unscale};
+// The reductions, in row order and in double. The mean is over queries with a positive; the others have loss 0.
+template <typename T>
+double reduce(const std::string& reduction, const T* loss, const int64_t* positives, int64_t rows, double& weight) {
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    sum += static_cast<double>(loss[row]);
+    count += positives[row] > 0;
+  }
+  weight = reduction == "mean" ? 1.0 / static_cast<double>(std::max<int64_t>(count, 1)) : 1.0;
+  return sum * weight;
 }
 
-Tensor scale_rows(Tensor gradient, Tensor weight, Tensor unscale) {
+std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
+                                                     std::string surrogate, double tau, double rho, double delta,
+                                                     double start, double offset, std::string reduction,
+                                                     bool want_gradient) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+  STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
+                  "reduction must be 'mean', 'sum' or 'none', got ", reduction);
+  const Input input(scores, target, ignore);
+  const Matrix& m = input.matrix;
+  const bool half = is_half(m.type), each = reduction == "none";
+  const ScalarType type = accumulation(scores);
+  Tensor loss = empty(scores, {m.rows}, type);
+  Tensor reduced = each ? loss : empty(scores, {}, type);
+  Tensor gradient = want_gradient ? empty(scores, {m.rows, m.columns}, scores.scalar_type())
+                                  : empty(scores, {0, 0}, scores.scalar_type());
+  Tensor factor = empty(scores, {!want_gradient ? 0 : half ? m.rows : 1}, type);
+  std::vector<int64_t> positives(m.rows);
+  dispatch(scores, [&](auto zero) {
+    using T = decltype(zero);
+    T* const factors = data<T>(factor);
+    std::fill(factors, factors + factor.numel(), T(1));
+    void* const out = data<void>(gradient);
+    roadmap::average_precision_rows<T>(m, settings, torch_threads(),
+                                       {data<T>(loss), positives.data(), out, out && half ? factors : nullptr});
+    if (each) return;
+    double weight = 1;
+    *data<T>(reduced) = static_cast<T>(reduce(reduction, data<T>(loss), positives.data(), m.rows, weight));
+    for (int64_t i = 0; i < factor.numel(); ++i) factors[i] = static_cast<T>(factors[i] * weight);
+  });
+  return {reduced, gradient, factor};
+}
+
+Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
   STD_TORCH_CHECK(gradient.dim() == 2 && gradient.is_cpu() && gradient.is_contiguous(),
                   "gradient must be a contiguous 2-D CPU tensor");
   const ScoreType type = score_type(gradient);
   const int64_t rows = gradient.size(0), columns = gradient.size(1);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.is_cpu() && weight.size(0) == rows &&
-                      weight.scalar_type() == accumulation(gradient),
-                  "weight must be a CPU tensor [rows] in the accumulation type of the gradient");
-  STD_TORCH_CHECK(unscale.dim() == 1 && unscale.is_cpu() && unscale.scalar_type() == ScalarType::Float &&
-                      unscale.size(0) == (is_half(type) ? rows : 0),
-                  "unscale must be a float32 CPU tensor, [rows] for half types and empty for others");
-  const Tensor factor = torch::stable::contiguous(weight), power = torch::stable::contiguous(unscale);
+  const auto check = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == accumulation(gradient) &&
+                        (t.numel() == 1 || (t.dim() == 1 && t.size(0) == rows)),
+                    name, " must be a CPU tensor, one element or [rows], in the accumulation type of the gradient");
+    return torch::stable::contiguous(t);
+  };
+  const Tensor weights = check(weight, "weight"), factors = check(factor, "factor");
   Tensor out = empty(gradient, {rows, columns}, gradient.scalar_type());
   if (!gradient.numel()) return out;
   dispatch(gradient, [&](auto zero) {
     using T = decltype(zero);
-    roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, static_cast<const T*>(factor.const_data_ptr()),
-                           is_half(type) ? static_cast<const float*>(power.const_data_ptr()) : nullptr, torch_threads(),
+    const T* const w = data<T>(weights);
+    const T* const f = data<T>(factors);
+    // In double: the factor of a half type may pass float's range where the result does not.
+    std::vector<double> by(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      by[row] = static_cast<double>(w[weights.numel() == 1 ? 0 : row]) *
+                static_cast<double>(f[factors.numel() == 1 ? 0 : row]);
+    }
+    roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, by.data(), torch_threads(),
                            out.mutable_data_ptr());
   });
   return out;
@@ -235,8 +273,8 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
   m.def(
       "average_precision(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float delta, "
-      "float start, float offset, bool want_gradient) -> (Tensor loss, Tensor positives, Tensor gradient, Tensor unscale)");
-  m.def("scale_rows(Tensor gradient, Tensor weight, Tensor unscale) -> Tensor");
+      "float start, float offset, str reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def(
       "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float delta, "
       "float start, float offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "

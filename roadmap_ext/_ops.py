@@ -15,15 +15,15 @@ def accumulation_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    want_gradient = arguments[-1]
+def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, want_gradient = arguments[-2:]
     rows, columns = scores.shape
+    dtype = accumulation_dtype(scores)
     half = scores.dtype in (torch.float16, torch.bfloat16)
     return (
-        scores.new_empty((rows,), dtype=accumulation_dtype(scores)),
-        scores.new_empty((rows,), dtype=torch.int64),
+        scores.new_empty((rows,) if reduction == "none" else (), dtype=dtype),
         scores.new_empty((rows, columns) if want_gradient else (0, 0)),
-        scores.new_empty((rows if want_gradient and half else 0,), dtype=torch.float32),
+        scores.new_empty(((rows if half else 1) if want_gradient else 0,), dtype=dtype),
     )
 
 

@@ -15,7 +15,6 @@ from . import _ops, reference
 from ._checks import METHODS, REDUCTIONS, Settings, check_scores, make_settings, one_of
 from ._extension import check_kernels, reference_only, warn_reference_only
 from ._ranks import SmoothRank
-from ._reduce import reduce_rows
 
 _NO_SECOND_DERIVATIVE = (
     "roadmap_ext: the kernels have first derivatives only, and this asks for a second one (a gradient penalty, or "
@@ -25,7 +24,7 @@ _NO_SECOND_DERIVATIVE = (
 
 def _anchor(scores: Tensor) -> Tensor:
     """An empty tensor with the scores' place in the graph and none of their memory."""
-    return scores.detach()[:0, :0].clone() if not scores.requires_grad else scores[:0, :0].clone()
+    return scores.narrow(0, 0, 0).clone()
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -45,26 +44,31 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
 
 class _AveragePrecision(torch.autograd.Function):
-    """Loss and number of positives a query; the gradient comes with them and waits for backward."""
+    """The reduced loss; the gradient of each query's loss comes with it and waits for backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, anchor: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
-        loss, positives, gradient, unscale = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings, True
+        ctx: Any,
+        scores: Tensor,
+        anchor: Tensor,
+        target: Tensor,
+        ignore: Tensor | None,
+        settings: Settings,
+        reduction: str,
+    ) -> Tensor:
+        loss, gradient, factor = torch.ops.roadmap_ext.average_precision(
+            scores, target, ignore, *settings, reduction, True
         )
-        ctx.save_for_backward(gradient, unscale, anchor)
-        ctx.mark_non_differentiable(positives)
-        return loss, positives
+        ctx.save_for_backward(gradient, factor, anchor)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _grad_positives: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, unscale, anchor = ctx.saved_tensors
-        result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, unscale)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, factor, anchor = ctx.saved_tensors
+        result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, factor)
         if torch.is_grad_enabled():
             result = _FirstDerivativeOnly.apply(result, anchor, grad_loss)
-        return result, None, None, None, None
+        return result, None, None, None, None, None
 
 
 class _SmoothRank(torch.autograd.Function):
@@ -180,10 +184,8 @@ def ap_loss(
     if _resolve(method, scores) == "reference":
         return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        loss, positives = _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings)
-    else:
-        loss, positives, _, _ = torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, False)
-    return reduce_rows(loss, positives > 0, reduction)
+        return _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings, reduction)
+    return torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, reduction, False)[0]
 
 
 def smooth_rank(

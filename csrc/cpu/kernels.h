@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "../smooth_rank.h"
@@ -43,6 +44,45 @@ struct Block {
   int count;                 // <= kBlock
 };
 
+// What the rank pass of a row leaves for its gradient pass, when the same thread does both and it fits: the slope of
+// every pair in a band, so that none is computed twice. Rows with few positives, which are most rows in training, fit.
+template <typename T>
+struct Trace {
+  static constexpr int kSlopes = 1 << 16;
+  static constexpr int kBits = 1 << 14;
+  static constexpr int kEntries = 1 << 11;
+  struct Entry {        // one group that met some of a block's negatives; the first entry of a block has group -1
+    int64_t group;
+    int count;          // elements in the band; of a block's first entry, elements kept
+    int slopes;         // where their slopes begin, [positives of the group, padded count]
+    int band, above;    // where the words of bits begin, -1 for all and for none of the kept elements
+  };
+  alignas(64) T slope[kSlopes + kPad];
+  uint16_t bits[kBits];
+  Entry entry[kEntries];
+  int slopes, words, entries;
+  int next;    // the entry that the gradient pass reads next
+  bool whole;  // nothing had to be left out
+
+  void clear() {
+    slopes = words = entries = next = 0;
+    whole = true;
+  }
+  // Room for one more entry, or null and the trace is of no use any more.
+  Entry* add(int64_t group, int count, int64_t new_slopes, int new_words) {
+    whole = whole && entries < kEntries && slopes + new_slopes <= kSlopes && words + new_words <= kBits;
+    if (!whole) return nullptr;
+    entry[entries] = {group, count, slopes, -1, -1};
+    slopes += static_cast<int>(new_slopes);
+    return &entry[entries++];
+  }
+  int add_bits(const uint16_t* from, int count) {
+    std::memcpy(bits + words, from, count * sizeof(uint16_t));
+    words += count;
+    return words - count;
+  }
+};
+
 // Buffers of one thread.
 template <typename T>
 struct Scratch {
@@ -56,9 +96,11 @@ struct Scratch {
   alignas(64) T score[kBlock + kPad];        // a block widened from a half type
   alignas(64) T out[kBlock + kPad];          // its gradient before narrowing
   uint16_t band_bits[kBlock / 2];            // which kept elements are in the band, a word a vector
+  uint16_t above_bits[kBlock / 2];           // which are in the tail
   uint64_t positive[kWords];
   uint64_t negative[kWords];
   uint64_t ignored[kWords];
+  Trace<T> trace;
 };
 
 // Ranks and slopes are added to [P]; they are sums over the pairs of one span of columns.
@@ -73,11 +115,14 @@ struct Kernels {
   bool (*any_nan)(const Block<T>&, const Settings<T>&, Scratch<T>&);
   // Fills Positives::exponential.
   void (*exponentials)(Positives<T>&, const Settings<T>&);
-  // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN.
+  // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN. `trace`
+  // may be null; else blocks come in order, all groups at once.
   bool (*rank_block)(const Block<T>&, const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
-                     Sums<T>);
-  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count].
-  void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, T scale, Scratch<T>&, T* out);
+                     Sums<T>, Trace<T>* trace);
+  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count]. Reads a whole
+  // `trace`, blocks in order, if there is one.
+  void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, T scale, Scratch<T>&, T* out,
+                         Trace<T>* trace);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).
   void (*rank_positives)(const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
                          double* rank);

@@ -169,11 +169,11 @@ class Pass {
 
   // Ranks of the positives in groups [first, last) among the negatives of one span of columns. Returns whether one is NaN.
   bool rank(const Row<T>& row, int64_t begin, int64_t end, int64_t first, int64_t last, Scratch<T>& scratch,
-            Sums<T> sums) const {
+            Sums<T> sums, Trace<T>* trace) const {
     bool nan = false;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
-      nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums)
+      nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums, trace)
                           : kernels_.any_nan(block, settings_, scratch);
     }
     return nan;
@@ -199,7 +199,7 @@ class Pass {
   }
 
   // The gradient of one block of columns, in the type of the scores.
-  void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, void* gradient) const {
+  void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, Trace<T>* trace, void* gradient) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
     const Block<T> block = load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
@@ -212,7 +212,7 @@ class Pass {
     } else if (!row.size()) {
       std::fill(out, out + count, T(0));
     } else {
-      kernels_.gradient_block(block, row.p, settings_, static_cast<T>(row.scale), scratch, out);
+      kernels_.gradient_block(block, row.p, settings_, static_cast<T>(row.scale), scratch, out, trace);
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
         out[row.column[k] - begin] = static_cast<T>(row.gradient[row.position[k]] * row.scale);
@@ -299,22 +299,24 @@ double half_scale(const Row<T>& row, const Pass<T>& pass) {
   return std::ldexp(1.0, std::max(-100, std::min(100, 14 - std::ilogb(bound))));
 }
 
+// Kept by each thread from call to call: allocating it anew costs more page faults than a small batch costs time.
+template <typename T>
+Scratch<T>& scratch() {
+  static thread_local const std::unique_ptr<Scratch<T>> own(new Scratch<T>);
+  return *own;
+}
+
 // What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the weights;
 // `gradient` is null when none is wanted.
 template <typename T, typename Finish>
 void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const Finish& finish, void* gradient,
-              float* unscale) {
+              T* unscale) {
   const Matrix& m = pass.matrix();
   const auto scale = [&](Row<T>& row) {
     if (unscale) {
       row.scale = row.nan ? 1 : half_scale(row, pass);
-      unscale[row.index] = static_cast<float>(1 / row.scale);
+      unscale[row.index] = static_cast<T>(1 / row.scale);
     }
-  };
-  std::vector<std::unique_ptr<Scratch<T>>> scratches(parallel.workers);
-  const auto scratch_of = [&](int worker) -> Scratch<T>& {
-    if (!scratches[worker]) scratches[worker] = std::make_unique<Scratch<T>>();
-    return *scratches[worker];
   };
   const auto sums_of = [&](Row<T>& row, int64_t span, int64_t spans) -> Sums<T> {
     double* rank = row.rank_negative.data();
@@ -345,31 +347,36 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
     std::vector<typename Pass<T>::Found> founds(parallel.workers);
     parallel.run(m.rows, [&](int64_t index, int worker) {
       Row<T>& row = rows[worker];
-      Scratch<T>& scratch = scratch_of(worker);
+      Scratch<T>& own = scratch<T>();
       founds[worker].score.clear();
       founds[worker].column.clear();
-      pass.collect(index, 0, m.columns, scratch, founds[worker]);
+      pass.collect(index, 0, m.columns, own, founds[worker]);
       pass.arrange(index, founds[worker], row);
       const int64_t groups = static_cast<int64_t>(row.p.groups.size());
+      Trace<T>& trace = own.trace;
+      trace.clear();
+      trace.whole = ranks && gradient && groups > 0;
       if (ranks && !row.nan) {
         const int64_t spans = row.spans(m.columns);
         row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
         for (int64_t span = 0; span < spans; ++span) {
-          row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), 0, groups, scratch,
-                               sums_of(row, span, spans));
+          row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), 0, groups, own,
+                               sums_of(row, span, spans), trace.whole ? &trace : nullptr);
         }
         add_spans(row, spans);
-        if (pass.smooth()) pass.rank_positives(row, 0, groups, scratch);
+        if (pass.smooth()) pass.rank_positives(row, 0, groups, own);
       }
       finish(row);
       if (!gradient) return;
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
-          pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), scratch);
+          pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), own);
         }
       }
       scale(row);
-      for (int64_t begin = 0; begin < m.columns; begin += kBlock) pass.gradient(row, begin, scratch, gradient);
+      for (int64_t begin = 0; begin < m.columns; begin += kBlock) {
+        pass.gradient(row, begin, own, trace.whole ? &trace : nullptr, gradient);
+      }
     });
     return;
   }
@@ -377,8 +384,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
   Row<T> row;
   for (int64_t index = 0; index < m.rows; ++index) {
     std::vector<typename Pass<T>::Found> parts(divide_up(m.columns, kSpan));
-    parallel.run(static_cast<int64_t>(parts.size()), [&](int64_t part, int worker) {
-      pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch_of(worker), parts[part]);
+    parallel.run(static_cast<int64_t>(parts.size()), [&](int64_t part, int) {
+      pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch<T>(), parts[part]);
     });
     typename Pass<T>::Found found;
     for (const auto& part : parts) {
@@ -399,29 +406,29 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       const int64_t spans = row.spans(m.columns);
       row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
       std::vector<char> nan(spans * count, 0);
-      parallel.run(spans * count, [&](int64_t task, int worker) {
+      parallel.run(spans * count, [&](int64_t task, int) {
         const int64_t span = task / count, piece = task % count;
         nan[task] = pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece],
-                              pieces[piece + 1], scratch_of(worker), sums_of(row, span, spans));
+                              pieces[piece + 1], scratch<T>(), sums_of(row, span, spans), nullptr);
       });
       row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
       add_spans(row, spans);
       if (pass.smooth()) {
-        parallel.run(count, [&](int64_t piece, int worker) {
-          pass.rank_positives(row, pieces[piece], pieces[piece + 1], scratch_of(worker));
+        parallel.run(count, [&](int64_t piece, int) {
+          pass.rank_positives(row, pieces[piece], pieces[piece + 1], scratch<T>());
         });
       }
     }
     finish(row);
     if (!gradient) continue;
     if (!row.nan) {
-      parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int worker) {
-        pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch_of(worker));
+      parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
+        pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch<T>());
       });
     }
     scale(row);
-    parallel.run(divide_up(m.columns, kBlock), [&](int64_t block, int worker) {
-      pass.gradient(row, block * kBlock, scratch_of(worker), gradient);
+    parallel.run(divide_up(m.columns, kBlock), [&](int64_t block, int) {
+      pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient);
     });
   }
 }
@@ -458,7 +465,7 @@ void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const 
           if (out.slope) out.slope[at] = row.nan ? kNan : static_cast<T>(row.slope[i]);
         }
       },
-      nullptr, nullptr);
+      nullptr, static_cast<T*>(nullptr));
 }
 
 template <typename T>
@@ -476,7 +483,7 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
           row.nan |= in.slope[at] != in.slope[at];  // the forward pass met a NaN score
         }
       },
-      in.gradient, nullptr);
+      in.gradient, static_cast<T*>(nullptr));
 }
 
 void count_positives(const Matrix& m, const Parallel& parallel, int64_t* first) {
@@ -499,8 +506,8 @@ void count_positives(const Matrix& m, const Parallel& parallel, int64_t* first) 
 }
 
 template <typename T>
-void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t columns, const T* weight,
-                const float* unscale, const Parallel& parallel, void* out) {
+void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t columns, const double* factor,
+                const Parallel& parallel, void* out) {
   const Conversions& convert = instruction_set().conversions;
   const int64_t blocks = divide_up(columns, kBlock);
   const int64_t rows_a_task = std::max<int64_t>(1, kSpan / std::max<int64_t>(1, columns));
@@ -509,15 +516,13 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
   parallel.run(row_tasks * column_tasks, [&](int64_t task, int) {
     const int64_t first = task / column_tasks * rows_a_task, part = task % column_tasks;
     for (int64_t row = first; row < std::min(rows, first + rows_a_task); ++row) {
-      // Both factors in double: their product may pass float's range where the result does not.
-      const double factor = static_cast<double>(weight[row]) * (unscale ? static_cast<double>(unscale[row]) : 1.0);
       for (int64_t block = part * blocks / column_tasks; block < (part + 1) * blocks / column_tasks; ++block) {
         const int64_t at = row * columns + block * kBlock;
         const int64_t count = std::min<int64_t>(kBlock, columns - block * kBlock);
         if (type == ScoreType::kFloat || type == ScoreType::kDouble) {
           const T* const from = static_cast<const T*>(gradient) + at;
           T* const to = static_cast<T*>(out) + at;
-          const T by = static_cast<T>(factor);
+          const T by = static_cast<T>(factor[row]);
           for (int64_t j = 0; j < count; ++j) to[j] = from[j] * by;
         } else {
           const uint16_t* const from = static_cast<const uint16_t*>(gradient) + at;
@@ -528,7 +533,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
           } else {
             for (int64_t j = 0; j < count; ++j) values[j] = bfloat_to_float(from[j]);
           }
-          for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(values[j] * factor);
+          for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(values[j] * factor[row]);
           if (type == ScoreType::kHalf) {
             convert.narrow_half(values, to, count);
           } else {
@@ -546,7 +551,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
   template void smooth_rank_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&); \
   template void smooth_rank_gradient_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,               \
                                              const RankGradient<T>&);                                                \
-  template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const T*, const float*, const Parallel&, void*);
+  template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const double*, const Parallel&, void*);
 ROADMAP_INSTANTIATE(float)
 ROADMAP_INSTANTIATE(double)
 

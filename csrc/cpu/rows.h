@@ -36,7 +36,7 @@ struct ApOutput {
   T* loss;             // [rows]
   int64_t* positives;  // [rows]
   void* gradient;      // [rows, columns] in the type of the scores, contiguous; null when not wanted
-  float* unscale;      // [rows]  half types: gradient times this is the true one; null otherwise
+  T* unscale;          // [rows]  half types: gradient times this is the true one; null otherwise
 };
 
 // Of smooth_rank: one entry a positive, row after row, columns ascending.
@@ -75,9 +75,9 @@ void smooth_rank_gradient_rows(const Matrix&, const SurrogateSettings&, const Pa
 // first[r + 1] - first[r] is the number of positives of row r; first[0] = 0.
 void count_positives(const Matrix&, const Parallel&, int64_t* first);
 
-// out = weight[row] * unscale[row] * gradient, all [rows, columns] of one type. unscale may be null.
+// out = factor[row] * gradient, both [rows, columns] of one type.
 template <typename T>
-void scale_rows(const void* gradient, ScoreType, int64_t rows, int64_t columns, const T* weight, const float* unscale,
-                const Parallel&, void* out);
+void scale_rows(const void* gradient, ScoreType, int64_t rows, int64_t columns, const double* factor, const Parallel&,
+                void* out);
 
 }  // namespace roadmap

@@ -1,5 +1,6 @@
 // The tiled kernels for every processor: 16-byte vectors, no instruction named.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>

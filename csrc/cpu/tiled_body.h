@@ -14,6 +14,8 @@
 namespace {
 
 constexpr int kTile = 64;
+// Up to so many positives meet the tail pair by pair: see tail_distance().
+constexpr int64_t kFew = 4;
 // Group sizes are bounded so that the gradient's float32 sums over a group stay short, too.
 static_assert(kBlock % 64 == 0 && kPad >= 16);
 
@@ -77,8 +79,8 @@ typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>:
   return exponential<T>(X::clamp(high, s.exponent_max), X::clamp(low, T(0.5)));
 }
 
-// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept. The test is the
-// group's own (below), so that what is dropped here no group would have kept.
+// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf. The
+// test is the group's own (below), so that what is dropped here no group would have kept.
 template <typename T>
 int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
   using X = Vec<T>;
@@ -97,41 +99,77 @@ int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scra
     kept += __builtin_popcount(bits);
   }
   nan |= unordered != 0;
+  X::store(scratch.kept + kept, X::set(-std::numeric_limits<T>::infinity()));
   return kept;
 }
 
-// Classes of the kept elements for one group. band and, if asked for, band_bits are filled; the band is padded with
-// elements that vanish. `tail(index, bits, v)` is called for each vector with elements in the tail.
-template <bool Smooth, typename T, typename Tail>
-int classify(const T* kept, int n, T lowest, T highest, const Settings<T>& s, Scratch<T>& scratch, Tail tail) {
+template <typename T>
+T highest(const T* values, int n) {
   using X = Vec<T>;
-  const auto floor = X::set(-s.cut), low = X::set(lowest), high = X::set(highest);
-  // Far above, sigma is 1 to half an ulp: the same distance as far below.
-  const auto knee = X::set(Smooth ? s.cut : s.delta);
-  int band = 0;
+  auto top = X::set(-std::numeric_limits<T>::infinity());
+  for (int j = 0; j < n; j += X::kWidth) top = X::max(top, X::load(values + j));
+  T lanes[X::kWidth];
+  X::store(lanes, top);
+  return *std::max_element(lanes, lanes + X::kWidth);
+}
+
+template <typename T>
+constexpr T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+
+// What one group makes of the kept elements of a block.
+template <typename T>
+struct Classes {
+  const T* band;  // values, padded with -inf
+  int count;      // elements in the band
+  int above;      // elements in the tail
+  bool all;       // the band is all of them: no bits were written
+};
+
+// Distance above the highest positive of the group from which its pairs need no curve: sup is linear there, smooth is 1
+// to half an ulp. A few positives meet the tail pair by pair, which costs less than to separate it; not where it is
+// infinite, whose products with rho = 0 need care. The choice rests on the group and the block's negatives alone, so that
+// it is the same however a row is split.
+template <bool Smooth, typename T>
+T tail_distance(const Group<T>& g, T top, const Settings<T>& s) {
+  if (Smooth) return s.cut;
+  return g.end - g.begin > kFew || !std::isfinite(top) || !g.finite ? s.delta : infinity<T>();
+}
+
+// Splits n kept elements, the highest of which is `top`, for one group. `tail(j, bits, v)` is called for each vector with
+// elements in the tail.
+template <typename T, typename Tail>
+Classes<T> classify(T* kept, int n, T top, T lowest, T highest, T distance, bool all_reach, const Settings<T>& s,
+                    Scratch<T>& scratch, Tail tail) {
+  using X = Vec<T>;
+  if (all_reach && !(top - highest > distance)) return {kept, n, 0, true};
+  const auto floor = X::set(-s.cut), low = X::set(lowest), high = X::set(highest), knee = X::set(distance);
+  int band = 0, count = 0;
   for (int j = 0; j < n; j += X::kWidth) {
     const auto v = X::load(kept + j);
     const unsigned valid = n - j >= X::kWidth ? (1u << X::kWidth) - 1 : (1u << (n - j)) - 1;
     const unsigned above = X::bits(X::greater(v - high, knee)) & valid;
     const unsigned bits = X::bits(X::not_less(v - low, floor)) & valid & ~above;
     if (above) tail(j, above, v);
+    count += __builtin_popcount(above);
     X::compress(scratch.band + band, v, bits);
     scratch.band_bits[j / X::kWidth] = static_cast<uint16_t>(bits);
+    scratch.above_bits[j / X::kWidth] = static_cast<uint16_t>(above);
     band += __builtin_popcount(bits);
   }
-  return band;
+  X::store(scratch.band + band, X::set(-infinity<T>()));
+  return {scratch.band, band, count, false};
 }
 
 template <typename T>
-void band_exponentials(int band, T centre, const Settings<T>& s, Scratch<T>& scratch) {
+void band_exponentials(const T* values, int count, T centre, const Settings<T>& s, Scratch<T>& scratch) {
   using X = Vec<T>;
   const auto c = X::set(centre);
-  const int full = padded<T>(band);
-  for (int j = band; j < full; ++j) scratch.band[j] = -std::numeric_limits<T>::infinity();
-  for (int j = 0; j < band; j += X::kWidth) {
-    X::store(scratch.band_exponential + j, difference_exponential<T>(c, X::load(scratch.band + j), s));
+  for (int j = 0; j < count; j += X::kWidth) {
+    X::store(scratch.band_exponential + j, difference_exponential<T>(c, X::load(values + j), s));
   }
-  for (int j = band; j < full; ++j) scratch.band_exponential[j] = kVanish<T>;
+  X::store(scratch.band_exponential + count, X::set(kVanish<T>));
 }
 
 template <typename T>
@@ -182,13 +220,15 @@ struct Pair {
   }
 };
 
-// Sums over the band for Rows positives at once, which share the loads of the band.
-template <bool Smooth, bool Slope, int Rows, typename T>
-void rank_rows(const Scratch<T>& scratch, int band, const T* u, const T* eu, const Settings<T>& s, double* rank,
-               double* slope) {
+// Sums over the band for Rows positives at once, which share the loads of the band. `trace` takes the slopes,
+// [Rows, padded band], if it is not null.
+template <bool Smooth, bool Slope, bool Store, int Rows, typename T>
+void rank_rows(const T* values, const T* exponentials, int band, const T* u, const T* eu, const Settings<T>& s,
+               double* rank, double* slope, T* trace) {
   using X = Vec<T>;
   using V = typename X::V;
   const Pair<Smooth, Slope, T> pair(s);
+  const int stride = padded<T>(band);
   V score[Rows], exponential[Rows];
   for (int i = 0; i < Rows; ++i) {
     score[i] = X::set(u[i]);
@@ -199,12 +239,13 @@ void rank_rows(const Scratch<T>& scratch, int band, const T* u, const T* eu, con
     V ranks[Rows], slopes[Rows];
     for (int i = 0; i < Rows; ++i) ranks[i] = slopes[i] = X::set(0);
     for (int j = tile; j < end; j += X::kWidth) {
-      const V v = X::load(scratch.band + j), ev = X::load(scratch.band_exponential + j);
+      const V v = X::load(values + j), ev = X::load(exponentials + j);
       for (int i = 0; i < Rows; ++i) {
         V value, curve;
         pair(v, ev, score[i], exponential[i], value, curve);
         ranks[i] = ranks[i] + value;
         if constexpr (Slope) slopes[i] = slopes[i] + curve;
+        if constexpr (Store) X::store(trace + i * stride + j, curve);
       }
     }
     for (int i = 0; i < Rows; ++i) {
@@ -214,42 +255,56 @@ void rank_rows(const Scratch<T>& scratch, int band, const T* u, const T* eu, con
   }
 }
 
-template <bool Smooth, bool Slope, typename T>
-void rank_group(const Scratch<T>& scratch, int band, const Positives<T>& p, const Group<T>& g, const Settings<T>& s,
-                Sums<T> sums) {
-  constexpr int kRows = Vec<T>::kRows;
+template <bool Smooth, bool Slope, bool Store, typename T>
+void rank_group(const T* values, const T* exponentials, int band, const Positives<T>& p, const Group<T>& g,
+                const Settings<T>& s, Sums<T> sums, T* trace) {
   int64_t i = g.begin;
   const auto run = [&](auto rows) {
     constexpr int kCount = decltype(rows)::value;
     for (; i + kCount <= g.end; i += kCount) {
-      rank_rows<Smooth, Slope, kCount>(scratch, band, &p.score[i], &p.exponential[i], s, sums.rank + i,
-                                       Slope ? sums.slope + i : nullptr);
+      rank_rows<Smooth, Slope, Store, kCount>(values, exponentials, band, &p.score[i], &p.exponential[i], s,
+                                              sums.rank + i, Slope ? sums.slope + i : nullptr,
+                                              Store ? trace + (i - g.begin) * padded<T>(band) : nullptr);
     }
   };
-  run(std::integral_constant<int, kRows>());
+  run(std::integral_constant<int, Vec<T>::kRows>());
+  if constexpr (Vec<T>::kRows > 3) run(std::integral_constant<int, 3>());
+  if constexpr (Vec<T>::kRows > 2) run(std::integral_constant<int, 2>());
   run(std::integral_constant<int, 1>());
 }
 
 template <bool Smooth, bool Slope, typename T>
 bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
-                   Scratch<T>& scratch, Sums<T> sums) {
+                   Scratch<T>& scratch, Sums<T> sums, Trace<T>* trace) {
   using X = Vec<T>;
   bool nan = false;
   const int kept = keep(block, p.score[p.groups[first].begin], s, scratch, nan);
-  if (!kept || nan) return nan;
-  for (int64_t index = first; index < last; ++index) {
+  if (nan) return true;
+  if (trace && !trace->add(-1, kept, 0, 0)) trace = nullptr;
+  const T top = highest(scratch.kept, kept);
+  for (int64_t index = first; index < last && kept; ++index) {
     const Group<T>& g = p.groups[index];
-    int64_t above = 0;
+    const T low = p.score[g.begin], high = p.score[g.end - 1];
+    if (top - low < -s.cut) break;  // nor does it reach any higher group
     double lanes[X::kWidth] = {};
-    const int band = classify<Smooth>(scratch.kept, kept, p.score[g.begin], p.score[g.end - 1], s, scratch,
-                                      [&](int, unsigned bits, typename X::V v) {
-                                        above += __builtin_popcount(bits);
-                                        X::accumulate(lanes, X::select(X::lanes(bits), v, X::set(0)));
-                                      });
-    if (above) {
+    const Classes<T> classes =
+        classify(scratch.kept, kept, top, low, high, tail_distance<Smooth>(g, top, s), index == first, s, scratch,
+                 [&](int, unsigned bits, typename X::V v) {
+                   X::accumulate(lanes, X::select(X::lanes(bits), v, X::set(0)));
+                 });
+    const int band = g.finite ? classes.count : 0;
+    const int words = padded<T>(kept) / X::kWidth;
+    typename Trace<T>::Entry* entry = nullptr;
+    if (trace) {
+      entry = trace->add(index, band, (g.end - g.begin) * padded<T>(band), 2 * words);
+      if (!entry) trace = nullptr;
+    }
+    if (entry && !classes.all) entry->band = trace->add_bits(scratch.band_bits, words);
+    if (entry && classes.above) entry->above = trace->add_bits(scratch.above_bits, words);
+    if (classes.above) {
       double sum = 0;
       for (double lane : lanes) sum += lane;
-      const double count = static_cast<double>(above);
+      const double count = classes.above;
       for (int64_t i = g.begin; i < g.end; ++i) {
         if constexpr (Smooth) {
           sums.rank[i] += count;
@@ -262,39 +317,45 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
         }
       }
     }
-    if (!band) continue;
     if (!g.finite) {  // the band of an infinite positive is its ties
-      const double tie = (Smooth ? 0.5 : 0.5 + s.exact_start) * band;
+      const double tie = (Smooth ? 0.5 : 0.5 + s.exact_start) * classes.count;
       for (int64_t i = g.begin; i < g.end; ++i) sums.rank[i] += tie;
-      continue;
     }
-    band_exponentials(band, g.centre, s, scratch);
-    rank_group<Smooth, Slope>(scratch, band, p, g, s, sums);
+    if (!band) continue;
+    band_exponentials(classes.band, band, g.centre, s, scratch);
+    if (Slope && entry) {
+      rank_group<Smooth, Slope, Slope>(classes.band, scratch.band_exponential, band, p, g, s, sums,
+                                       trace->slope + entry->slopes);
+    } else {
+      rank_group<Smooth, Slope, false>(classes.band, scratch.band_exponential, band, p, g, s, sums,
+                                       static_cast<T*>(nullptr));
+    }
   }
   return false;
 }
 
 template <typename T>
 bool rank_block(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
-                Scratch<T>& scratch, Sums<T> sums) {
+                Scratch<T>& scratch, Sums<T> sums, Trace<T>* trace) {
   const bool slope = sums.slope != nullptr;
   if (s.surrogate == Surrogate::kSmooth) {
-    return slope ? rank_block_as<true, true>(block, p, first, last, s, scratch, sums)
-                 : rank_block_as<true, false>(block, p, first, last, s, scratch, sums);
+    return slope ? rank_block_as<true, true>(block, p, first, last, s, scratch, sums, trace)
+                 : rank_block_as<true, false>(block, p, first, last, s, scratch, sums, trace);
   }
-  return slope ? rank_block_as<false, true>(block, p, first, last, s, scratch, sums)
-               : rank_block_as<false, false>(block, p, first, last, s, scratch, sums);
+  return slope ? rank_block_as<false, true>(block, p, first, last, s, scratch, sums, trace)
+               : rank_block_as<false, false>(block, p, first, last, s, scratch, sums, trace);
 }
 
 // band_gradient[j] = sum over the group of w_i tau H'(s_j - s_i), for Columns vectors of the band at once.
 template <bool Smooth, int Columns, typename T>
-void gradient_columns(Scratch<T>& scratch, int j, const Positives<T>& p, const Group<T>& g, const Settings<T>& s) {
+void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positives<T>& p, const Group<T>& g,
+                      const Settings<T>& s) {
   using X = Vec<T>;
   using V = typename X::V;
   const Pair<Smooth, true, T> pair(s);
   V v[Columns], ev[Columns], sum[Columns];
   for (int k = 0; k < Columns; ++k) {
-    v[k] = X::load(scratch.band + j + k * X::kWidth);
+    v[k] = X::load(values + j + k * X::kWidth);
     ev[k] = X::load(scratch.band_exponential + j + k * X::kWidth);
     sum[k] = X::set(0);
   }
@@ -305,47 +366,96 @@ void gradient_columns(Scratch<T>& scratch, int j, const Positives<T>& p, const G
   for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sum[k]);
 }
 
-// Adds band_gradient to the kept elements it belongs to.
+// The same from slopes [positives of the group, padded band] that were kept.
 template <typename T>
-void spread_band(int kept, Scratch<T>& scratch) {
+void gradient_traced(const T* slopes, int band, Scratch<T>& scratch, const Positives<T>& p, const Group<T>& g) {
+  using X = Vec<T>;
+  const int stride = padded<T>(band);
+  for (int j = 0; j < band; j += X::kWidth) {
+    auto sum = X::set(0);
+    const T* slope = slopes + j;
+    for (int64_t i = g.begin; i < g.end; ++i, slope += stride) {
+      sum = X::mul_add(X::set(p.weight_negative[i]), X::load(slope), sum);
+    }
+    X::store(scratch.band_gradient + j, sum);
+  }
+}
+
+// Adds band_gradient to the kept elements it belongs to; bits is null when the band is all of them.
+template <typename T>
+void spread_band(int kept, const uint16_t* band_bits, Scratch<T>& scratch) {
   using X = Vec<T>;
   int front = 0;
   for (int j = 0; j < kept; j += X::kWidth) {
-    const unsigned bits = scratch.band_bits[j / X::kWidth];
+    if (!band_bits) {
+      X::accumulate(scratch.gradient + j, X::load(scratch.band_gradient + j));
+      continue;
+    }
+    const unsigned bits = band_bits[j / X::kWidth];
     if (!bits) continue;
     X::accumulate(scratch.gradient + j, X::expand(X::load(scratch.band_gradient + front), bits));
     front += __builtin_popcount(bits);
   }
 }
 
+// scratch.kept becomes the gradient of the kept elements.
 template <bool Smooth, typename T>
-void gradient_block_as(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale,
-                       Scratch<T>& scratch) {
+void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
+                  Trace<T>* trace) {
   using X = Vec<T>;
   using V = typename X::V;
   bool nan = false;
-  const int kept = keep(block, p.score[0], s, scratch, nan);
+  const int kept = trace ? trace->entry[trace->next++].count : keep(block, p.score[0], s, scratch, nan);
   if (!kept) return;
   const int full = padded<T>(kept);
   std::fill(scratch.gradient, scratch.gradient + full, 0.0);
   std::fill(scratch.tail, scratch.tail + full, T(0));
-  double below = 0;  // weights of the groups up to this one: whoever is in its tail is in theirs
-  for (const Group<T>& g : p.groups) {
+  // Weights of the groups so far that have a tail here: they ascend, so whoever is in the tail of one is in all of theirs.
+  double below = 0;
+  V slope = X::set(0);
+  const auto in_tail = [&](int j, unsigned bits, V) {
+    if constexpr (!Smooth) {
+      X::store(scratch.tail + j, X::select(X::lanes(bits), slope, X::load(scratch.tail + j)));
+    }
+  };
+  const auto weigh = [&](const Group<T>& g) {
     for (int64_t i = g.begin; i < g.end; ++i) below += static_cast<double>(p.weight_negative[i]);
-    const V slope = X::set(static_cast<T>(s.exact_rho * below));
-    const int band = classify<Smooth>(scratch.kept, kept, p.score[g.begin], p.score[g.end - 1], s, scratch,
-                                      [&](int j, unsigned bits, V) {
-                                        if constexpr (!Smooth) {
-                                          const V old = X::load(scratch.tail + j);
-                                          X::store(scratch.tail + j, X::select(X::lanes(bits), slope, old));
-                                        }
-                                      });
-    if (!band || !g.finite) continue;
-    band_exponentials(band, g.centre, s, scratch);
-    int j = 0;
-    for (; j + 4 * X::kWidth <= band; j += 4 * X::kWidth) gradient_columns<Smooth, 4>(scratch, j, p, g, s);
-    for (; j < band; j += X::kWidth) gradient_columns<Smooth, 1>(scratch, j, p, g, s);
-    spread_band(kept, scratch);
+    slope = X::set(static_cast<T>(s.exact_rho * below));
+  };
+  if (trace) {
+    for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
+      const typename Trace<T>::Entry& entry = trace->entry[trace->next];
+      const Group<T>& g = p.groups[entry.group];
+      if (entry.above >= 0) {
+        weigh(g);
+        for (int j = 0; j < kept; j += X::kWidth) {
+          const unsigned bits = trace->bits[entry.above + j / X::kWidth];
+          if (bits) in_tail(j, bits, slope);
+        }
+      }
+      if (!entry.count) continue;
+      gradient_traced(trace->slope + entry.slopes, entry.count, scratch, p, g);
+      spread_band(kept, entry.band < 0 ? nullptr : trace->bits + entry.band, scratch);
+    }
+  } else {
+    const T top = highest(scratch.kept, kept);
+    for (const Group<T>& g : p.groups) {
+      const T low = p.score[g.begin], high = p.score[g.end - 1];
+      if (top - low < -s.cut) break;
+      const T distance = tail_distance<Smooth>(g, top, s);
+      if (distance < infinity<T>()) weigh(g);
+      const Classes<T> classes =
+          classify(scratch.kept, kept, top, low, high, distance, g.begin == 0, s, scratch, in_tail);
+      const int band = classes.count;
+      if (!band || !g.finite) continue;
+      band_exponentials(classes.band, band, g.centre, s, scratch);
+      int j = 0;
+      for (; j + 4 * X::kWidth <= band; j += 4 * X::kWidth) {
+        gradient_columns<Smooth, 4>(classes.band, scratch, j, p, g, s);
+      }
+      for (; j < band; j += X::kWidth) gradient_columns<Smooth, 1>(classes.band, scratch, j, p, g, s);
+      spread_band(kept, classes.all ? nullptr : scratch.band_bits, scratch);
+    }
   }
   const double to_slope = scale / s.tau;
   for (int j = 0; j < full; ++j) {
@@ -357,13 +467,13 @@ void gradient_block_as(const Block<T>& block, const Positives<T>& p, const Setti
 // keep() again, on scores that stand in the cache.
 template <typename T>
 void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
-                    T* out) {
+                    T* out, Trace<T>* trace) {
   using X = Vec<T>;
   using V = typename X::V;
   if (s.surrogate == Surrogate::kSmooth) {
-    gradient_block_as<true>(block, p, s, scale, scratch);
+    gradient_kept<true>(block, p, s, scale, scratch, trace);
   } else {
-    gradient_block_as<false>(block, p, s, scale, scratch);
+    gradient_kept<false>(block, p, s, scale, scratch, trace);
   }
   const V floor = X::set(-s.cut), low = X::set(p.score[0]);
   constexpr unsigned kLanes = (1u << X::kWidth) - 1;
@@ -393,27 +503,26 @@ void rank_positives(const Positives<T>& p, int64_t first, int64_t last, const Se
   for (int64_t piece = 0; piece < p.size(); piece += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, p.size() - piece));
     std::copy_n(p.score.data() + piece, count, scratch.kept);
+    const T top = scratch.kept[count - 1];
     for (int64_t index = first; index < last; ++index) {
       const Group<T>& g = p.groups[index];
-      const bool finite = g.finite;
-      int64_t above = 0;
-      const int band =
-          classify<true>(scratch.kept, count, p.score[g.begin], p.score[g.end - 1], s, scratch,
-                         [&](int, unsigned bits, typename Vec<T>::V) { above += __builtin_popcount(bits); });
+      const Classes<T> classes = classify(scratch.kept, count, top, p.score[g.begin], p.score[g.end - 1], s.cut, false,
+                                          s, scratch, [](int, unsigned, typename Vec<T>::V) {});
       // The pieces ascend, so what lies before the band was skipped, and self stands at i - before.
-      const int64_t before = piece + count - above - band;
-      if (finite && band) band_exponentials(band, g.centre, s, scratch);
+      const int64_t before = piece + count - classes.above - classes.count;
+      if (g.finite && classes.count) band_exponentials(classes.band, classes.count, g.centre, s, scratch);
       for (int64_t i = g.begin; i < g.end; ++i) {
-        rank[i] += static_cast<double>(above);
+        rank[i] += classes.above;
         const int64_t self = i - before;
-        const bool here = self >= 0 && self < band;
-        if (!finite) {
-          rank[i] += 0.5 * (band - (here ? 1 : 0));
-        } else if (band) {
-          const T kept = here ? scratch.band_exponential[self] : T(0);
+        const bool here = self >= 0 && self < classes.count;
+        if (!g.finite) {
+          rank[i] += 0.5 * (classes.count - (here ? 1 : 0));
+        } else if (classes.count) {
+          const T own = here ? scratch.band_exponential[self] : T(0);
           if (here) scratch.band_exponential[self] = kVanish<T>;  // self is left out, not subtracted
-          rank_rows<true, false, 1>(scratch, band, &p.score[i], &p.exponential[i], s, rank + i, nullptr);
-          if (here) scratch.band_exponential[self] = kept;
+          rank_rows<true, false, false, 1>(classes.band, scratch.band_exponential, classes.count, &p.score[i],
+                                           &p.exponential[i], s, rank + i, nullptr, static_cast<T*>(nullptr));
+          if (here) scratch.band_exponential[self] = own;
         }
       }
     }
@@ -430,17 +539,17 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
   const int count = static_cast<int>(end - begin);
   std::copy_n(p.score.data() + begin, count, scratch.kept);
   std::fill(scratch.gradient, scratch.gradient + padded<T>(count), 0.0);
+  const T top = scratch.kept[count - 1];
   for (const Group<T>& g : p.groups) {
     if (!g.finite) continue;
-    int above = 0;
-    const int band = classify<true>(scratch.kept, count, p.score[g.begin], p.score[g.end - 1], s, scratch,
-                                    [&](int, unsigned bits, V) { above += __builtin_popcount(bits); });
+    const Classes<T> classes = classify(scratch.kept, count, top, p.score[g.begin], p.score[g.end - 1], s.cut, false, s,
+                                        scratch, [](int, unsigned, V) {});
+    const int band = classes.count;
     if (!band) continue;
-    band_exponentials(band, g.centre, s, scratch);
-    const int before = count - above - band;
-    for (int j = 0; j < padded<T>(band); ++j) {
-      scratch.band_weight[j] = j < band ? p.weight_positive[begin + before + j] : T(0);
-    }
+    band_exponentials(classes.band, band, g.centre, s, scratch);
+    const int64_t before = begin + count - classes.above - band;
+    std::copy_n(p.weight_positive.data() + before, band, scratch.band_weight);
+    X::store(scratch.band_weight + band, X::set(0));
     for (int j = 0; j < band; j += X::kWidth) {
       const V ev = X::load(scratch.band_exponential + j), own = X::load(scratch.band_weight + j);
       V sum = X::set(0);
@@ -450,7 +559,7 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
       }
       X::store(scratch.band_gradient + j, sum);
     }
-    spread_band(count, scratch);
+    spread_band(count, scratch.band_bits, scratch);
   }
   for (int j = 0; j < count; ++j) out[j] = scratch.gradient[j] / s.tau;
 }

@@ -44,6 +44,7 @@ struct Vec<float> {
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V product_error(V a, V b, V p) { return _mm256_fmsub_ps(a, b, p); }
   static V reciprocal(V x) { return _mm256_div_ps(_mm256_set1_ps(1), x); }  // rcpps with one step is 2 ulp off
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V clamp(V x, T limit) { return _mm256_max_ps(_mm256_min_ps(x, set(limit)), set(-limit)); }
   static Bits greater(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static Bits greater_equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
@@ -89,6 +90,7 @@ struct Vec<double> {
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static V product_error(V a, V b, V p) { return _mm256_fmsub_pd(a, b, p); }
   static V reciprocal(V x) { return _mm256_div_pd(_mm256_set1_pd(1), x); }
+  static V max(V a, V b) { return _mm256_max_pd(a, b); }
   static V clamp(V x, T limit) { return _mm256_max_pd(_mm256_min_pd(x, set(limit)), set(-limit)); }
   static Bits greater(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_GT_OQ); }
   static Bits greater_equal(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_GE_OQ); }

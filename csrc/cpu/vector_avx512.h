@@ -23,6 +23,7 @@ struct Vec<float> {
     const V r = _mm512_rcp14_ps(x);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(x, r, _mm512_set1_ps(1)), r, r);
   }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V clamp(V x, T limit) { return _mm512_max_ps(_mm512_min_ps(x, set(limit)), set(-limit)); }
   static Bits greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static Bits greater_equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -62,6 +63,7 @@ struct Vec<double> {
   static V mul_add(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static V product_error(V a, V b, V p) { return _mm512_fmsub_pd(a, b, p); }
   static V reciprocal(V x) { return _mm512_div_pd(_mm512_set1_pd(1), x); }
+  static V max(V a, V b) { return _mm512_max_pd(a, b); }
   static V clamp(V x, T limit) { return _mm512_max_pd(_mm512_min_pd(x, set(limit)), set(-limit)); }
   static Bits greater(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
   static Bits greater_equal(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }

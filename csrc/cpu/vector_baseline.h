@@ -33,6 +33,7 @@ struct Vec {
     return ((ah * bh - p) + ah * bl + al * bh) + al * bl;
   }
   static V reciprocal(V x) { return set(1) / x; }
+  static V max(V a, V b) { return select(a > b, a, b); }
   static V clamp(V x, T limit) {
     x = select(x > set(limit), set(limit), x);
     return select(x < set(-limit), set(-limit), x);
