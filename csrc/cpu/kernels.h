@@ -55,7 +55,7 @@ struct Trace {
     int64_t group;
     int count;          // elements in the band; of a block's first entry, elements kept
     int slopes;         // where their slopes begin, [positives of the group, padded count]
-    int band, above;    // where the words of bits begin, -1 for all and for none of the kept elements
+    int band, above;    // where their words of bits begin, -1 for all and for none; of a block's first entry, kept_bits
   };
   alignas(64) T slope[kSlopes + kPad];
   uint16_t bits[kBits];
@@ -76,6 +76,11 @@ struct Trace {
     slopes += static_cast<int>(new_slopes);
     return &entry[entries++];
   }
+  // Whether the block at `next` has one entry more, whose band is all that was kept.
+  bool single() const {
+    return next < entries && entry[next].group >= 0 && entry[next].band < 0 && entry[next].count > 0 &&
+           (next + 1 == entries || entry[next + 1].group < 0);
+  }
   int add_bits(const uint16_t* from, int count) {
     std::memcpy(bits + words, from, count * sizeof(uint16_t));
     words += count;
@@ -95,7 +100,8 @@ struct Scratch {
   alignas(64) double gradient[kBlock + kPad];  // slope from bands, in units of 1 / tau
   alignas(64) T score[kBlock + kPad];        // a block widened from a half type
   alignas(64) T out[kBlock + kPad];          // its gradient before narrowing
-  uint16_t band_bits[kBlock / 2];            // which kept elements are in the band, a word a vector
+  uint16_t kept_bits[kBlock / 2];            // which columns of the block are kept, a word a vector
+  uint16_t band_bits[kBlock / 2];            // which kept elements are in the band
   uint16_t above_bits[kBlock / 2];           // which are in the tail
   uint64_t positive[kWords];
   uint64_t negative[kWords];

@@ -42,11 +42,10 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
   const V magic = X::set(kFloat ? T(12582912.0) : T(6755399441055744.0));
   const V shifted = X::mul_add(high, X::set(T(1.4426950408889634)), magic);
   const V n = shifted - magic;
-  // ln 2 in two parts; the first has few enough bits that n times it is exact.
-  const V ln2_high = X::set(kFloat ? T(0.693359375) : T(6.93145751953125e-1));
-  const V ln2_low = X::set(kFloat ? T(-2.12194440054690583e-4) : T(1.42860682030941723212e-6));
-  V r = high - n * ln2_high;
-  r = (r - n * ln2_low) + low;
+  // -ln 2 in two parts; the first has few enough bits that n times it is exact.
+  const V ln2_high = X::set(kFloat ? T(-0.693359375) : T(-6.93145751953125e-1));
+  const V ln2_low = X::set(kFloat ? T(2.12194440054690583e-4) : T(-1.42860682030941723212e-6));
+  const V r = X::mul_add(n, ln2_low, X::mul_add(n, ln2_high, high)) + low;
   // Taylor: the next term is below 5e-9 (float) and 5e-18 (double) for |r| <= 0.35.
   constexpr int kDegree = kFloat ? 7 : 13;
   constexpr double kInverseFactorial[14] = {1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
@@ -62,8 +61,9 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
   return p * scale;
 }
 
-// e^((a - b) / tau), clamped. The difference and the product with 1 / tau carry their rounding errors along: without
-// them an exponent of 50 would be off by 3e-6.
+// e^((a - b) / tau). The difference and the product with 1 / tau carry their rounding errors along: without them an
+// exponent of 50 would be off by 3e-6. b may lie far above a, where the exponent stops at -exponent_max; it does not lie
+// further below than skipping allows.
 template <typename T>
 typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>::V b, const Settings<T>& s) {
   using X = Vec<T>;
@@ -72,15 +72,15 @@ typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>:
   const V b_used = a - d;
   const V a_used = d + b_used;
   const V lost = (a - a_used) - (b - b_used);
-  d = X::clamp(d, s.exponent_max * static_cast<T>(s.tau));
+  d = X::max(d, X::set(-s.exponent_max * static_cast<T>(s.tau)));
   const V rate = X::set(s.rate_hi);
   const V high = d * rate;
-  const V low = X::product_error(d, rate, high) + (d * X::set(s.rate_lo) + lost * rate);
-  return exponential<T>(X::clamp(high, s.exponent_max), X::clamp(low, T(0.5)));
+  const V low = X::mul_add(lost, rate, X::mul_add(d, X::set(s.rate_lo), X::product_error(d, rate, high)));
+  return exponential<T>(high, X::clamp(low, T(0.5)));  // large only where d was cut off
 }
 
-// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf. The
-// test is the group's own (below), so that what is dropped here no group would have kept.
+// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf, and
+// marked in scratch.kept_bits. The test is the group's own (below), so that what is dropped here no group would have kept.
 template <typename T>
 int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
   using X = Vec<T>;
@@ -90,11 +90,12 @@ int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scra
   unsigned unordered = 0;
   for (int j = 0; j < block.count; j += X::kWidth) {
     const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64)) & kLanes;
-    if (!negative) continue;
     const int left = block.count - j;
     const auto v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
     unordered |= X::bits(X::unordered(v)) & negative;
     const unsigned bits = X::bits(X::not_less(v - low, floor)) & negative;
+    scratch.kept_bits[j / X::kWidth] = static_cast<uint16_t>(bits);
+    if (!bits) continue;
     X::compress(scratch.kept + kept, v, bits);
     kept += __builtin_popcount(bits);
   }
@@ -280,7 +281,12 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
   bool nan = false;
   const int kept = keep(block, p.score[p.groups[first].begin], s, scratch, nan);
   if (nan) return true;
-  if (trace && !trace->add(-1, kept, 0, 0)) trace = nullptr;
+  const int vectors = padded<T>(block.count) / X::kWidth;
+  if (typename Trace<T>::Entry* entry = trace ? trace->add(-1, kept, 0, vectors) : nullptr) {
+    entry->band = trace->add_bits(scratch.kept_bits, vectors);
+  } else {
+    trace = nullptr;
+  }
   const T top = highest(scratch.kept, kept);
   for (int64_t index = first; index < last && kept; ++index) {
     const Group<T>& g = p.groups[index];
@@ -408,6 +414,15 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   const int kept = trace ? trace->entry[trace->next++].count : keep(block, p.score[0], s, scratch, nan);
   if (!kept) return;
   const int full = padded<T>(kept);
+  const double to_slope = scale / s.tau;
+  if (trace && trace->single()) {  // one group, all of whose elements met it in the band: the general case, shortened
+    const typename Trace<T>::Entry& entry = trace->entry[trace->next++];
+    gradient_traced(trace->slope + entry.slopes, entry.count, scratch, p, p.groups[entry.group]);
+    for (int j = 0; j < full; ++j) {
+      scratch.kept[j] = static_cast<T>(static_cast<double>(scratch.band_gradient[j]) * to_slope);
+    }
+    return;
+  }
   std::fill(scratch.gradient, scratch.gradient + full, 0.0);
   std::fill(scratch.tail, scratch.tail + full, T(0));
   // Weights of the groups so far that have a tail here: they ascend, so whoever is in the tail of one is in all of theirs.
@@ -457,36 +472,27 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
       spread_band(kept, classes.all ? nullptr : scratch.band_bits, scratch);
     }
   }
-  const double to_slope = scale / s.tau;
   for (int j = 0; j < full; ++j) {
     scratch.kept[j] = static_cast<T>(scratch.gradient[j] * to_slope + static_cast<double>(scratch.tail[j]) * scale);
   }
 }
 
-// Unpacks the gradients of the kept elements over the block, zero elsewhere; who was kept is decided by the test of
-// keep() again, on scores that stand in the cache.
+// Unpacks the gradients of the kept elements over the block, zero elsewhere.
 template <typename T>
 void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
                     T* out, Trace<T>* trace) {
   using X = Vec<T>;
-  using V = typename X::V;
+  const uint16_t* const kept_bits = trace ? trace->bits + trace->entry[trace->next].band : scratch.kept_bits;
   if (s.surrogate == Surrogate::kSmooth) {
     gradient_kept<true>(block, p, s, scale, scratch, trace);
   } else {
     gradient_kept<false>(block, p, s, scale, scratch, trace);
   }
-  const V floor = X::set(-s.cut), low = X::set(p.score[0]);
-  constexpr unsigned kLanes = (1u << X::kWidth) - 1;
   int front = 0;
   for (int j = 0; j < block.count; j += X::kWidth) {
     const int left = block.count - j;
-    const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64)) & kLanes;
-    unsigned bits = 0;
-    if (negative) {
-      const V v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
-      bits = X::bits(X::not_less(v - low, floor)) & negative;
-    }
-    const V g = X::expand(X::load(scratch.kept + front), bits);
+    const unsigned bits = kept_bits[j / X::kWidth];
+    const auto g = X::expand(X::load(scratch.kept + front), bits);
     front += __builtin_popcount(bits);
     if (left >= X::kWidth) {
       X::store(out + j, g);
