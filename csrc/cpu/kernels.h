@@ -29,8 +29,10 @@ template <typename T>
 struct Positives {
   std::vector<T> score;            // [P]
   std::vector<T> exponential;      // [P]  e^((u - centre) / tau)
-  std::vector<T> weight_negative;  // [P]  dloss/drank- of each
-  std::vector<T> weight_positive;  // [P]  dloss/drank+ of each (smooth only)
+  std::vector<double> weight;      // [P]  dloss/drank- of each
+  std::vector<T> weight_negative;  // [P]  the same in units of `unit`
+  std::vector<T> weight_positive;  // [P]  dloss/drank+ of each in units of `unit` (smooth only)
+  double unit = 1;                 // the largest weight: equal weights, common where scores are tied, then are exact
   std::vector<Group<T>> groups;
 
   int64_t size() const { return static_cast<int64_t>(score.size()); }
@@ -96,7 +98,8 @@ struct Scratch {
   alignas(64) T band_exponential[kBlock + kPad];
   alignas(64) T band_weight[kBlock + kPad];
   alignas(64) T band_gradient[kBlock + kPad];
-  alignas(64) T tail[kBlock + kPad];         // slope from the groups that have the element in their tail
+  alignas(64) T tail[kBlock + kPad];         // in the tails of how many groups an element is
+  std::vector<double> tail_slope;              // the slope that so many tails give, scaled
   alignas(64) double gradient[kBlock + kPad];  // slope from bands, in units of 1 / tau
   alignas(64) T score[kBlock + kPad];        // a block widened from a half type
   alignas(64) T out[kBlock + kPad];          // its gradient before narrowing

@@ -67,6 +67,7 @@ struct Row {
   Positives<T> p;
   std::vector<int64_t> column;    // [P]  ascending
   std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
+  std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
   std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
   std::vector<std::pair<T, int64_t>> order;                           // [P]  score, k
   std::vector<double> partial;                                        // [spans, 2, P]
@@ -133,6 +134,7 @@ class Pass {
     Positives<T>& p = row.p;
     p.score.resize(size);
     p.exponential.resize(size);
+    p.weight.resize(size);
     p.weight_negative.resize(size);
     p.weight_positive.resize(smooth_ ? size : 0);
     row.position.resize(size);
@@ -192,9 +194,8 @@ class Pass {
       std::fill(out, out + (end - begin), 0.0);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const double own = static_cast<double>(row.p.weight_negative[i]);
       // A pair without slope carries nothing back, whatever arrives.
-      if (row.slope[i] != 0) row.gradient[i] -= own * row.slope[i];
+      if (row.slope[i] != 0) row.gradient[i] -= row.p.weight[i] * row.slope[i];
     }
   }
 
@@ -265,22 +266,45 @@ class Pass {
   const bool smooth_, slope_;
 };
 
+// The weights of the ranks, weight(i) = {dloss/drank-, dloss/drank+}, in the forms that the kernels take.
+template <typename T, typename Weight>
+void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
+  Positives<T>& p = row.p;
+  double unit = 0;
+  for (int64_t i = 0; i < row.size(); ++i) {
+    const std::pair<double, double> w = weight(i);
+    p.weight[i] = w.first;
+    unit = std::max({unit, std::fabs(w.first), smooth ? std::fabs(w.second) : 0.0});
+  }
+  p.unit = unit > 0 && std::isfinite(unit) ? unit : 1;
+  for (int64_t i = 0; i < row.size(); ++i) {
+    p.weight_negative[i] = static_cast<T>(p.weight[i] / p.unit);
+    if (smooth) p.weight_positive[i] = static_cast<T>(weight(i).second / p.unit);
+  }
+}
+
 // The loss of a row and the weights of its ranks: AP = mean of rank+ / (rank+ + rank-).
 template <typename T>
 double ap_weights(Row<T>& row, bool smooth) {
   if (row.nan) return std::numeric_limits<double>::quiet_NaN();
   const int64_t size = row.size();
   if (!size) return 0;
-  double loss = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const double positive = row.rank_positive[i], negative = row.rank_negative[i], rank = positive + negative;
-    // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
-    const double miss = std::isinf(negative) ? 1 : negative / rank;
-    loss += miss;
-    // Divided twice: rank squared can overflow.
-    row.p.weight_negative[i] = static_cast<T>(positive / rank / (rank * static_cast<double>(size)));
-    if (smooth) row.p.weight_positive[i] = static_cast<T>(-miss / (rank * static_cast<double>(size)));
+  // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
+  const auto miss = [&](int64_t i) {
+    const double negative = row.rank_negative[i];
+    return std::isinf(negative) ? 1.0 : negative / (row.rank_positive[i] + negative);
+  };
+  double loss = 0, lost = 0;
+  for (int64_t i = 0; i < size; ++i) {  // Kahan's sum: float64 losses have no wider type to be summed in
+    const double share = miss(i) - lost, sum = loss + share;
+    lost = (sum - loss) - share;
+    loss = sum;
   }
+  set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
+    const double rank = row.rank_positive[i] + row.rank_negative[i], all = static_cast<double>(size);
+    // Divided twice: rank squared can overflow.
+    return {row.rank_positive[i] / rank / (rank * all), -miss(i) / (rank * all)};
+  });
   return loss / static_cast<double>(size);
 }
 
@@ -290,7 +314,7 @@ template <typename T>
 double half_scale(const Row<T>& row, const Pass<T>& pass) {
   double sum = 0, largest = 0;
   for (int64_t i = 0; i < row.size(); ++i) {
-    sum += std::fabs(static_cast<double>(row.p.weight_negative[i]));
+    sum += std::fabs(row.p.weight[i]);
     largest = std::max(largest, std::fabs(row.gradient[i]));
   }
   const Settings<T>& s = pass.settings();
@@ -475,13 +499,17 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
   run_rows(
       pass, parallel, false,
       [&](Row<T>& row) {
+        row.ordinal.resize(row.size());
+        const int64_t first = in.first[row.index];
         for (int64_t k = 0; k < row.size(); ++k) {
-          const int64_t at = in.first[row.index] + k, i = row.position[k];
-          row.p.weight_negative[i] = in.negative_weight[at];
-          if (pass.smooth()) row.p.weight_positive[i] = in.positive_weight ? in.positive_weight[at] : T(0);
-          row.slope[i] = static_cast<double>(in.slope[at]);
-          row.nan |= in.slope[at] != in.slope[at];  // the forward pass met a NaN score
+          row.ordinal[row.position[k]] = k;
+          row.slope[row.position[k]] = static_cast<double>(in.slope[first + k]);
+          row.nan |= in.slope[first + k] != in.slope[first + k];  // the forward pass met a NaN score
         }
+        set_weights(row, pass.smooth(), [&](int64_t i) -> std::pair<double, double> {
+          const int64_t at = first + row.ordinal[i];
+          return {in.negative_weight[at], in.positive_weight ? in.positive_weight[at] : 0};
+        });
       },
       in.gradient, static_cast<T*>(nullptr));
 }

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTile = 16;
 // Up to so many positives meet the tail pair by pair: see tail_distance().
 constexpr int64_t kFew = 4;
 // Group sizes are bounded so that the gradient's float32 sums over a group stay short, too.
@@ -129,13 +129,12 @@ struct Classes {
 };
 
 // Distance above the highest positive of the group from which its pairs need no curve: sup is linear there, smooth is 1
-// to half an ulp. A few positives meet the tail pair by pair, which costs less than to separate it; not where it is
-// infinite, whose products with rho = 0 need care. The choice rests on the group and the block's negatives alone, so that
-// it is the same however a row is split.
+// to half an ulp. A few positives meet the tail pair by pair, which costs less than to separate it. The choice rests on
+// the group alone, so that it is the same however a row is split.
 template <bool Smooth, typename T>
-T tail_distance(const Group<T>& g, T top, const Settings<T>& s) {
+T tail_distance(const Group<T>& g, const Settings<T>& s) {
   if (Smooth) return s.cut;
-  return g.end - g.begin > kFew || !std::isfinite(top) || !g.finite ? s.delta : infinity<T>();
+  return g.end - g.begin > kFew || !g.finite ? s.delta : infinity<T>();
 }
 
 // Splits n kept elements, the highest of which is `top`, for one group. `tail(j, bits, v)` is called for each vector with
@@ -173,51 +172,100 @@ void band_exponentials(const T* values, int count, T centre, const Settings<T>& 
   X::store(scratch.band_exponential + count, X::set(kVanish<T>));
 }
 
+// rho (t - delta) + offset over `count` pairs whose gaps add up to `gaps`. rho = 0 stands for a flat tail, whatever the
+// distance: 0 times infinity is not meant.
 template <typename T>
-double lane_sum(typename Vec<T>::V v) {
-  double lanes[Vec<T>::kWidth] = {};
-  Vec<T>::accumulate(lanes, v);
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+double tail_value(double gaps, double count, const Settings<T>& s) {
+  const double linear = s.exact_rho == 0 ? 0 : s.exact_rho * (gaps - count * s.exact_delta);
+  return linear + s.exact_offset * count;
 }
 
-// H- and tau H-' of a vector of pairs. v - u decides; product = e^(-(v - u) / tau).
-template <bool Smooth, bool Slope, typename T>
-struct Pair {
+// A sum a lane in float64, flushed from short sums in T. Sums in float64 carry their rounding errors along (Knuth's
+// two-sum): a plain one over a long row would lose to PyTorch's pairwise sums.
+template <typename T>
+struct LaneSum {
   using X = Vec<T>;
-  using V = typename X::V;
-  const V one, delta, rho, rho_tau, start, offset;
+  static constexpr bool kCompensate = sizeof(T) == 8;
+  double lanes[X::kWidth] = {};
+  double errors[kCompensate ? X::kWidth : 1] = {};
 
-  explicit Pair(const Settings<T>& s)
-      : one(X::set(1)),
-        delta(X::set(s.delta)),
-        rho(X::set(s.rho)),
-        rho_tau(X::set(s.rho_tau)),
-        start(X::set(s.start)),
-        offset(X::set(s.offset)) {}
-
-  void operator()(V v, V ev, V u, V eu, V& value, V& slope) const {
-    const V r = X::reciprocal(X::mul_add(ev, eu, one));
-    const V curve = Slope ? r - r * r : r;
-    if constexpr (Smooth) {
-      value = r;
-      if constexpr (Slope) slope = curve;
+  void add(typename X::V v) {
+    if constexpr (kCompensate) {
+      const auto old = X::load(lanes), sum = old + v;
+      const auto v_used = sum - old;
+      const auto error = (old - (sum - v_used)) + (v - v_used);
+      X::store(lanes, sum);
+      X::store(errors, X::load(errors) + X::select(X::unordered(error), X::set(0), error));  // infinite sums have none
     } else {
-      const V t = v - u;
-      const V past = t - delta;
-      const auto tail = X::greater(past, X::set(0));
-      const V below = X::add_where(X::greater_equal(t, X::set(0)), r, start);
-      value = X::select(tail, X::mul_add(rho, past, offset), below);
-      if constexpr (Slope) slope = X::select(tail, rho_tau, curve);
+      X::accumulate(lanes, v);
     }
   }
+  double total() const {
+    double sum = 0;
+    for (int lane = 0; lane < X::kWidth; ++lane) sum += lanes[lane];
+    if constexpr (kCompensate) {
+      for (int lane = 0; lane < X::kWidth; ++lane) sum += errors[lane];
+    }
+    return sum;
+  }
+};
 
-  V slope_only(V v, V ev, V u, V eu) const {
-    const V r = X::reciprocal(X::mul_add(ev, eu, one));
-    const V curve = r - r * r;
-    if constexpr (Smooth) return curve;
-    return X::select(X::greater(v - u, delta), rho_tau, curve);
+// sigma of a vector of pairs, from the exponentials of its elements: product = e^(-(v - u) / tau).
+template <typename T>
+typename Vec<T>::V sigma(typename Vec<T>::V ev, typename Vec<T>::V eu) {
+  return Vec<T>::reciprocal(Vec<T>::mul_add(ev, eu, Vec<T>::set(1)));
+}
+
+// sigma (1 - sigma). Near 1 the short form loses the digits that float64 is asked for.
+template <typename T>
+typename Vec<T>::V sigma_slope(typename Vec<T>::V ev, typename Vec<T>::V eu, typename Vec<T>::V r) {
+  if constexpr (sizeof(T) == 8) return ev * eu * r * r;
+  return Vec<T>::negative_mul_add(r, r, r);
+}
+
+// tau H-' of a vector of pairs.
+template <bool Smooth, typename T>
+typename Vec<T>::V pair_slope(typename Vec<T>::V v, typename Vec<T>::V ev, typename Vec<T>::V u, typename Vec<T>::V eu,
+                              typename Vec<T>::V delta, typename Vec<T>::V rho_tau) {
+  using X = Vec<T>;
+  const auto r = sigma<T>(ev, eu);
+  const auto curve = sigma_slope<T>(ev, eu, r);
+  if constexpr (Smooth) return curve;
+  return X::select(X::greater(v - u, delta), rho_tau, curve);
+}
+
+// The sums of one positive over a band. Above the knee only counts and gaps are summed, and the steps at 0 are counted:
+// rho, delta, start and offset then multiply exact numbers once, in float64.
+template <bool Smooth, bool Slope, typename T>
+struct PairSums {
+  using X = Vec<T>;
+  using V = typename X::V;
+  V curve, slope, steps, tails, gaps;
+
+  void clear() { curve = slope = steps = tails = gaps = X::set(0); }
+
+  // Adds a vector of pairs. Returns its slopes.
+  V add(V v, V ev, V u, V eu, V delta, V rho_tau) {
+    const V zero = X::set(0), one = X::set(1);
+    const V r = sigma<T>(ev, eu);
+    V d = zero;
+    if constexpr (Slope) d = sigma_slope<T>(ev, eu, r);
+    if constexpr (Smooth) {
+      curve = curve + r;
+      if constexpr (Slope) slope = slope + d;
+    } else {
+      const V t = v - u;
+      const auto tail = X::greater(t, delta);
+      curve = X::add_unless(tail, curve, r);
+      steps = X::add_where(X::greater_equal(t, zero), steps, one);
+      tails = X::add_where(tail, tails, one);
+      gaps = X::add_where(tail, gaps, t);
+      if constexpr (Slope) {
+        slope = X::add_unless(tail, slope, d);
+        d = X::select(tail, rho_tau, d);
+      }
+    }
+    return d;
   }
 };
 
@@ -228,31 +276,47 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
                double* rank, double* slope, T* trace) {
   using X = Vec<T>;
   using V = typename X::V;
-  const Pair<Smooth, Slope, T> pair(s);
   const int stride = padded<T>(band);
+  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   V score[Rows], exponential[Rows];
   for (int i = 0; i < Rows; ++i) {
     score[i] = X::set(u[i]);
     exponential[i] = X::set(eu[i]);
   }
+  LaneSum<T> curves[Rows], slopes[Rows], steps[Rows], tails[Rows], gaps[Rows];
   for (int tile = 0; tile < band; tile += kTile * X::kWidth) {
     const int end = std::min(band, tile + kTile * X::kWidth);
-    V ranks[Rows], slopes[Rows];
-    for (int i = 0; i < Rows; ++i) ranks[i] = slopes[i] = X::set(0);
+    PairSums<Smooth, Slope, T> sums[Rows];
+    for (int i = 0; i < Rows; ++i) sums[i].clear();
     for (int j = tile; j < end; j += X::kWidth) {
       const V v = X::load(values + j), ev = X::load(exponentials + j);
       for (int i = 0; i < Rows; ++i) {
-        V value, curve;
-        pair(v, ev, score[i], exponential[i], value, curve);
-        ranks[i] = ranks[i] + value;
-        if constexpr (Slope) slopes[i] = slopes[i] + curve;
-        if constexpr (Store) X::store(trace + i * stride + j, curve);
+        const V d = sums[i].add(v, ev, score[i], exponential[i], delta, rho_tau);
+        if constexpr (Store) X::store(trace + i * stride + j, d);
       }
     }
     for (int i = 0; i < Rows; ++i) {
-      rank[i] += lane_sum<T>(ranks[i]);
-      if constexpr (Slope) slope[i] += lane_sum<T>(slopes[i]) / s.tau;
+      curves[i].add(sums[i].curve);
+      if constexpr (Slope) slopes[i].add(sums[i].slope);
+      if constexpr (!Smooth) {
+        steps[i].add(sums[i].steps);
+        tails[i].add(sums[i].tails);
+        gaps[i].add(sums[i].gaps);
+      }
     }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    double value = curves[i].total();
+    if constexpr (Slope) slope[i] += slopes[i].total() / s.tau;
+    if constexpr (!Smooth) {
+      const double count = tails[i].total();
+      value += s.exact_start * (steps[i].total() - count);
+      if (count != 0) {
+        value += tail_value(gaps[i].total(), count, s);
+        if constexpr (Slope) slope[i] += s.exact_rho * count;
+      }
+    }
+    rank[i] += value;
   }
 }
 
@@ -292,12 +356,10 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
     const Group<T>& g = p.groups[index];
     const T low = p.score[g.begin], high = p.score[g.end - 1];
     if (top - low < -s.cut) break;  // nor does it reach any higher group
-    double lanes[X::kWidth] = {};
+    LaneSum<T> tail_sum;
     const Classes<T> classes =
-        classify(scratch.kept, kept, top, low, high, tail_distance<Smooth>(g, top, s), index == first, s, scratch,
-                 [&](int, unsigned bits, typename X::V v) {
-                   X::accumulate(lanes, X::select(X::lanes(bits), v, X::set(0)));
-                 });
+        classify(scratch.kept, kept, top, low, high, tail_distance<Smooth>(g, s), index == first, s, scratch,
+                 [&](int, unsigned bits, typename X::V v) { tail_sum.add(X::select(X::lanes(bits), v, X::set(0))); });
     const int band = g.finite ? classes.count : 0;
     const int words = padded<T>(kept) / X::kWidth;
     typename Trace<T>::Entry* entry = nullptr;
@@ -308,17 +370,12 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
     if (entry && !classes.all) entry->band = trace->add_bits(scratch.band_bits, words);
     if (entry && classes.above) entry->above = trace->add_bits(scratch.above_bits, words);
     if (classes.above) {
-      double sum = 0;
-      for (double lane : lanes) sum += lane;
-      const double count = classes.above;
+      const double sum = tail_sum.total(), count = classes.above;
       for (int64_t i = g.begin; i < g.end; ++i) {
         if constexpr (Smooth) {
           sums.rank[i] += count;
         } else {
-          // rho = 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
-          const double linear =
-              s.exact_rho == 0 ? 0 : s.exact_rho * (sum - count * (static_cast<double>(p.score[i]) + s.exact_delta));
-          sums.rank[i] += linear + s.exact_offset * count;
+          sums.rank[i] += tail_value(sum - count * static_cast<double>(p.score[i]), count, s);
           if constexpr (Slope) sums.slope[i] += s.exact_rho * count;
         }
       }
@@ -358,7 +415,7 @@ void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positiv
                       const Settings<T>& s) {
   using X = Vec<T>;
   using V = typename X::V;
-  const Pair<Smooth, true, T> pair(s);
+  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   V v[Columns], ev[Columns], sum[Columns];
   for (int k = 0; k < Columns; ++k) {
     v[k] = X::load(values + j + k * X::kWidth);
@@ -367,7 +424,9 @@ void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positiv
   }
   for (int64_t i = g.begin; i < g.end; ++i) {
     const V u = X::set(p.score[i]), eu = X::set(p.exponential[i]), w = X::set(p.weight_negative[i]);
-    for (int k = 0; k < Columns; ++k) sum[k] = X::mul_add(w, pair.slope_only(v[k], ev[k], u, eu), sum[k]);
+    for (int k = 0; k < Columns; ++k) {
+      sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v[k], ev[k], u, eu, delta, rho_tau), sum[k]);
+    }
   }
   for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sum[k]);
 }
@@ -414,7 +473,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   const int kept = trace ? trace->entry[trace->next++].count : keep(block, p.score[0], s, scratch, nan);
   if (!kept) return;
   const int full = padded<T>(kept);
-  const double to_slope = scale / s.tau;
+  const double to_slope = scale * p.unit / s.tau;
   if (trace && trace->single()) {  // one group, all of whose elements met it in the band: the general case, shortened
     const typename Trace<T>::Entry& entry = trace->entry[trace->next++];
     gradient_traced(trace->slope + entry.slopes, entry.count, scratch, p, p.groups[entry.group]);
@@ -425,17 +484,19 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   }
   std::fill(scratch.gradient, scratch.gradient + full, 0.0);
   std::fill(scratch.tail, scratch.tail + full, T(0));
-  // Weights of the groups so far that have a tail here: they ascend, so whoever is in the tail of one is in all of theirs.
-  double below = 0;
-  V slope = X::set(0);
+  // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it all.
+  double weights = 0;
+  V tails = X::set(0);
+  scratch.tail_slope.assign(1, 0.0);
   const auto in_tail = [&](int j, unsigned bits, V) {
     if constexpr (!Smooth) {
-      X::store(scratch.tail + j, X::select(X::lanes(bits), slope, X::load(scratch.tail + j)));
+      X::store(scratch.tail + j, X::select(X::lanes(bits), tails, X::load(scratch.tail + j)));
     }
   };
   const auto weigh = [&](const Group<T>& g) {
-    for (int64_t i = g.begin; i < g.end; ++i) below += static_cast<double>(p.weight_negative[i]);
-    slope = X::set(static_cast<T>(s.exact_rho * below));
+    for (int64_t i = g.begin; i < g.end; ++i) weights += p.weight[i];
+    tails = X::set(static_cast<T>(scratch.tail_slope.size()));
+    scratch.tail_slope.push_back(s.exact_rho * weights * static_cast<double>(scale));
   };
   if (trace) {
     for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
@@ -445,7 +506,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
         weigh(g);
         for (int j = 0; j < kept; j += X::kWidth) {
           const unsigned bits = trace->bits[entry.above + j / X::kWidth];
-          if (bits) in_tail(j, bits, slope);
+          if (bits) in_tail(j, bits, tails);
         }
       }
       if (!entry.count) continue;
@@ -457,7 +518,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
     for (const Group<T>& g : p.groups) {
       const T low = p.score[g.begin], high = p.score[g.end - 1];
       if (top - low < -s.cut) break;
-      const T distance = tail_distance<Smooth>(g, top, s);
+      const T distance = tail_distance<Smooth>(g, s);
       if (distance < infinity<T>()) weigh(g);
       const Classes<T> classes =
           classify(scratch.kept, kept, top, low, high, distance, g.begin == 0, s, scratch, in_tail);
@@ -473,7 +534,8 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
     }
   }
   for (int j = 0; j < full; ++j) {
-    scratch.kept[j] = static_cast<T>(scratch.gradient[j] * to_slope + static_cast<double>(scratch.tail[j]) * scale);
+    scratch.kept[j] =
+        static_cast<T>(scratch.gradient[j] * to_slope + scratch.tail_slope[static_cast<int64_t>(scratch.tail[j])]);
   }
 }
 
@@ -541,7 +603,7 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
                         double* out) {
   using X = Vec<T>;
   using V = typename X::V;
-  const Pair<true, true, T> pair(s);
+  const V none = X::set(0);
   const int count = static_cast<int>(end - begin);
   std::copy_n(p.score.data() + begin, count, scratch.kept);
   std::fill(scratch.gradient, scratch.gradient + padded<T>(count), 0.0);
@@ -560,14 +622,14 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
       const V ev = X::load(scratch.band_exponential + j), own = X::load(scratch.band_weight + j);
       V sum = X::set(0);
       for (int64_t i = g.begin; i < g.end; ++i) {
-        const V curve = pair.slope_only(ev, ev, ev, X::set(p.exponential[i]));
+        const V curve = pair_slope<true, T>(none, ev, none, X::set(p.exponential[i]), none, none);
         sum = X::mul_add(X::set(p.weight_positive[i]) - own, curve, sum);
       }
       X::store(scratch.band_gradient + j, sum);
     }
     spread_band(count, scratch.band_bits, scratch);
   }
-  for (int j = 0; j < count; ++j) out[j] = scratch.gradient[j] / s.tau;
+  for (int j = 0; j < count; ++j) out[j] = scratch.gradient[j] * p.unit / s.tau;
 }
 
 template <typename T>

@@ -42,6 +42,7 @@ struct Vec<float> {
   }
   static V set(T x) { return _mm256_set1_ps(x); }
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V negative_mul_add(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
   static V product_error(V a, V b, V p) { return _mm256_fmsub_ps(a, b, p); }
   static V reciprocal(V x) { return _mm256_div_ps(_mm256_set1_ps(1), x); }  // rcpps with one step is 2 ulp off
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
@@ -58,6 +59,7 @@ struct Vec<float> {
   }
   static V select(Bits m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
   static V add_where(Bits m, V a, V b) { return a + _mm256_and_ps(m, b); }
+  static V add_unless(Bits m, V a, V b) { return a + _mm256_andnot_ps(m, b); }
   static void compress(T* out, V v, unsigned bits) {
     store(out, _mm256_permutevar8x32_ps(v, permutation(kPermute.compress[bits])));
   }
@@ -88,6 +90,7 @@ struct Vec<double> {
   }
   static V set(T x) { return _mm256_set1_pd(x); }
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static V negative_mul_add(V a, V b, V c) { return _mm256_fnmadd_pd(a, b, c); }  // c - a * b
   static V product_error(V a, V b, V p) { return _mm256_fmsub_pd(a, b, p); }
   static V reciprocal(V x) { return _mm256_div_pd(_mm256_set1_pd(1), x); }
   static V max(V a, V b) { return _mm256_max_pd(a, b); }
@@ -104,6 +107,7 @@ struct Vec<double> {
   }
   static V select(Bits m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
   static V add_where(Bits m, V a, V b) { return a + _mm256_and_pd(m, b); }
+  static V add_unless(Bits m, V a, V b) { return a + _mm256_andnot_pd(m, b); }
   static V permute(V v, __m256i order) {
     return _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(v), order));
   }

@@ -9,7 +9,7 @@ struct Vec<float> {
   using V = __m512;
   using Bits = __mmask16;
   static constexpr int kWidth = 16;  // lanes
-  static constexpr int kRows = 4;    // positives that share one load of the negatives: fills the 32 registers
+  static constexpr int kRows = 3;    // positives that share one load of the negatives: fills the 32 registers
 
   static V load(const T* p) { return _mm512_loadu_ps(p); }
   static V load_first(const T* p, int n) { return _mm512_maskz_loadu_ps(static_cast<Bits>((1u << n) - 1), p); }
@@ -17,6 +17,7 @@ struct Vec<float> {
   static void store_first(T* p, int n, V v) { _mm512_mask_storeu_ps(p, static_cast<Bits>((1u << n) - 1), v); }
   static V set(T x) { return _mm512_set1_ps(x); }
   static V mul_add(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V negative_mul_add(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
   static V product_error(V a, V b, V p) { return _mm512_fmsub_ps(a, b, p); }  // a * b - p, exactly
   // 14 bits from the table and one Newton step: 2^-28, then rounding. Half the cost of a division.
   static V reciprocal(V x) {
@@ -33,6 +34,7 @@ struct Vec<float> {
   static Bits lanes(unsigned bits) { return static_cast<Bits>(bits); }
   static V select(Bits m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
   static V add_where(Bits m, V a, V b) { return _mm512_mask_add_ps(a, m, a, b); }
+  static V add_unless(Bits m, V a, V b) { return _mm512_mask_add_ps(a, static_cast<Bits>(~m), a, b); }
   // The lanes of v in bits, packed to the front; writes a whole vector.
   static void compress(T* out, V v, unsigned bits) {
     store(out, _mm512_maskz_compress_ps(static_cast<Bits>(bits), v));
@@ -61,6 +63,7 @@ struct Vec<double> {
   static void store_first(T* p, int n, V v) { _mm512_mask_storeu_pd(p, static_cast<Bits>((1u << n) - 1), v); }
   static V set(T x) { return _mm512_set1_pd(x); }
   static V mul_add(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static V negative_mul_add(V a, V b, V c) { return _mm512_fnmadd_pd(a, b, c); }  // c - a * b
   static V product_error(V a, V b, V p) { return _mm512_fmsub_pd(a, b, p); }
   static V reciprocal(V x) { return _mm512_div_pd(_mm512_set1_pd(1), x); }
   static V max(V a, V b) { return _mm512_max_pd(a, b); }
@@ -73,6 +76,7 @@ struct Vec<double> {
   static Bits lanes(unsigned bits) { return static_cast<Bits>(bits); }
   static V select(Bits m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
   static V add_where(Bits m, V a, V b) { return _mm512_mask_add_pd(a, m, a, b); }
+  static V add_unless(Bits m, V a, V b) { return _mm512_mask_add_pd(a, static_cast<Bits>(~m), a, b); }
   static void compress(T* out, V v, unsigned bits) {
     store(out, _mm512_maskz_compress_pd(static_cast<Bits>(bits), v));
   }

@@ -24,6 +24,7 @@ struct Vec {
   static void store_first(T* p, int n, V v) { std::memcpy(p, &v, n * sizeof(T)); }
   static V set(T x) { return x - V{}; }
   static V mul_add(V a, V b, V c) { return a * b + c; }
+  static V negative_mul_add(V a, V b, V c) { return c - a * b; }
   // a * b - p, exactly, without a fused multiply-add (Dekker 1971; Veltkamp's splitting).
   static V product_error(V a, V b, V p) {
     const V splitter = set(sizeof(T) == 4 ? T(4097) : T(134217729));
@@ -54,6 +55,7 @@ struct Vec {
   }
   static V select(Bits m, V a, V b) { return reinterpret_cast<V>((reinterpret_cast<Bits>(a) & m) | (reinterpret_cast<Bits>(b) & ~m)); }
   static V add_where(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & m); }
+  static V add_unless(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & ~m); }
   static void compress(T* out, V v, unsigned bits) {
     for (int lane = 0, front = 0; lane < kWidth; ++lane) {
       out[front] = v[lane];
