@@ -29,5 +29,7 @@ static py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of roadmap_ext. Importing this module registers torch.ops.roadmap_ext.";
+  m.attr("with_cuda") = static_cast<bool>(ROADMAP_WITH_CUDA);
+  m.attr("cuda_reason") = ROADMAP_CUDA_REASON;
   m.def("build_info", &build_info, "What was built and which instruction set the CPU kernels use.");
 }

@@ -9,4 +9,7 @@ class BuildInfo(TypedDict):
     cpu: str
     cpu_available: list[str]
 
+with_cuda: bool
+cuda_reason: str
+
 def build_info() -> BuildInfo: ...

@@ -46,6 +46,10 @@ def _load() -> ModuleType | None:
 
 
 _C = _load()
+# Constants, which torch.compile can read.
+_WITH_CUDA: bool = _C is not None and _C.with_cuda
+_CUDA_REASON: str = "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1" if _C is None else _C.cuda_reason
+_REFERENCE_ONLY: bool = _C is None
 _warned = False
 
 
@@ -77,7 +81,7 @@ def build_info() -> dict[str, Any]:
             "torch": torch.__version__,
             "compiler": None,
             "cuda": False,
-            "cuda_reason": "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1",
+            "cuda_reason": _CUDA_REASON,
             "cuda_archs": "",
             "cpu": "reference",
             "cpu_available": [],
@@ -89,21 +93,20 @@ def build_info() -> dict[str, Any]:
 
 def check_kernels(device: torch.device, method: str) -> None:
     """Raise RuntimeError, saying what to do, where no kernels for ``device`` were built."""
-    info = build_info()
     if _C is None:
         raise RuntimeError(
-            f"method={method!r} needs the kernels, but {info['cuda_reason']}. Build them with `{REBUILD}`, or pass "
+            f"method={method!r} needs the kernels, but {_CUDA_REASON}. Build them with `{REBUILD}`, or pass "
             "method='reference'."
         )
-    if device.type in ("cpu", "meta") or (device.type == "cuda" and info["cuda"]):
+    if device.type in ("cpu", "meta") or (device.type == "cuda" and _WITH_CUDA):
         return
     if device.type == "cuda":
         raise RuntimeError(
             f"the scores are on {device}, but this build of roadmap_ext has no CUDA kernels because "
-            f"{info['cuda_reason']}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
+            f"{_CUDA_REASON}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
             "move the scores to the CPU or pass method='reference'."
         )
-    kinds = "CPU and CUDA" if info["cuda"] else f"CPU (no CUDA because {info['cuda_reason']})"
+    kinds = "CPU and CUDA" if _WITH_CUDA else f"CPU (no CUDA because {_CUDA_REASON})"
     raise RuntimeError(
         f"the scores are on {device}, but this build of roadmap_ext has kernels for {kinds}. `{REBUILD}` builds all "
         f"there are, none for {device.type!r}; move the scores to the CPU or pass method='reference'."

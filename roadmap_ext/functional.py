@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _ops, reference
 from ._checks import METHODS, REDUCTIONS, Settings, check_scores, make_settings, one_of
-from ._extension import check_kernels, reference_only, warn_reference_only
+from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
 from ._ranks import SmoothRank
 
 _NO_SECOND_DERIVATIVE = (
@@ -107,7 +107,7 @@ def _resolve(method: str, scores: Tensor) -> str:
     """The method to run. Raises RuntimeError where its kernels were not built."""
     if method == "reference":
         return method
-    if method == "auto" and reference_only():
+    if method == "auto" and _REFERENCE_ONLY:
         warn_reference_only()
         return "reference"
     check_kernels(scores.device, method)

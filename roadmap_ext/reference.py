@@ -42,10 +42,13 @@ def _row_ranks(row: Tensor, positive: Tensor, negative: Tensor, settings: Settin
     else:  # the true step: itself, and every other positive at least as high
         fixed = positives.detach()
         positive_rank = (fixed[None] >= fixed[:, None]).sum(1).to(row.dtype)
-    # A NaN anywhere among a query's pairs reaches its ranks, whatever it was compared with.
-    kept = row[positive | negative]
-    nan = torch.where(kept.isnan(), kept, torch.zeros_like(kept)).sum()
+    nan = _nan_if_any(row[positive | negative])
     return positive_rank + nan.detach(), negative_rank + nan
+
+
+def _nan_if_any(kept: Tensor) -> Tensor:
+    """0, or NaN with a NaN gradient: a NaN reaches its query's loss whatever it was compared with."""
+    return kept[kept.isnan()].square().sum()
 
 
 def _roles(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +81,7 @@ def ap_loss(
             positive_rank, negative_rank = _row_ranks(row, is_positive, is_negative, settings)
             losses.append(1 - (positive_rank / (positive_rank + negative_rank)).mean())
         else:  # 0, attached to the graph, but for a NaN
-            kept = row[is_negative]
-            losses.append(torch.where(kept.isnan(), kept, torch.zeros_like(kept)).sum())
+            losses.append(_nan_if_any(row[is_negative]))
     loss = torch.stack(losses) if losses else wide.sum(1)
     return reduce_rows(loss, positive.any(1), reduction)
 

@@ -33,7 +33,7 @@ template <typename T>
 typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) {
   using X = Vec<T>;
   using V = typename X::V;
-  using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   typedef Word Words __attribute__((vector_size(sizeof(V))));
   constexpr bool kFloat = sizeof(T) == 4;
   constexpr int kMantissa = kFloat ? 23 : 52;

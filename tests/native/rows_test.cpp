@@ -1,0 +1,155 @@
+// The CPU row op without torch, under AddressSanitizer and UndefinedBehaviorSanitizer (run.sh): NaN, infinities, huge and
+// denormal scores, every type and size around a vector and a block, on one thread and on three. Every tensor ends where a
+// page ends that must not be touched, so that also a masked vector access past it is caught.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/half.h"
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/rows.h"
+
+using namespace roadmap;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what) {
+  if (!ok && failures++ < 20) std::fprintf(stderr, "failed: %s\n", what);
+}
+
+// n elements whose end is the end of the last accessible page.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(size_t n) : n_(n) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    size_ = (n * sizeof(T) + page - 1) / page * page + page;
+    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + size_ - page, page, PROT_NONE) != 0) std::abort();
+    data_ = reinterpret_cast<T*>(base_ + size_ - page - n * sizeof(T));
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, size_); }
+  T* data() { return data_; }
+  T& operator[](size_t i) { return data_[i]; }
+  size_t size() const { return n_; }
+
+ private:
+  size_t n_, size_;
+  char* base_;
+  T* data_;
+};
+
+Parallel threads(int workers) {
+  return {workers, [workers](int64_t tasks, const std::function<void(int64_t, int)>& task) {
+            std::atomic<int64_t> next{0};
+            std::vector<std::thread> pool;
+            for (int worker = 0; worker < workers; ++worker) {
+              pool.emplace_back([&, worker] {
+                for (int64_t index; (index = next.fetch_add(1)) < tasks;) task(index, worker);
+              });
+            }
+            for (std::thread& thread : pool) thread.join();
+          }};
+}
+
+template <typename S>
+double wide(S x) {
+  return static_cast<double>(x);
+}
+
+// S is how a score is stored, T how it is summed.
+template <typename S, typename T>
+void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(0, 1)(random); };
+  const double special[] = {NAN, INFINITY, -INFINITY, 3e38, -3e38, 1e-40, -1e-40, 0.0, -0.0, 65504.0};
+  const bool dirty = seed % 2;
+  const double density[] = {0.0, 0.01, 0.2, 1.0};
+  Guarded<S> scores(rows * columns), gradient(rows * columns), scaled(rows * columns);
+  Guarded<uint8_t> target(rows * columns), ignore(rows * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    double value = std::round((uniform() - 0.5) * 128) / 64;
+    if (dirty && uniform() < 0.02) value = special[random() % 10];
+    if constexpr (std::is_same_v<S, uint16_t>) {
+      const float narrow = static_cast<float>(value);
+      scores[i] = type == ScoreType::kHalf ? float_to_half(narrow) : float_to_bfloat(narrow);
+    } else {
+      scores[i] = static_cast<S>(value);
+    }
+    target[i] = uniform() < density[seed / 2 % 4];
+    ignore[i] = uniform() < 0.1;
+  }
+  const Matrix m = {scores.data(), type,  rows, columns, columns, target.data(), columns,
+                    seed % 3 ? ignore.data() : nullptr, columns};
+  const bool half = std::is_same_v<S, uint16_t>;
+  for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
+    const double taus[] = {0.01, 1e-37, 1e30};
+    const SurrogateSettings settings = {surrogate, taus[seed / 8 % 3], seed % 5 ? 100.0 : 0.0, seed % 7 ? 0.05 : 0.0,
+                                        0.5, 1.49};
+    std::vector<T> first_loss;
+    for (int workers : {1, 3}) {
+      Guarded<T> loss(rows), unscale(rows);
+      Guarded<int64_t> positives(rows);
+      average_precision_rows<T>(m, settings, threads(workers),
+                                {loss.data(), positives.data(), gradient.data(), half ? unscale.data() : nullptr});
+      for (int64_t row = 0; row < rows; ++row) {
+        expect(loss[row] != loss[row] || (loss[row] >= -1e-6 && loss[row] <= 1 + 1e-6), "a loss lies in [0, 1]");
+      }
+      if (workers == 1) {
+        first_loss.assign(loss.data(), loss.data() + rows);
+      } else {
+        expect(std::memcmp(first_loss.data(), loss.data(), rows * sizeof(T)) == 0, "bits depend on the threads");
+      }
+      std::vector<double> factor(rows, 0.5);
+      scale_rows<T>(gradient.data(), type, rows, columns, factor.data(), threads(workers), scaled.data());
+
+      Guarded<int64_t> first(rows + 1);
+      count_positives(m, threads(workers), first.data());
+      const int64_t count = first[rows];
+      Guarded<int64_t> query(count), reference(count);
+      Guarded<T> rank_positive(count), rank_negative(count), slope(count);
+      smooth_rank_rows<T>(m, settings, threads(workers),
+                          {first.data(), query.data(), reference.data(), rank_positive.data(), rank_negative.data(),
+                           slope.data()});
+      for (int64_t i = 0; i < count; ++i) {
+        expect(query[i] >= 0 && query[i] < rows && reference[i] >= 0 && reference[i] < columns, "an index is inside");
+      }
+      smooth_rank_gradient_rows<T>(m, settings, threads(workers),
+                                   {first.data(), slope.data(), surrogate ? rank_positive.data() : nullptr,
+                                    rank_negative.data(), gradient.data()});
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  unsigned seed = 0, cases = 0;
+  for (int round = 0; round < 6; ++round) {
+    for (int64_t columns : {1, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 129, 300, 4095, 4096, 4097, 4128, 8193}) {
+      const int64_t rows = columns > 1000 ? 2 : 5;
+      check<float, float>(ScoreType::kFloat, rows, columns, seed++);
+      check<double, double>(ScoreType::kDouble, rows, columns, seed++);
+      check<uint16_t, float>(ScoreType::kHalf, rows, columns, seed++);
+      check<uint16_t, float>(ScoreType::kBFloat16, rows, columns, seed++);
+      cases += 4;
+    }
+  }
+  check<float, float>(ScoreType::kFloat, 1, 140001, 2);  // spans of columns; 1 % positives
+  check<float, float>(ScoreType::kFloat, 1, 140001, 3);
+  std::printf("%s: %u cases, %d failures\n", instruction_set().name, cases + 2, failures);
+  return failures != 0;
+}

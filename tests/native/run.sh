@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Builds the CPU kernels without torch under AddressSanitizer and UndefinedBehaviorSanitizer and runs rows_test.cpp for every
+# instruction set of this processor: `make asan`. Nothing is read or written out of bounds, whatever the values.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+compiler=${CXX:-c++}
+flags=(-std=c++17 -O1 -g -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -fno-omit-frame-pointer
+       -fsanitize=address,undefined -fno-sanitize-recover=all)
+# Infinite scores and quotients are part of the contract, and float to float conversions saturate to infinity by IEEE 754.
+flags+=(-fno-sanitize=float-divide-by-zero,float-cast-overflow)
+
+build() { "$compiler" "${flags[@]}" -c "$1" -o "$out/$(basename "$1" .cpp).o"; }
+pids=()
+for source in "$here"/../../csrc/cpu/*.cpp "$here/rows_test.cpp"; do
+  build "$source" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+"$compiler" "${flags[@]}" "$out"/*.o -lpthread -o "$out/rows_test"
+
+ran=0
+for name in avx512 avx2 baseline; do
+  if ROADMAP_EXT_CPU=$name "$out/rows_test" 2> "$out/errors"; then
+    ran=$((ran + 1))
+  elif grep -q "cannot be used" "$out/errors"; then
+    echo "$name: not on this processor"
+  else
+    cat "$out/errors" >&2
+    exit 1
+  fi
+done
+[ "$ran" -gt 0 ]
