@@ -141,7 +141,7 @@ struct Kernels {
 };
 
 struct Conversions {
-  uint64_t (*nonzero_bits)(const uint8_t*);  // of 64 bytes
+  void (*mask_bits)(const uint8_t* bytes, int count, uint64_t* bits);  // a bit a byte: not zero
   void (*widen_half)(const uint16_t*, float*, int64_t);
   void (*narrow_half)(const float*, uint16_t*, int64_t);
 };

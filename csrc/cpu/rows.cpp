@@ -34,22 +34,12 @@ struct Roles {
   const Matrix& m;
   const Conversions& convert;
 
-  void mask(const uint8_t* bytes, int count, uint64_t* bits) const {
-    int j = 0;
-    for (; j + 64 <= count; j += 64) bits[j / 64] = convert.nonzero_bits(bytes + j);
-    if (j < count) {
-      uint8_t rest[64] = {};
-      std::memcpy(rest, bytes + j, count - j);
-      bits[j / 64] = convert.nonzero_bits(rest);
-    }
-  }
-
   template <typename T>
   void fill(int64_t row, int64_t begin, int count, Scratch<T>& s) const {
     const int words = static_cast<int>(divide_up(count, 64));
-    mask(m.target + row * m.target_stride + begin, count, s.positive);
+    convert.mask_bits(m.target + row * m.target_stride + begin, count, s.positive);
     if (m.ignore) {
-      mask(m.ignore + row * m.ignore_stride + begin, count, s.ignored);
+      convert.mask_bits(m.ignore + row * m.ignore_stride + begin, count, s.ignored);
     } else {
       std::fill(s.ignored, s.ignored + words, uint64_t(0));
     }
@@ -515,14 +505,14 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
 }
 
 void count_positives(const Matrix& m, const Parallel& parallel, int64_t* first) {
-  const Roles roles{m, instruction_set().conversions};
+  const Conversions& convert = instruction_set().conversions;
   parallel.run(m.rows, [&](int64_t row, int) {
     uint64_t target[kWords], ignored[kWords];
     int64_t total = 0;
     for (int64_t at = 0; at < m.columns; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, m.columns - at));
-      roles.mask(m.target + row * m.target_stride + at, count, target);
-      if (m.ignore) roles.mask(m.ignore + row * m.ignore_stride + at, count, ignored);
+      convert.mask_bits(m.target + row * m.target_stride + at, count, target);
+      if (m.ignore) convert.mask_bits(m.ignore + row * m.ignore_stride + at, count, ignored);
       for (int w = 0; w < divide_up(count, 64); ++w) {
         total += __builtin_popcountll(m.ignore ? target[w] & ~ignored[w] : target[w]);
       }

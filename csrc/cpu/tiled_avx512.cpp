@@ -44,7 +44,7 @@ namespace roadmap {
 const InstructionSet kAvx512 = {"avx512",
                              avx512::make_kernels<float>(),
                              avx512::make_kernels<double>(),
-                             {avx512::nonzero_bits, avx512::widen_half, avx512::narrow_half}};
+                             {avx512::mask_bits, avx512::widen_half, avx512::narrow_half}};
 
 }  // namespace roadmap
 #endif

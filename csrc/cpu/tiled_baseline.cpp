@@ -18,6 +18,6 @@ namespace baseline {
 const InstructionSet kBaseline = {"baseline",
                                   baseline::make_kernels<float>(),
                                   baseline::make_kernels<double>(),
-                                  {baseline::nonzero_bits, baseline::widen_half, baseline::narrow_half}};
+                                  {baseline::mask_bits, baseline::widen_half, baseline::narrow_half}};
 
 }  // namespace roadmap

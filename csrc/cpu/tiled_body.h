@@ -652,6 +652,17 @@ void positive_exponentials(Positives<T>& p, const Settings<T>& s) {
   }
 }
 
+// One bit for each byte that is not zero; zeros fill the last word.
+void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
+  int j = 0;
+  for (; j + 64 <= count; j += 64) bits[j / 64] = nonzero_bits(bytes + j);
+  if (j < count) {
+    uint8_t rest[64] = {};
+    std::memcpy(rest, bytes + j, count - j);
+    bits[j / 64] = nonzero_bits(rest);
+  }
+}
+
 template <typename T>
 constexpr Kernels<T> make_kernels() {
   return {any_nan<T>,        positive_exponentials<T>, rank_block<T>, gradient_block<T>,
