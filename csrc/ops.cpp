@@ -1,6 +1,6 @@
-// The ops that torch sees: schemas, checks, allocation and the choice of element type. Registered through torch's stable
-// ABI, so that one build serves every torch from 2.11 on. Python checks its arguments first and words errors for people;
-// the checks here keep memory safe whoever calls.
+// The ops that torch sees: schemas, checks, allocation and the choice of element type. Registered through torch's
+// stable ABI, so that one build serves every torch from 2.11 on. Python checks its arguments first and words errors for
+// people; the checks here keep memory safe whoever calls.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,11 +18,11 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using roadmap::Matrix;
 using roadmap::Parallel;
 using roadmap::ScoreType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 roadmap::SurrogateSettings make_settings(const std::string& surrogate, double tau, double rho, double delta,
                                          double start, double offset) {
@@ -48,9 +48,7 @@ ScoreType score_type(const Tensor& t) {
 bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
 
 // Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
-Tensor dense_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor dense_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 
 // A Matrix and the tensors that keep its memory alive.
 struct Input {
@@ -85,8 +83,8 @@ struct Input {
   }
 };
 
-// torch's own threads. Each starts on its own share of the tasks, so that the rows which an op wrote are in the cache of
-// the thread that reads them next, and then takes from the shares of others: rows differ in cost.
+// torch's own threads. Each starts on its own share of the tasks, so that the rows which an op wrote are in the cache
+// of the thread that reads them next, and then takes from the shares of others: rows differ in cost.
 Parallel torch_threads() {
   Parallel parallel;
   parallel.workers = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
@@ -241,8 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
 }
 
 Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> ignore, Tensor slope,
-                            std::optional<Tensor> positive_grad, Tensor negative_grad, std::string surrogate, double tau,
-                            double rho, double delta, double start, double offset) {
+                            std::optional<Tensor> positive_grad, Tensor negative_grad, std::string surrogate,
+                            double tau, double rho, double delta, double start, double offset) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
@@ -272,7 +270,8 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
   m.def(
-      "average_precision(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float delta, "
+      "average_precision(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float "
+      "delta, "
       "float start, float offset, str reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def(

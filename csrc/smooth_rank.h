@@ -20,16 +20,16 @@ enum class Surrogate : int64_t { kSup = 0, kSmooth = 1 };
 template <typename T>
 struct Settings {
   Surrogate surrogate;
-  T delta;        // the knee, rounded to T: decisions are taken on it
-  T rho;          // slope above the knee
-  T rho_tau;      // the same in units of 1 / tau, as the pair loops sum slopes
-  T start;        // jump at t = 0
-  T offset;       // value just above the knee
-  T rate_hi;      // 1 / tau in two parts: one rounding of 1 / tau would show in every exponent
+  T delta;    // the knee, rounded to T: decisions are taken on it
+  T rho;      // slope above the knee
+  T rho_tau;  // the same in units of 1 / tau, as the pair loops sum slopes
+  T start;    // jump at t = 0
+  T offset;   // value just above the knee
+  T rate_hi;  // 1 / tau in two parts: one rounding of 1 / tau would show in every exponent
   T rate_lo;
-  T cut;          // a pair further than this below a positive adds less than half an ulp, all pairs together
-  T group_span;   // widest span of positives that may share one centre of the exponentials
-  T exponent_max; // exponents of elements are clamped to this; with group_span it keeps every product finite
+  T cut;           // a pair further than this below a positive adds less than half an ulp, all pairs together
+  T group_span;    // widest span of positives that may share one centre of the exponentials
+  T exponent_max;  // exponents of elements are clamped to this; with group_span it keeps every product finite
   double tau;
   double exact_rho;
   double exact_delta;

@@ -50,9 +50,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def make_settings(
-    surrogate: str, tau: float, rho: float, delta: float, start: float, offset: float | None
-) -> Settings:
+def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: float, offset: float | None) -> Settings:
     """Check the settings of the rank surrogate. Raises TypeError for what is no number, ValueError for a bad one."""
     one_of("surrogate", surrogate, SURROGATES)
     tau, rho, delta, start = (
@@ -94,7 +92,9 @@ def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of dtype torch.bool, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool()")
+        raise TypeError(
+            f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool()"
+        )
     if mask.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {mask.layout}: call {name}.to_dense()")
     if mask.shape != scores.shape:

@@ -6,7 +6,7 @@ ap_loss computes its gradient in the forward pass, in the launch that computes t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class _AveragePrecision(torch.autograd.Function):
             scores, target, ignore, *settings, reduction, True
         )
         ctx.save_for_backward(gradient, factor, anchor)
-        return loss
+        return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,9 +91,8 @@ class _SmoothRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scores, target, ignore, slope = ctx.saved_tensors
-        positive_grad, negative_grad = grads[2], grads[3]
-        if ctx.settings.surrogate == "sup":
-            positive_grad = None
+        positive_grad = None if ctx.settings.surrogate == "sup" else grads[2]
+        negative_grad = grads[3]
         result = torch.ops.roadmap_ext.smooth_rank_backward(
             scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings
         )
@@ -143,9 +142,9 @@ def ap_loss(
     2020): sigma(t / tau) for every pair, positives included, with gradients through both ranks; rho, delta, start and
     offset then play no part. ``1 - AP_sup >= 1 - AP`` for ``start >= 1/2`` and ``offset >= 1``.
 
-    The gradient is computed with the loss; for backward one [B, N] tensor in the dtype of the scores is kept. Sums run in
-    float32 at least. Autocast leaves the scores as they come. Results are bitwise equal from run to run and for every
-    number of CPU threads. Second derivatives raise, except with ``method="reference"``.
+    The gradient is computed with the loss; for backward one [B, N] tensor in the dtype of the scores is kept. Sums run
+    in float32 at least. Autocast leaves the scores as they come. Results are bitwise equal from run to run and for
+    every number of CPU threads. Second derivatives raise, except with ``method="reference"``.
 
     Args:
         scores: [B, N] similarity of each query to each reference, higher is closer; float16, bfloat16, float32 or
@@ -159,7 +158,7 @@ def ap_loss(
         delta: knee where the tail begins, in units of the scores; not negative.
         start: jump at t = 0.
         offset: value just above the knee; None for start + sigma(delta / tau), which makes H- continuous.
-        reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"`` for [B].
+        reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"``: [B].
         method: ``"auto"``, ``"tiled"`` (fused kernels, |P| x N work, nothing of that size in memory) or ``"reference"``
             (plain PyTorch).
 
@@ -184,8 +183,10 @@ def ap_loss(
     if _resolve(method, scores) == "reference":
         return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        return _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings, reduction)
-    return torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, reduction, False)[0]
+        loss: Tensor = _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings, reduction)
+    else:
+        loss = torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, reduction, False)[0]
+    return loss
 
 
 def smooth_rank(
@@ -204,8 +205,8 @@ def smooth_rank(
     """The smooth ranks of every positive: what :func:`ap_loss` is made of, for losses yet to be written.
 
     ``positive_rank`` is rank+ and ``negative_rank`` rank- of :func:`ap_loss`; any gradient may arrive at
-    ``negative_rank``, and with ``surrogate="smooth"`` at ``positive_rank`` (with ``"sup"`` it is a true step and carries
-    none). The arguments are those of :func:`ap_loss`, and so are the errors.
+    ``negative_rank``, and with ``surrogate="smooth"`` at ``positive_rank`` (with ``"sup"`` it is a true step and
+    carries none). The arguments are those of :func:`ap_loss`, and so are the errors.
 
     The number of positives decides the shape of the result, so on a GPU the host waits for it once; under
     torch.compile it is a dynamic size.

@@ -1,13 +1,13 @@
 """The tolerance of every accuracy test, and the inputs they share.
 
-A result may be off the float64 reference by twice the error that plain PyTorch in the same dtype makes on the same input,
-plus a stated few ulp: for gradients 4 eps max_i c_i / tau, c_i = rank+ / (rank^2 |P|). Errors are 2-norms a row.
+A result may be off the float64 reference by twice the error that plain PyTorch in the same dtype makes on the same
+input, plus a stated few ulp: for gradients 4 eps max_i c_i / tau, c_i = rank+ / (rank^2 |P|). Errors are 2-norms a row.
 
 The plain gradient of a half type is computed in float32 and rounded once. Ours is kept in the half type from forward to
 backward and rounded again when grad_out arrives, so half an ulp of the row is added for these.
 
-For float64 the truth is long double, and 8 eps of the row (of the largest loss, 1) are added: there is no wider type to sum
-in, and plain PyTorch is at times exact to the bit by luck.
+For float64 the truth is long double, and 8 eps of the row (of the largest loss, 1) are added: there is no wider type to
+sum in, and plain PyTorch is at times exact to the bit by luck.
 """
 
 from __future__ import annotations

@@ -319,9 +319,7 @@ def test_compile_a_training_step(surrogate):
     def step(x, labels):
         embeddings = torch.nn.functional.normalize(layer(x), dim=1)
         itself = torch.eye(len(x), dtype=torch.bool)
-        return ap_loss(
-            embeddings @ embeddings.T, labels[:, None] == labels[None], ignore=itself, surrogate=surrogate
-        )
+        return ap_loss(embeddings @ embeddings.T, labels[:, None] == labels[None], ignore=itself, surrogate=surrogate)
 
     compiled = torch.compile(step, fullgraph=True)
     for rows in (12, 20, 33):
@@ -357,8 +355,9 @@ def test_fake_and_meta_tensors():
 def test_module():
     module = APLoss(tau=0.02, offset=1.44, reduction="sum")
     scores, target, ignore = case()
-    assert torch.equal(module(scores, target, ignore), ap_loss(scores, target, ignore=ignore, tau=0.02, offset=1.44,
-                                                               reduction="sum"))
+    assert torch.equal(
+        module(scores, target, ignore), ap_loss(scores, target, ignore=ignore, tau=0.02, offset=1.44, reduction="sum")
+    )
     again = pickle.loads(pickle.dumps(module))
     assert repr(again) == repr(module)
     assert "tau=0.02" in repr(module)

@@ -40,7 +40,7 @@ def test_ranks_and_gradients(dtype, surrogate, shape):
     for name in ("positive_rank", "negative_rank"):
         mine, right, other = (getattr(r, name).detach() for r in (ours, truth, plain))
         assert mine.dtype == wide
-        assert ((mine - right).norm() <= 2 * (other - right).norm() + eps * right.norm()), name
+        assert (mine - right).norm() <= 2 * (other - right).norm() + eps * right.norm(), name
     assert gradient.dtype == dtype
     ulp = torch.finfo(dtype).eps * (ULPS_FLOAT64 if dtype == torch.float64 else 1)
     error = (gradient.double() - exact).norm(dim=1)

@@ -32,9 +32,9 @@ inline uint16_t float_to_half(float x) {
   const uint32_t bits = float_bits(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return sign | 0x7e00;    // NaN
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;   // rounds to 65536 or more
-  if (magnitude < 0x38800000) {                        // below 2^-14: adding 0.5 rounds at 2^-24
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                       // below 2^-14: adding 0.5 rounds at 2^-24
     return sign | static_cast<uint16_t>(float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000);
   }
   const uint32_t odd = magnitude >> 13 & 1;

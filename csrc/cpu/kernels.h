@@ -53,11 +53,11 @@ struct Trace {
   static constexpr int kSlopes = 1 << 16;
   static constexpr int kBits = 1 << 14;
   static constexpr int kEntries = 1 << 11;
-  struct Entry {        // one group that met some of a block's negatives; the first entry of a block has group -1
+  struct Entry {  // one group that met some of a block's negatives; the first entry of a block has group -1
     int64_t group;
-    int count;          // elements in the band; of a block's first entry, elements kept
-    int slopes;         // where their slopes begin, [positives of the group, padded count]
-    int band, above;    // where their words of bits begin, -1 for all and for none; of a block's first entry, kept_bits
+    int count;        // elements in the band; of a block's first entry, elements kept
+    int slopes;       // where their slopes begin, [positives of the group, padded count]
+    int band, above;  // where their words of bits begin, -1 for all and for none; of a block's first entry, kept_bits
   };
   alignas(64) T slope[kSlopes + kPad];
   uint16_t bits[kBits];
@@ -93,19 +93,19 @@ struct Trace {
 // Buffers of one thread.
 template <typename T>
 struct Scratch {
-  alignas(64) T kept[kBlock + kPad];      // negatives that reach some positive, packed
-  alignas(64) T band[kBlock + kPad];      // those of them between the skip and the tail of one group, packed
+  alignas(64) T kept[kBlock + kPad];  // negatives that reach some positive, packed
+  alignas(64) T band[kBlock + kPad];  // those of them between the skip and the tail of one group, packed
   alignas(64) T band_exponential[kBlock + kPad];
   alignas(64) T band_weight[kBlock + kPad];
   alignas(64) T band_gradient[kBlock + kPad];
-  alignas(64) T tail[kBlock + kPad];         // in the tails of how many groups an element is
+  alignas(64) T tail[kBlock + kPad];           // in the tails of how many groups an element is
   std::vector<double> tail_slope;              // the slope that so many tails give, scaled
   alignas(64) double gradient[kBlock + kPad];  // slope from bands, in units of 1 / tau
-  alignas(64) T score[kBlock + kPad];        // a block widened from a half type
-  alignas(64) T out[kBlock + kPad];          // its gradient before narrowing
-  uint16_t kept_bits[kBlock / 2];            // which columns of the block are kept, a word a vector
-  uint16_t band_bits[kBlock / 2];            // which kept elements are in the band
-  uint16_t above_bits[kBlock / 2];           // which are in the tail
+  alignas(64) T score[kBlock + kPad];          // a block widened from a half type
+  alignas(64) T out[kBlock + kPad];            // its gradient before narrowing
+  uint16_t kept_bits[kBlock / 2];              // which columns of the block are kept, a word a vector
+  uint16_t band_bits[kBlock / 2];              // which kept elements are in the band
+  uint16_t above_bits[kBlock / 2];             // which are in the tail
   uint64_t positive[kWords];
   uint64_t negative[kWords];
   uint64_t ignored[kWords];
@@ -124,12 +124,12 @@ struct Kernels {
   bool (*any_nan)(const Block<T>&, const Settings<T>&, Scratch<T>&);
   // Fills Positives::exponential.
   void (*exponentials)(Positives<T>&, const Settings<T>&);
-  // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN. `trace`
-  // may be null; else blocks come in order, all groups at once.
+  // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN.
+  // `trace` may be null; else blocks come in order, all groups at once.
   bool (*rank_block)(const Block<T>&, const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
                      Sums<T>, Trace<T>* trace);
-  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count]. Reads a whole
-  // `trace`, blocks in order, if there is one.
+  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count]. Reads a
+  // whole `trace`, blocks in order, if there is one.
   void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, T scale, Scratch<T>&, T* out,
                          Trace<T>* trace);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).

@@ -14,7 +14,8 @@
 namespace roadmap {
 namespace {
 
-// Columns whose sums belong together; long rows are split into spans so that threads can share a row with few positives.
+// Columns whose sums belong together; long rows are split into spans so that threads can share a row with few
+// positives.
 constexpr int64_t kSpan = 16 * kBlock;
 // Bound on spans x positives, which is the workspace of a shared row.
 constexpr int64_t kPartialSums = 1 << 18;
@@ -25,9 +26,7 @@ constexpr int64_t kGroup = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-size_t size_of(ScoreType type) {
-  return type == ScoreType::kDouble ? 8 : type == ScoreType::kFloat ? 4 : 2;
-}
+size_t size_of(ScoreType type) { return type == ScoreType::kDouble ? 8 : type == ScoreType::kFloat ? 4 : 2; }
 
 // The roles of a block's columns, a bit each. This is all the kernels see of the masks.
 struct Roles {
@@ -159,7 +158,8 @@ class Pass {
     }
   }
 
-  // Ranks of the positives in groups [first, last) among the negatives of one span of columns. Returns whether one is NaN.
+  // Ranks of the positives in groups [first, last) among the negatives of one span of columns. Returns whether one is
+  // NaN.
   bool rank(const Row<T>& row, int64_t begin, int64_t end, int64_t first, int64_t last, Scratch<T>& scratch,
             Sums<T> sums, Trace<T>* trace) const {
     bool nan = false;
@@ -320,8 +320,8 @@ Scratch<T>& scratch() {
   return *own;
 }
 
-// What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the weights;
-// `gradient` is null when none is wanted.
+// What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the
+// weights; `gradient` is null when none is wanted.
 template <typename T, typename Finish>
 void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const Finish& finish, void* gradient,
               T* unscale) {
@@ -441,9 +441,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       });
     }
     scale(row);
-    parallel.run(divide_up(m.columns, kBlock), [&](int64_t block, int) {
-      pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient);
-    });
+    parallel.run(divide_up(m.columns, kBlock),
+                 [&](int64_t block, int) { pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient); });
   }
 }
 
@@ -564,7 +563,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
 }
 
 #define ROADMAP_INSTANTIATE(T)                                                                                       \
-  template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                 \
+  template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                  \
                                           const ApOutput<T>&);                                                       \
   template void smooth_rank_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&); \
   template void smooth_rank_gradient_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,               \

@@ -1,9 +1,9 @@
 // The row op on the CPU: what happens to a row, and how rows are dealt to threads. Knows nothing of torch.
 //
 // A row goes through five steps: its positives are collected and sorted; every block of its columns adds to their
-// ranks; ranks become weights; every block gets its gradient. Many rows: a thread does a whole row. Few rows: all threads
-// share the steps of one row, split by columns and by positives. Either way each sum is taken over fixed spans of columns
-// in fixed order, so the bits of a result do not depend on the number of threads.
+// ranks; ranks become weights; every block gets its gradient. Many rows: a thread does a whole row. Few rows: all
+// threads share the steps of one row, split by columns and by positives. Either way each sum is taken over fixed spans
+// of columns in fixed order, so the bits of a result do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct RankOutput {
   int64_t* reference;    // [nnz]
   T* positive_rank;      // [nnz]
   T* negative_rank;      // [nnz]
-  T* slope;              // [nnz]  minus the derivative of negative_rank by the positive's own score; null when not wanted
+  T* slope;  // [nnz]  minus the derivative of negative_rank by the positive's own score; null when not wanted
 };
 
 template <typename T>

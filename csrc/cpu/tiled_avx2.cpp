@@ -36,9 +36,9 @@ namespace avx2 {
 namespace roadmap {
 
 const InstructionSet kAvx2 = {"avx2",
-                             avx2::make_kernels<float>(),
-                             avx2::make_kernels<double>(),
-                             {avx2::mask_bits, avx2::widen_half, avx2::narrow_half}};
+                              avx2::make_kernels<float>(),
+                              avx2::make_kernels<double>(),
+                              {avx2::mask_bits, avx2::widen_half, avx2::narrow_half}};
 
 }  // namespace roadmap
 #endif

@@ -1,5 +1,5 @@
-// The tiled kernels for avx512. Every header stands before the target region: code of theirs compiled inside it could be
-// the copy that the linker keeps for everyone, and would stop on an older processor.
+// The tiled kernels for avx512. Every header stands before the target region: code of theirs compiled inside it could
+// be the copy that the linker keeps for everyone, and would stop on an older processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -19,7 +19,8 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -42,9 +43,9 @@ namespace avx512 {
 namespace roadmap {
 
 const InstructionSet kAvx512 = {"avx512",
-                             avx512::make_kernels<float>(),
-                             avx512::make_kernels<double>(),
-                             {avx512::mask_bits, avx512::widen_half, avx512::narrow_half}};
+                                avx512::make_kernels<float>(),
+                                avx512::make_kernels<double>(),
+                                {avx512::mask_bits, avx512::widen_half, avx512::narrow_half}};
 
 }  // namespace roadmap
 #endif

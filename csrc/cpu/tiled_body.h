@@ -48,9 +48,9 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
   const V r = X::mul_add(n, ln2_low, X::mul_add(n, ln2_high, high)) + low;
   // Taylor: the next term is below 5e-9 (float) and 5e-18 (double) for |r| <= 0.35.
   constexpr int kDegree = kFloat ? 7 : 13;
-  constexpr double kInverseFactorial[14] = {1.0,         1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
-                                            1.0 / 120,   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
-                                            1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double kInverseFactorial[14] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   V p = X::set(static_cast<T>(kInverseFactorial[kDegree]));
   for (int k = kDegree - 1; k >= 0; --k) p = X::mul_add(p, r, X::set(static_cast<T>(kInverseFactorial[k])));
   Words power;
@@ -62,8 +62,8 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
 }
 
 // e^((a - b) / tau). The difference and the product with 1 / tau carry their rounding errors along: without them an
-// exponent of 50 would be off by 3e-6. b may lie far above a, where the exponent stops at -exponent_max; it does not lie
-// further below than skipping allows.
+// exponent of 50 would be off by 3e-6. b may lie far above a, where the exponent stops at -exponent_max; it does not
+// lie further below than skipping allows.
 template <typename T>
 typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>::V b, const Settings<T>& s) {
   using X = Vec<T>;
@@ -79,8 +79,9 @@ typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>:
   return exponential<T>(high, X::clamp(low, T(0.5)));  // large only where d was cut off
 }
 
-// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf, and
-// marked in scratch.kept_bits. The test is the group's own (below), so that what is dropped here no group would have kept.
+// The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf,
+// and marked in scratch.kept_bits. The test is the group's own (below), so that what is dropped here no group would
+// have kept.
 template <typename T>
 int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
   using X = Vec<T>;
@@ -137,8 +138,8 @@ T tail_distance(const Group<T>& g, const Settings<T>& s) {
   return g.end - g.begin > kFew || !g.finite ? s.delta : infinity<T>();
 }
 
-// Splits n kept elements, the highest of which is `top`, for one group. `tail(j, bits, v)` is called for each vector with
-// elements in the tail.
+// Splits n kept elements, the highest of which is `top`, for one group. `tail(j, bits, v)` is called for each vector
+// with elements in the tail.
 template <typename T, typename Tail>
 Classes<T> classify(T* kept, int n, T top, T lowest, T highest, T distance, bool all_reach, const Settings<T>& s,
                     Scratch<T>& scratch, Tail tail) {
@@ -466,7 +467,7 @@ void spread_band(int kept, const uint16_t* band_bits, Scratch<T>& scratch) {
 // scratch.kept becomes the gradient of the kept elements.
 template <bool Smooth, typename T>
 void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
-                  Trace<T>* trace) {
+                   Trace<T>* trace) {
   using X = Vec<T>;
   using V = typename X::V;
   bool nan = false;
@@ -484,7 +485,8 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   }
   std::fill(scratch.gradient, scratch.gradient + full, 0.0);
   std::fill(scratch.tail, scratch.tail + full, T(0));
-  // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it all.
+  // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it
+  // all.
   double weights = 0;
   V tails = X::set(0);
   scratch.tail_slope.assign(1, 0.0);
@@ -665,8 +667,8 @@ void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {any_nan<T>,        positive_exponentials<T>, rank_block<T>, gradient_block<T>,
-          rank_positives<T>, gradient_positives<T>};
+  return {any_nan<T>,        positive_exponentials<T>, rank_block<T>,
+          gradient_block<T>, rank_positives<T>,        gradient_positives<T>};
 }
 
 }  // namespace

@@ -37,9 +37,7 @@ struct Vec<float> {
   static V load(const T* p) { return _mm256_loadu_ps(p); }
   static V load_first(const T* p, int n) { return _mm256_maskload_ps(p, _mm256_castps_si256(lanes((1u << n) - 1))); }
   static void store(T* p, V v) { _mm256_storeu_ps(p, v); }
-  static void store_first(T* p, int n, V v) {
-    _mm256_maskstore_ps(p, _mm256_castps_si256(lanes((1u << n) - 1)), v);
-  }
+  static void store_first(T* p, int n, V v) { _mm256_maskstore_ps(p, _mm256_castps_si256(lanes((1u << n) - 1)), v); }
   static V set(T x) { return _mm256_set1_ps(x); }
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V negative_mul_add(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
@@ -85,9 +83,7 @@ struct Vec<double> {
   static V load(const T* p) { return _mm256_loadu_pd(p); }
   static V load_first(const T* p, int n) { return _mm256_maskload_pd(p, _mm256_castpd_si256(lanes((1u << n) - 1))); }
   static void store(T* p, V v) { _mm256_storeu_pd(p, v); }
-  static void store_first(T* p, int n, V v) {
-    _mm256_maskstore_pd(p, _mm256_castpd_si256(lanes((1u << n) - 1)), v);
-  }
+  static void store_first(T* p, int n, V v) { _mm256_maskstore_pd(p, _mm256_castpd_si256(lanes((1u << n) - 1)), v); }
   static V set(T x) { return _mm256_set1_pd(x); }
   static V mul_add(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static V negative_mul_add(V a, V b, V c) { return _mm256_fnmadd_pd(a, b, c); }  // c - a * b

@@ -1,4 +1,5 @@
-// Vectors of 64 bytes for AVX-512 (F, BW, DQ, VL). Included inside a namespace and a target region: see tiled_avx512.cpp.
+// Vectors of 64 bytes for AVX-512 (F, BW, DQ, VL). Included inside a namespace and a target region: see
+// tiled_avx512.cpp.
 
 template <typename T>
 struct Vec;
@@ -18,7 +19,7 @@ struct Vec<float> {
   static V set(T x) { return _mm512_set1_ps(x); }
   static V mul_add(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V negative_mul_add(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
-  static V product_error(V a, V b, V p) { return _mm512_fmsub_ps(a, b, p); }  // a * b - p, exactly
+  static V product_error(V a, V b, V p) { return _mm512_fmsub_ps(a, b, p); }      // a * b - p, exactly
   // 14 bits from the table and one Newton step: 2^-28, then rounding. Half the cost of a division.
   static V reciprocal(V x) {
     const V r = _mm512_rcp14_ps(x);
@@ -36,9 +37,7 @@ struct Vec<float> {
   static V add_where(Bits m, V a, V b) { return _mm512_mask_add_ps(a, m, a, b); }
   static V add_unless(Bits m, V a, V b) { return _mm512_mask_add_ps(a, static_cast<Bits>(~m), a, b); }
   // The lanes of v in bits, packed to the front; writes a whole vector.
-  static void compress(T* out, V v, unsigned bits) {
-    store(out, _mm512_maskz_compress_ps(static_cast<Bits>(bits), v));
-  }
+  static void compress(T* out, V v, unsigned bits) { store(out, _mm512_maskz_compress_ps(static_cast<Bits>(bits), v)); }
   // The inverse: the front of `in` spread over the lanes in bits, zero elsewhere.
   static V expand(V in, unsigned bits) { return _mm512_maskz_expand_ps(static_cast<Bits>(bits), in); }
   static void accumulate(double* sum, V v) {
@@ -77,9 +76,7 @@ struct Vec<double> {
   static V select(Bits m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
   static V add_where(Bits m, V a, V b) { return _mm512_mask_add_pd(a, m, a, b); }
   static V add_unless(Bits m, V a, V b) { return _mm512_mask_add_pd(a, static_cast<Bits>(~m), a, b); }
-  static void compress(T* out, V v, unsigned bits) {
-    store(out, _mm512_maskz_compress_pd(static_cast<Bits>(bits), v));
-  }
+  static void compress(T* out, V v, unsigned bits) { store(out, _mm512_maskz_compress_pd(static_cast<Bits>(bits), v)); }
   static V expand(V in, unsigned bits) { return _mm512_maskz_expand_pd(static_cast<Bits>(bits), in); }
   static void accumulate(double* sum, V v) { store(sum, load(sum) + v); }
 };

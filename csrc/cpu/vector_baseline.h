@@ -53,7 +53,9 @@ struct Vec {
     for (int lane = 0; lane < kWidth; ++lane) m[lane] = -static_cast<Word>(bits >> lane & 1);
     return m;
   }
-  static V select(Bits m, V a, V b) { return reinterpret_cast<V>((reinterpret_cast<Bits>(a) & m) | (reinterpret_cast<Bits>(b) & ~m)); }
+  static V select(Bits m, V a, V b) {
+    return reinterpret_cast<V>((reinterpret_cast<Bits>(a) & m) | (reinterpret_cast<Bits>(b) & ~m));
+  }
   static V add_where(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & m); }
   static V add_unless(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & ~m); }
   static void compress(T* out, V v, unsigned bits) {

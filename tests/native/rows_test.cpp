@@ -1,6 +1,8 @@
-// The CPU row op without torch, under AddressSanitizer and UndefinedBehaviorSanitizer (run.sh): NaN, infinities, huge and
-// denormal scores, every type and size around a vector and a block, on one thread and on three. Every tensor ends where a
-// page ends that must not be touched, so that also a masked vector access past it is caught.
+// The CPU row op without torch, under AddressSanitizer and UndefinedBehaviorSanitizer (run.sh): NaN, infinities, huge
+// and denormal scores, every type and size around a vector and a block, on one thread and on three. Every tensor ends
+// where a page ends that must not be touched, so that also a masked vector access past it is caught.
+#include "../../csrc/cpu/rows.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,7 +18,6 @@
 
 #include "../../csrc/cpu/half.h"
 #include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/rows.h"
 
 using namespace roadmap;
 
@@ -92,13 +93,13 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
     target[i] = uniform() < density[seed / 2 % 4];
     ignore[i] = uniform() < 0.1;
   }
-  const Matrix m = {scores.data(), type,  rows, columns, columns, target.data(), columns,
-                    seed % 3 ? ignore.data() : nullptr, columns};
+  const Matrix m = {
+      scores.data(), type, rows, columns, columns, target.data(), columns, seed % 3 ? ignore.data() : nullptr, columns};
   const bool half = std::is_same_v<S, uint16_t>;
   for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
     const double taus[] = {0.01, 1e-37, 1e30};
-    const SurrogateSettings settings = {surrogate, taus[seed / 8 % 3], seed % 5 ? 100.0 : 0.0, seed % 7 ? 0.05 : 0.0,
-                                        0.5, 1.49};
+    const SurrogateSettings settings = {
+        surrogate, taus[seed / 8 % 3], seed % 5 ? 100.0 : 0.0, seed % 7 ? 0.05 : 0.0, 0.5, 1.49};
     std::vector<T> first_loss;
     for (int workers : {1, 3}) {
       Guarded<T> loss(rows), unscale(rows);
@@ -121,9 +122,9 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
       const int64_t count = first[rows];
       Guarded<int64_t> query(count), reference(count);
       Guarded<T> rank_positive(count), rank_negative(count), slope(count);
-      smooth_rank_rows<T>(m, settings, threads(workers),
-                          {first.data(), query.data(), reference.data(), rank_positive.data(), rank_negative.data(),
-                           slope.data()});
+      smooth_rank_rows<T>(
+          m, settings, threads(workers),
+          {first.data(), query.data(), reference.data(), rank_positive.data(), rank_negative.data(), slope.data()});
       for (int64_t i = 0; i < count; ++i) {
         expect(query[i] >= 0 && query[i] < rows && reference[i] >= 0 && reference[i] < columns, "an index is inside");
       }
