@@ -38,8 +38,8 @@ def extension():
         from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(
-            "roadmap_ext builds against the torch it will run with, and none is installed here: install torch>=2.11, then "
-            "run `pip install --no-build-isolation .` again, or set ROADMAP_EXT_NO_BUILD=1 for the plain PyTorch "
+            "roadmap_ext builds against the torch it will run with, and none is installed here: install torch>=2.11, "
+            "then run `pip install --no-build-isolation .` again, or set ROADMAP_EXT_NO_BUILD=1 for the plain PyTorch "
             "reference alone."
         ) from error
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -77,7 +77,7 @@ def extension():
         "include_dirs": [pybind11.get_include()],  # first: torch 2.11's own copy does not compile with a target version
         "define_macros": macros,
         "extra_compile_args": {"cxx": flags},
-        "depends": sorted(glob("csrc/**/*.h", recursive=True)),
+        "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
     }
     if not decision.build:
         return cpp_extension.CppExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension

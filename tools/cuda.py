@@ -1,7 +1,7 @@
 """Whether to build the CUDA kernels, with which toolkit and for which GPUs: decided once, by setup.py, and said aloud.
 
-The decision rests on the torch that is installed and on a toolkit that is really there, never on a visible GPU: machines
-that build often have none.
+The decision rests on the torch that is installed and on a toolkit that is really there, never on a visible GPU:
+machines that build often have none.
 """
 
 from __future__ import annotations
