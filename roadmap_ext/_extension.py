@@ -35,8 +35,8 @@ def _load() -> ModuleType | None:
         raise ImportError(
             f"roadmap_ext was imported from {here}, which has no compiled extension (_C). If it is installed "
             "elsewhere, this is its source tree shadowing it: start Python from another folder. Otherwise build it "
-            "here with `make build` or `pip install --no-build-isolation -e .`; ROADMAP_EXT_NO_BUILD=1 runs the plain PyTorch "
-            "reference alone."
+            "here with `make build` or `pip install --no-build-isolation -e .`; ROADMAP_EXT_NO_BUILD=1 runs the "
+            "plain PyTorch reference alone."
         ) from error
     except ImportError as error:
         raise ImportError(
