@@ -178,3 +178,29 @@ def test_strides_and_no_grad():
 
 def test_named_tuple_is_exported():
     assert isinstance(smooth_rank(torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)), roadmap_ext.SmoothRank)
+
+
+def test_exponents_carry_their_rounding_errors():
+    """One negative among positives that share a centre far away: the relative error of a rank is that of an exponent.
+
+    Plain float32 divides a rounded gap by tau, and so would the kernels without their compensation: 2e-6.
+    """
+    positives = 0.3 + 0.19 * torch.rand(500, 64)
+    scores = torch.cat([positives, 0.2 + 0.25 * torch.rand(500, 1)], 1)
+    target = torch.ones(500, 65, dtype=torch.bool)
+    target[:, 64] = False
+    ours = smooth_rank(scores, target, surrogate="smooth").negative_rank.double()
+    truth = reference.smooth_rank(scores.double(), target, surrogate="smooth").negative_rank
+    assert ((ours - truth) / truth).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_far_above_a_distant_knee(dtype):
+    """Hundreds of temperatures above a positive and still below the knee: sigma is 1, whatever its exponential is."""
+    scores = torch.arange(-40, 64, dtype=dtype)[None] / 16
+    target = torch.zeros(1, 104, dtype=torch.bool)
+    target[:, :6] = True
+    options = {"tau": 1e-3, "delta": 100.03}
+    ranks = smooth_rank(scores, target, **options)
+    truth = reference.smooth_rank(scores.double(), target, **options)
+    torch.testing.assert_close(ranks.negative_rank.double(), truth.negative_rank, rtol=1e-6, atol=0)
