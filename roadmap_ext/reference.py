@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._checks import REDUCTIONS, Settings, check_scores, make_settings, one_of
 from ._ranks import SmoothRank
-from ._reduce import reduce_rows
 
 
 def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
@@ -83,7 +82,10 @@ def ap_loss(
         else:  # 0, attached to the graph, but for a NaN
             losses.append(_nan_if_any(row[is_negative]))
     loss = torch.stack(losses) if losses else wide.sum(1)
-    return reduce_rows(loss, positive.any(1), reduction)
+    if reduction == "none":
+        return loss
+    # Queries without positives are left out of the mean; their loss is 0, so the sum need not leave them out.
+    return loss.sum() if reduction == "sum" else loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
 def smooth_rank(
