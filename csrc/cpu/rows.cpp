@@ -21,7 +21,7 @@ constexpr int64_t kSpan = 16 * kBlock;
 constexpr int64_t kPartialSums = 1 << 18;
 // Positives that one task of a shared row takes: enough to make reading the row cheap.
 constexpr int64_t kPiece = 512;
-// Bounds the float32 sums of the gradient over a group.
+// Bounds the distance over which one group has to share its classes.
 constexpr int64_t kGroup = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

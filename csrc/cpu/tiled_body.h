@@ -14,9 +14,10 @@
 namespace {
 
 constexpr int kTile = 16;
+// Positives whose shares of a gradient are summed plainly in T.
+constexpr int64_t kRun = 8;
 // Up to so many positives meet the tail pair by pair: see tail_distance().
 constexpr int64_t kFew = 4;
-// Group sizes are bounded so that the gradient's float32 sums over a group stay short, too.
 static_assert(kBlock % 64 == 0 && kPad >= 16);
 
 // An exponential that makes any product with a positive's vanish in 1 / (1 + product), and stay finite.
@@ -410,6 +411,30 @@ bool rank_block(const Block<T>& block, const Positives<T>& p, int64_t first, int
                : rank_block_as<false, false>(block, p, first, last, s, scratch, sums, trace);
 }
 
+// A sum in T of which the rounding errors are kept, for short partial sums: columns of one score meet the same
+// roundings again and again, so that over a group they would add up where they should average out.
+template <typename T>
+struct LongSum {
+  using V = typename Vec<T>::V;
+  V sum, lost;
+
+  LongSum()
+      : sum(Vec<T>::set(0)), lost(Vec<T>::set(0)) {}  // an implicit one would be compiled for the oldest processor
+  void add(V part) {                                  // Knuth's two-sum
+    const V next = sum + part;
+    const V part_used = next - sum;
+    lost = lost + ((sum - (next - part_used)) + (part - part_used));
+    sum = next;
+  }
+  V total() const { return sum + lost; }
+};
+
+// The positives of a group in runs short enough for a plain sum: body(begin, end) for each.
+template <typename T, typename Body>
+void for_runs(const Group<T>& g, const Body& body) {
+  for (int64_t i = g.begin; i < g.end; i += kRun) body(i, std::min(g.end, i + kRun));
+}
+
 // band_gradient[j] = sum over the group of w_i tau H'(s_j - s_i), for Columns vectors of the band at once.
 template <bool Smooth, int Columns, typename T>
 void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positives<T>& p, const Group<T>& g,
@@ -417,19 +442,24 @@ void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positiv
   using X = Vec<T>;
   using V = typename X::V;
   const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
-  V v[Columns], ev[Columns], sum[Columns];
+  V v[Columns], ev[Columns];
+  LongSum<T> sums[Columns];
   for (int k = 0; k < Columns; ++k) {
     v[k] = X::load(values + j + k * X::kWidth);
     ev[k] = X::load(scratch.band_exponential + j + k * X::kWidth);
-    sum[k] = X::set(0);
   }
-  for (int64_t i = g.begin; i < g.end; ++i) {
-    const V u = X::set(p.score[i]), eu = X::set(p.exponential[i]), w = X::set(p.weight_negative[i]);
-    for (int k = 0; k < Columns; ++k) {
-      sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v[k], ev[k], u, eu, delta, rho_tau), sum[k]);
+  for_runs(g, [&](int64_t begin, int64_t end) {
+    V part[Columns];
+    for (int k = 0; k < Columns; ++k) part[k] = X::set(0);
+    for (int64_t i = begin; i < end; ++i) {
+      const V u = X::set(p.score[i]), eu = X::set(p.exponential[i]), w = X::set(p.weight_negative[i]);
+      for (int k = 0; k < Columns; ++k) {
+        part[k] = X::mul_add(w, pair_slope<Smooth, T>(v[k], ev[k], u, eu, delta, rho_tau), part[k]);
+      }
     }
-  }
-  for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sum[k]);
+    for (int k = 0; k < Columns; ++k) sums[k].add(part[k]);
+  });
+  for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sums[k].total());
 }
 
 // The same from slopes [positives of the group, padded band] that were kept.
@@ -438,12 +468,16 @@ void gradient_traced(const T* slopes, int band, Scratch<T>& scratch, const Posit
   using X = Vec<T>;
   const int stride = padded<T>(band);
   for (int j = 0; j < band; j += X::kWidth) {
-    auto sum = X::set(0);
+    LongSum<T> sum;
     const T* slope = slopes + j;
-    for (int64_t i = g.begin; i < g.end; ++i, slope += stride) {
-      sum = X::mul_add(X::set(p.weight_negative[i]), X::load(slope), sum);
-    }
-    X::store(scratch.band_gradient + j, sum);
+    for_runs(g, [&](int64_t begin, int64_t end) {
+      auto part = X::set(0);
+      for (int64_t i = begin; i < end; ++i, slope += stride) {
+        part = X::mul_add(X::set(p.weight_negative[i]), X::load(slope), part);
+      }
+      sum.add(part);
+    });
+    X::store(scratch.band_gradient + j, sum.total());
   }
 }
 
@@ -622,12 +656,16 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
     X::store(scratch.band_weight + band, X::set(0));
     for (int j = 0; j < band; j += X::kWidth) {
       const V ev = X::load(scratch.band_exponential + j), own = X::load(scratch.band_weight + j);
-      V sum = X::set(0);
-      for (int64_t i = g.begin; i < g.end; ++i) {
-        const V curve = pair_slope<true, T>(none, ev, none, X::set(p.exponential[i]), none, none);
-        sum = X::mul_add(X::set(p.weight_positive[i]) - own, curve, sum);
-      }
-      X::store(scratch.band_gradient + j, sum);
+      LongSum<T> sum;
+      for_runs(g, [&](int64_t begin, int64_t end) {
+        V part = X::set(0);
+        for (int64_t i = begin; i < end; ++i) {
+          const V curve = pair_slope<true, T>(none, ev, none, X::set(p.exponential[i]), none, none);
+          part = X::mul_add(X::set(p.weight_positive[i]) - own, curve, part);
+        }
+        sum.add(part);
+      });
+      X::store(scratch.band_gradient + j, sum.total());
     }
     spread_band(count, scratch.band_bits, scratch);
   }
