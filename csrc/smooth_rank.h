@@ -49,8 +49,8 @@ struct Settings {
         rate_lo(static_cast<T>(std::fma(-static_cast<double>(rate_hi), tau, 1.0) / tau)),
         // e^-17 = 4e-8 and e^-37 = 9e-17 are below half an ulp of 1, the smallest rank.
         cut(static_cast<T>((kDigits + std::log(static_cast<double>(columns > 1 ? columns : 1))) * tau)),
-        group_span(static_cast<T>(20 * tau)),
-        // Elements of a band reach 10 + 17 + ln(2^31) < 60 above a centre (float); e^(60 + 10) is finite.
+        group_span(static_cast<T>(40 * tau)),
+        // A band reaches 20 + 17 + ln(2^31) < 60 below its centre (float), and e^(60 + 20) is finite.
         exponent_max(static_cast<T>(sizeof(T) == 4 ? 60 : 600)),
         tau(tau),
         exact_rho(rho),

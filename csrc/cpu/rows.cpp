@@ -21,8 +21,10 @@ constexpr int64_t kSpan = 16 * kBlock;
 constexpr int64_t kPartialSums = 1 << 18;
 // Positives that one task of a shared row takes: enough to make reading the row cheap.
 constexpr int64_t kPiece = 512;
-// Bounds the distance over which one group has to share its classes.
+// Bound on the positives of a group, which have to share its classes.
 constexpr int64_t kGroup = 64;
+// Rows with up to so many positives have groups twice as wide.
+constexpr int64_t kSparse = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -137,13 +139,13 @@ class Pass {
     row.gradient.resize(size);
     p.groups.clear();
     if (row.nan) return;
+    // Few positives share their exponentials over all the range there is; with many, pairs count for more, and a narrow
+    // group skips more of them.
+    const T span = size <= kSparse ? settings_.group_span : settings_.group_span / 2;
     for (int64_t i = 0; i < size;) {
       const T first = p.score[i];
       int64_t end = i + 1;
-      while (end < size && end - i < kGroup &&
-             (p.score[end] == first || p.score[end] - first <= settings_.group_span)) {
-        ++end;
-      }
+      while (end < size && end - i < kGroup && (p.score[end] == first || p.score[end] - first <= span)) ++end;
       const T last = p.score[end - 1];
       p.groups.push_back({i, end, first + (last - first) / 2, std::isfinite(first) && std::isfinite(last)});
       i = end;

@@ -1,0 +1,208 @@
+"""How things are measured here: two sides timed in turns, peak memory in a fresh process, provenance.
+
+Nothing in this file knows what is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import roadmap_ext
+
+MIB = 1 << 20
+
+# One call of a side: the seconds of its passes, in a fixed order. Whatever must not be timed happens before it is made.
+Side = Callable[[], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile of repeated measurements."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: np.ndarray, median: float | None = None) -> Spread:
+        p20, p50, p80 = np.percentile(values, [20, 50, 80])
+        return cls(float(p50 if median is None else median), float(p20), float(p80), len(values))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sides measured in turn, a list entry a pass: seconds of each, and the peer's time as a multiple of ours.
+
+    A ratio's median is the ratio of the two medians; its percentiles are those of the ratios of each round's medians.
+    """
+
+    ours: list[Spread]
+    peer: list[Spread]
+    ratio: list[Spread]
+    first: Spread  # seconds of all passes of ours when the peer has just run
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Side:
+    """A training step's share of a loss: the passes are forward, backward and both, of the same call."""
+    leaf = scores.detach().clone().requires_grad_()
+
+    def run() -> tuple[float, float, float]:
+        leaf.grad = None
+        _synchronise(leaf.device)
+        begin = time.perf_counter()
+        value = loss(leaf)
+        _synchronise(leaf.device)
+        middle = time.perf_counter()
+        value.backward()
+        _synchronise(leaf.device)
+        end = time.perf_counter()
+        return middle - begin, end - middle, end - begin
+
+    return run
+
+
+def memory_copy(scores: Tensor) -> Side:
+    """The floor of any such step: the scores read once and as many bytes written once, to memory already there."""
+    source, destination = scores.detach().clone(), torch.empty_like(scores)
+
+    def run() -> tuple[float, float, float]:
+        _synchronise(source.device)
+        begin = time.perf_counter()
+        destination.copy_(source)
+        _synchronise(source.device)
+        seconds = time.perf_counter() - begin
+        return 0.0, 0.0, seconds
+
+    return run
+
+
+def turn(side: Side, budget: float = 0.02) -> tuple[float, np.ndarray]:
+    """One side's turn: seconds of its first call, and [calls, passes] of the calls that count.
+
+    Short calls are repeated for about ``budget`` seconds, 20 times at most, and the first does not count: it finds the
+    caches full of the other side's data. A call longer than the budget is made once, and counts.
+    """
+    first = side()
+    if first[-1] > budget:
+        return first[-1], np.array([first])
+    calls = max(1, min(20, int(budget / max(first[-1], 1e-9))))
+    return first[-1], np.array([side() for _ in range(calls)])
+
+
+def paired(ours: Side, peer: Side, *, seconds: float = 2.0, least: int = 5, most: int = 100) -> Pair:
+    """Turns of ours and the peer's, one after the other, for about ``seconds``, between ``least`` and ``most`` rounds.
+
+    One round goes before as a warm-up, unless only one was asked for.
+    """
+    if most > 1:
+        turn(ours), turn(peer)
+    rounds = []
+    begin = time.perf_counter()
+    while len(rounds) < least or (len(rounds) < most and time.perf_counter() - begin < seconds):
+        rounds.append((turn(ours), turn(peer)))
+    sides = [np.concatenate([calls[side][1] for calls in rounds]) for side in (0, 1)]  # [calls, pass] each
+    medians = [np.array([np.median(calls[side][1], axis=0) for calls in rounds]) for side in (0, 1)]  # [rounds, pass]
+    spreads = [[Spread.of(column) for column in calls.T] for calls in sides]
+    ratios = []
+    for index in range(sides[0].shape[1]):
+        mine, other = medians[0][:, index], medians[1][:, index]
+        ratio = spreads[1][index].median / max(spreads[0][index].median, 1e-9)
+        ratios.append(Spread.of(other / np.maximum(mine, 1e-9), ratio))
+    return Pair(spreads[0], spreads[1], ratios, Spread.of(np.array([calls[0][0] for calls in rounds])))
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns in a Python of its own. It must be importable by name."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_growth(function: Callable[[], Any]) -> float | None:
+    """Bytes by which this process's resident memory rises, at the most, while ``function`` runs; None off Linux.
+
+    Making the inputs has peaks of its own, which getrusage's ru_maxrss would go on reporting (and a child process
+    inherits its parent's): Linux's own mark can be lowered to the present, after freed memory has been handed back.
+    Call it in a fresh process, when thread pools are warm.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    kept = function()
+    growth = _status_bytes("VmHWM") - before
+    del kept
+    return growth
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_model() -> str:
+    if sys.platform == "darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        ).stdout.strip()
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    # Some virtual machines leave the name bare: family and model tell what it is.
+    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def provenance() -> dict[str, str]:
+    """Where, when and with what the figures were taken."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    dirty = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+    return {
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "instruction_set": str(roadmap_ext.build_info()["cpu"]),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "roadmap_ext": roadmap_ext.__version__,
+        "commit": commit + ("-dirty" if dirty else ""),
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute, before: near 0, or other work is in the figures
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
