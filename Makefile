@@ -32,7 +32,7 @@ CONSTRAINTS := $(TORCH)
 endif
 PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-TOOLS_build := 'setuptools>=77' wheel 'pybind11>=2.13' ninja numpy
+TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOOLS_test := 'pytest>=8' pytest-cov hypothesis build
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_bench := matplotlib
