@@ -172,9 +172,11 @@ def ap_loss(
         RuntimeError: the kernels for the scores' device were not built.
 
     Example:
-        >>> scores = torch.tensor([[0.9, 0.2, 0.5]], requires_grad=True)
-        >>> ap_loss(scores, torch.tensor([[True, False, False]]))
-        tensor(0., grad_fn=<DivBackward0>)
+        >>> scores = torch.tensor([[0.52, 0.5, 0.1]], requires_grad=True)
+        >>> loss = ap_loss(scores, torch.tensor([[True, False, False]]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", [round(x, 3) for x in scores.grad[0].tolist()])
+        0.1065 [-8.382, 8.382, 0.0]
     """
     one_of("method", method, METHODS)
     one_of("reduction", reduction, REDUCTIONS)

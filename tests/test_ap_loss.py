@@ -1,5 +1,6 @@
 """What ap_loss promises beside its values: conventions, memory, autograd, torch.compile, strides, determinism."""
 
+import doctest
 import math
 import pickle
 
@@ -366,6 +367,12 @@ def test_module():
     assert torch.equal(again(scores, target), module(scores, target))
     with pytest.raises(ValueError, match="tau"):
         APLoss(tau=-1)
+
+
+def test_the_docstrings_examples():
+    result = doctest.testmod(roadmap_ext.functional)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_every_read_is_inside_the_tensor():
