@@ -38,7 +38,8 @@ def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        hint = ", which cannot be learnt here: use .item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     number = float(value)
     if not math.isfinite(number) or abs(number) > _LARGEST:
         raise ValueError(f"{name} must be finite (in float32), got {value}")
@@ -70,7 +71,7 @@ def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: f
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
     """Check scores [B, N] and its masks. Raises TypeError for types and dtypes, ValueError for shapes and devices."""
     if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
+        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}: use torch.as_tensor(scores)")
     if scores.layout != torch.strided:
         raise TypeError(f"scores must be a dense tensor, got layout {scores.layout}: call scores.to_dense()")
     if scores.dtype not in DTYPES:
@@ -93,7 +94,8 @@ def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor of dtype torch.bool, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool()"
+            f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool(), and "
+            "labels with labels[:, None] == reference_labels[None]"
         )
     if mask.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {mask.layout}: call {name}.to_dense()")

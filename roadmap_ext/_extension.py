@@ -70,10 +70,10 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs.
 
     Returns:
-        A dict: ``version``; ``torch`` it was built with; ``compiler``; ``cuda`` (bool), ``cuda_reason`` (why not) and
-        ``cuda_archs``; ``cpu``, the instruction set in use (``"avx512"``, ``"avx2"`` or ``"baseline"``; the environment
-        variable ``ROADMAP_EXT_CPU`` chooses one before the first call) and ``cpu_available``. Without kernels,
-        ``cpu`` is ``"reference"``.
+        A dict: ``version`` and ``python``; ``torch`` it was built with; ``compiler``; ``cuda`` (bool), ``cuda_reason``
+        (why not) and ``cuda_archs``; ``cpu``, the instruction set in use (``"avx512"``, ``"avx2"`` or ``"baseline"``;
+        the environment variable ``ROADMAP_EXT_CPU`` chooses one before the first call) and ``cpu_available``. Without
+        kernels, ``cpu`` is ``"reference"``.
     """
     info: dict[str, Any] = {"version": __version__, "python": sys.version.split()[0]}
     if _C is None:

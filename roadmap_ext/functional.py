@@ -10,12 +10,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _ops, reference
 from ._checks import METHODS, REDUCTIONS, Settings, check_scores, make_settings, one_of
 from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
 from ._ranks import SmoothRank
 
+_NO_TRANSFORMS = (
+    "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
+    "differentiation: use loss.backward() or torch.autograd.grad, or pass method='reference', which is differentiable "
+    "by all of them."
+)
 _NO_SECOND_DERIVATIVE = (
     "roadmap_ext: the kernels have first derivatives only, and this asks for a second one (a gradient penalty, or "
     "backward through a gradient taken with create_graph=True): pass method='reference', which has them all."
@@ -110,6 +116,11 @@ def _resolve(method: str, scores: Tensor) -> str:
         warn_reference_only()
         return "reference"
     check_kernels(scores.device, method)
+    # torch would return derivatives of zero, or none, without a word.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(scores).tangent is not None
+    ):
+        raise RuntimeError(_NO_TRANSFORMS)
     return "tiled"
 
 
@@ -144,7 +155,8 @@ def ap_loss(
 
     The gradient is computed with the loss; for backward one [B, N] tensor in the dtype of the scores is kept. Sums run
     in float32 at least. Autocast leaves the scores as they come. Results are bitwise equal from run to run and for
-    every number of CPU threads. Second derivatives raise, except with ``method="reference"``.
+    every number of CPU threads. Second derivatives, forward mode and torch.func transforms raise, except with
+    ``method="reference"``.
 
     Args:
         scores: [B, N] similarity of each query to each reference, higher is closer; float16, bfloat16, float32 or
@@ -169,7 +181,7 @@ def ap_loss(
     Raises:
         TypeError: scores, target or ignore is no tensor or has the wrong dtype; a setting is no number.
         ValueError: shapes or devices differ, a setting is out of range, an unknown surrogate, reduction or method.
-        RuntimeError: the kernels for the scores' device were not built.
+        RuntimeError: the kernels for the scores' device were not built; a torch.func transform is active.
 
     Example:
         >>> scores = torch.tensor([[0.52, 0.5, 0.1]], requires_grad=True)
@@ -207,8 +219,8 @@ def smooth_rank(
     """The smooth ranks of every positive: what :func:`ap_loss` is made of, for losses yet to be written.
 
     ``positive_rank`` is rank+ and ``negative_rank`` rank- of :func:`ap_loss`; any gradient may arrive at
-    ``negative_rank``, and with ``surrogate="smooth"`` at ``positive_rank`` (with ``"sup"`` it is a true step and
-    carries none). The arguments are those of :func:`ap_loss`, and so are the errors.
+    ``negative_rank``, and with ``surrogate="smooth"`` at ``positive_rank`` (with ``"sup"`` it is a true step, carries
+    none and does not require grad). The arguments are those of :func:`ap_loss`, and so are the errors.
 
     The number of positives decides the shape of the result, so on a GPU the host waits for it once; under
     torch.compile it is a dynamic size.
@@ -218,10 +230,15 @@ def smooth_rank(
         ascending. The ranks are float64 for float64 scores and float32 for all others.
 
     Example:
-        Recall@k's surrogate (Patel et al., CVPR 2022) in two lines::
+        Recall@k of each query, smooth in the manner of Patel et al. (CVPR 2022): the share of positives with rank <= k.
 
-            ranks = smooth_rank(scores, target, surrogate="smooth")
-            recall = torch.sigmoid(k - ranks.positive_rank - ranks.negative_rank)
+        >>> scores = torch.tensor([[0.9, 0.5, 0.4, 0.1], [0.2, 0.8, 0.7, 0.3]], requires_grad=True)
+        >>> target = torch.tensor([[True, False, True, False], [True, True, False, False]])
+        >>> ranks = smooth_rank(scores, target, surrogate="smooth")
+        >>> hit = torch.sigmoid(1 + 0.5 - ranks.positive_rank - ranks.negative_rank)  # k = 1, temperature 1 on ranks
+        >>> recall = torch.zeros(2).index_add(0, ranks.query, hit) / target.sum(1)
+        >>> [round(x, 3) for x in recall.tolist()]
+        [0.402, 0.349]
     """
     one_of("method", method, METHODS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)

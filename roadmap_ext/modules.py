@@ -16,6 +16,12 @@ class APLoss(nn.Module):
     Shape:
         scores [B, N], target [B, N] bool, ignore [B, N] bool or None; the loss is a scalar, or [B] for
         ``reduction="none"``.
+
+    Example:
+        >>> import torch
+        >>> loss = APLoss(tau=0.02)
+        >>> print(f"{loss(torch.tensor([[0.52, 0.5]]), torch.tensor([[True, False]])):.4f}")
+        0.2119
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class APLoss(nn.Module):
         self.method = method
 
     def forward(self, scores: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:
+        """The loss of scores [B, N]: see :func:`roadmap_ext.ap_loss`."""
         return ap_loss(
             scores,
             target,
@@ -59,6 +66,7 @@ class APLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The settings, as they were given."""
         shape = f"rho={self.rho}, delta={self.delta}, start={self.start}, offset={self.offset}, "
         return (
             f"surrogate={self.surrogate!r}, tau={self.tau}, {shape if self.surrogate == 'sup' else ''}"

@@ -69,7 +69,10 @@ def ap_loss(
     offset: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """:func:`roadmap_ext.ap_loss` in plain PyTorch: same arguments, same result, same errors."""
+    """:func:`roadmap_ext.ap_loss` in plain PyTorch, differentiable any number of times.
+
+    Arguments (but ``method``), result and errors are the same.
+    """
     one_of("reduction", reduction, REDUCTIONS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
@@ -100,7 +103,10 @@ def smooth_rank(
     start: float = 0.5,
     offset: float | None = None,
 ) -> SmoothRank:
-    """:func:`roadmap_ext.smooth_rank` in plain PyTorch: same arguments, same result, same errors."""
+    """:func:`roadmap_ext.smooth_rank` in plain PyTorch, differentiable any number of times.
+
+    Arguments (but ``method``), result and errors are the same.
+    """
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
     wide, positive, negative = _roles(scores, target, ignore)

@@ -304,6 +304,25 @@ def test_second_derivatives_of_the_weighting_raise():
         torch.autograd.grad(gradient.sum(), weight)
 
 
+@pytest.mark.parametrize(
+    "function", [ap_loss, lambda s, t, **o: roadmap_ext.smooth_rank(s, t, **o).negative_rank.sum()]
+)
+def test_transforms_and_forward_mode_raise(function):
+    """torch would return zeros, or nothing at all."""
+    scores, target, _ = case()
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+            transform(lambda s: function(s, target))(scores)
+    with pytest.raises(RuntimeError, match="method='reference'"):
+        torch.vmap(lambda s, t: function(s, t))(scores[None], target[None])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        function(torch.autograd.forward_ad.make_dual(scores, scores), target)
+    by_reference = torch.func.grad(lambda s: function(s, target, method="reference"))(scores)
+    leaf = scores.clone().requires_grad_()
+    function(leaf, target).backward()
+    torch.testing.assert_close(by_reference, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_the_reference_has_second_derivatives():
     scores = (torch.randn(2, 6, dtype=torch.float64) * 0.3).requires_grad_()
     target = torch.rand(2, 6) < 0.5
@@ -370,9 +389,10 @@ def test_module():
 
 
 def test_the_docstrings_examples():
-    result = doctest.testmod(roadmap_ext.functional)
-    assert result.attempted > 0
-    assert result.failed == 0
+    for module in (roadmap_ext.functional, roadmap_ext.modules):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 def test_every_read_is_inside_the_tensor():
@@ -396,6 +416,7 @@ class TestBadInput:
             ([[1.0]], target, None, TypeError, "scores must be a torch.Tensor, got list"),
             (scores[0], target, None, ValueError, r"2-D.*\(5,\).*scores\[None\]"),
             (scores[None], target, None, ValueError, "2-D"),
+            (scores.numpy(), target, None, TypeError, "as_tensor"),
             (scores.int(), target, None, TypeError, "int32"),
             (scores.to(torch.complex64), target, None, TypeError, "complex64"),
             (scores.to(torch.float8_e4m3fn), target, None, TypeError, "float8"),
@@ -404,6 +425,7 @@ class TestBadInput:
             (scores, target[:2], None, ValueError, r"\(3, 5\).*\(2, 5\).*expand_as"),
             (scores, target.float(), None, TypeError, r"float32.*target\.bool\(\)"),
             (scores, target.int(), None, TypeError, r"int32.*target\.bool\(\)"),
+            (scores, torch.arange(3), None, TypeError, r"labels\[:, None\]"),
             (scores, target.to("meta"), None, ValueError, "cpu.*meta"),
             (scores, target.to_sparse(), None, TypeError, "to_dense"),
             (scores, target, target.float(), TypeError, r"ignore.*ignore\.bool\(\)"),
@@ -429,6 +451,7 @@ class TestBadInput:
             ({"tau": -0.1}, ValueError, "tau must be positive"),
             ({"tau": NAN}, ValueError, "tau must be finite"),
             ({"tau": "warm"}, TypeError, "tau must be a number, got str"),
+            ({"tau": torch.tensor(0.1)}, TypeError, r"got Tensor.*\.item\(\)"),
             ({"tau": True}, TypeError, "tau must be a number, got bool"),
             ({"rho": -1.0}, ValueError, "rho must not be negative"),
             ({"rho": INF}, ValueError, "rho must be finite"),
