@@ -1,9 +1,9 @@
 """Train a small network to retrieve handwritten digits with roadmap_ext.ap_loss, and see what it learnt.
 
 scikit-learn's 1,797 scanned digits of 8 x 8 pixels come with it, so nothing is downloaded; a CPU takes seconds.
-Run it from a clone by `make demo`; it needs scikit-learn, matplotlib and tqdm. Writes digits.png. mAP@R is the mean, over
-queries, of the precision at each relevant image among the first R, R being how many are relevant; R@1 the share of
-queries whose nearest image is relevant.
+Run it from a clone by `make demo`; it needs scikit-learn, matplotlib and tqdm. Writes digits.png. mAP@R is the mean,
+over queries, of the precision at each relevant image among the first R, R being how many are relevant; R@1 the share
+of queries whose nearest image is relevant.
 """
 
 from __future__ import annotations
