@@ -10,7 +10,6 @@
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -24,15 +23,20 @@ using roadmap::ScoreType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-roadmap::SurrogateSettings make_settings(const std::string& surrogate, double tau, double rho, double delta,
-                                         double start, double offset) {
-  STD_TORCH_CHECK(surrogate == "sup" || surrogate == "smooth", "surrogate must be 'sup' or 'smooth', got ", surrogate);
-  STD_TORCH_CHECK(tau > 0 && std::isfinite(tau) && std::isfinite(1 / static_cast<float>(tau)),
-                  "tau must be positive and finite, and so must 1 / tau in float32");
-  STD_TORCH_CHECK(rho >= 0 && std::isfinite(rho) && delta >= 0 && std::isfinite(delta),
-                  "rho and delta must be finite and not negative");
-  STD_TORCH_CHECK(std::isfinite(start) && std::isfinite(offset), "start and offset must be finite");
-  return {surrogate == "smooth" ? 1 : 0, tau, rho, delta, start, offset};
+// Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13).
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+roadmap::SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
+                                         std::optional<double> offset) {
+  STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
+  STD_TORCH_CHECK(tau >= 1e-37 && tau <= 1e36, "tau must lie between 1e-37 and 1e36");
+  STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
+                  "rho, rho * tau and delta must be finite in float32 and not negative");
+  STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
+  // By default the surrogate is continuous at the knee.
+  const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
+  STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
+  return {surrogate, tau, rho, delta, start, above};
 }
 
 ScoreType score_type(const Tensor& t) {
@@ -140,27 +144,27 @@ T* data(const Tensor& t) {
 
 // The reductions, in row order and in double. The mean is over queries with a positive; the others have loss 0.
 template <typename T>
-double reduce(const std::string& reduction, const T* loss, const int64_t* positives, int64_t rows, double& weight) {
+double reduce(int64_t reduction, const T* loss, const int64_t* positives, int64_t rows, double& weight) {
   double sum = 0;
   int64_t count = 0;
   for (int64_t row = 0; row < rows; ++row) {
     sum += static_cast<double>(loss[row]);
     count += positives[row] > 0;
   }
-  weight = reduction == "mean" ? 1.0 / static_cast<double>(std::max<int64_t>(count, 1)) : 1.0;
+  weight = reduction == kMean ? 1.0 / static_cast<double>(std::max<int64_t>(count, 1)) : 1.0;
   return sum * weight;
 }
 
 std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                     std::string surrogate, double tau, double rho, double delta,
-                                                     double start, double offset, std::string reduction,
+                                                     int64_t surrogate, double tau, double rho, double delta,
+                                                     double start, std::optional<double> offset, int64_t reduction,
                                                      bool want_gradient) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
-  STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
-                  "reduction must be 'mean', 'sum' or 'none', got ", reduction);
+  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
+                  "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
-  const bool half = is_half(m.type), each = reduction == "none";
+  const bool half = is_half(m.type), each = reduction == kNone;
   const ScalarType type = accumulation(scores);
   Tensor loss = empty(scores, {m.rows}, type);
   Tensor reduced = each ? loss : empty(scores, {}, type);
@@ -214,9 +218,9 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Tensor target,
-                                                               std::optional<Tensor> ignore, std::string surrogate,
+                                                               std::optional<Tensor> ignore, int64_t surrogate,
                                                                double tau, double rho, double delta, double start,
-                                                               double offset, bool want_slope) {
+                                                               std::optional<double> offset, bool want_slope) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
   std::vector<int64_t> first(input.matrix.rows + 1, 0);
@@ -239,8 +243,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
 }
 
 Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> ignore, Tensor slope,
-                            std::optional<Tensor> positive_grad, Tensor negative_grad, std::string surrogate,
-                            double tau, double rho, double delta, double start, double offset) {
+                            std::optional<Tensor> positive_grad, Tensor negative_grad, int64_t surrogate, double tau,
+                            double rho, double delta, double start, std::optional<double> offset) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
@@ -270,17 +274,18 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
   m.def(
-      "average_precision(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float "
+      "average_precision(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float "
       "delta, "
-      "float start, float offset, str reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+      "float start, float? offset, int reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor "
+      "factor)");
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def(
-      "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, str surrogate, float tau, float rho, float delta, "
-      "float start, float offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "
+      "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
+      "float start, float? offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "
       "Tensor negative_rank, Tensor slope)");
   m.def(
       "smooth_rank_backward(Tensor scores, Tensor target, Tensor? ignore, Tensor slope, Tensor? positive_grad, "
-      "Tensor negative_grad, str surrogate, float tau, float rho, float delta, float start, float offset) -> Tensor");
+      "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {

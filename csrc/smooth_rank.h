@@ -21,7 +21,7 @@ template <typename T>
 struct Settings {
   Surrogate surrogate;
   T delta;    // the knee, rounded to T: decisions are taken on it
-  T rho;      // slope above the knee
+  T origin;   // near the knee: distances in the tail are summed from here
   T rho_tau;  // the same in units of 1 / tau, as the pair loops sum slopes
   T start;    // jump at t = 0
   T offset;   // value just above the knee
@@ -40,7 +40,7 @@ struct Settings {
   Settings(Surrogate surrogate, double tau, double rho, double delta, double start, double offset, int64_t columns)
       : surrogate(surrogate),
         delta(static_cast<T>(delta)),
-        rho(static_cast<T>(rho)),
+        origin(near_knee(delta)),
         rho_tau(static_cast<T>(rho * tau)),
         start(static_cast<T>(start)),
         offset(static_cast<T>(offset)),
@@ -57,6 +57,15 @@ struct Settings {
         exact_delta(delta),
         exact_start(start),
         exact_offset(offset) {}
+
+  // The knee with few enough bits that float32 gaps of scores on a grid stay exact when it is taken off them; float64
+  // has bits to spare, and takes off the knee itself.
+  static T near_knee(double delta) {
+    if (sizeof(T) == 8) return static_cast<T>(delta);
+    int exponent;
+    const double mantissa = std::frexp(delta, &exponent);
+    return static_cast<T>(std::ldexp(std::round(std::ldexp(mantissa, 8)), exponent - 8));
+  }
 
   static constexpr double kDigits = sizeof(T) == 4 ? 17 : 37;
 };

@@ -10,24 +10,32 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SURROGATES = ("sup", "smooth")
-REDUCTIONS = ("mean", "sum", "none")
+SURROGATES = ("sup", "smooth")  # the ops take their places
+REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
 METHODS = ("auto", "tiled", "reference")
 
-# 1 / tau and the settings themselves must be finite in float32.
-_SMALLEST_TAU = 1e-37
+# Multiples of tau, 1 / tau and the settings themselves must be finite in float32.
+_SMALLEST_TAU, _LARGEST_TAU = 1e-37, 1e36
 _LARGEST = 3e38
 
 
 class Settings(NamedTuple):
-    """The rank surrogate's settings, checked, with the default offset filled in. The order is the ops' own."""
+    """The rank surrogate's settings, checked. The order is the ops' own."""
 
     surrogate: str
     tau: float
     rho: float
     delta: float
     start: float
-    offset: float
+    offset: float | None  # None: continuous at the knee
+
+    def for_op(self) -> tuple[int, float, float, float, float, float | None]:
+        """The same as the ops take them: words as numbers."""
+        return (SURROGATES.index(self.surrogate), *self[1:])
+
+    def value_above_knee(self) -> float:
+        """The offset, or the default that makes the surrogate continuous."""
+        return self.start + sigmoid(self.delta / self.tau) if self.offset is None else self.offset
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -41,7 +49,7 @@ def _number(name: str, value: object) -> float:
         hint = ", which cannot be learnt here: use .item()" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     number = float(value)
-    if not math.isfinite(number) or abs(number) > _LARGEST:
+    if not -_LARGEST <= number <= _LARGEST:  # nor is NaN; torch.compile can trace a comparison
         raise ValueError(f"{name} must be finite (in float32), got {value}")
     return number
 
@@ -57,15 +65,15 @@ def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: f
     tau, rho, delta, start = (
         _number(name, value) for name, value in (("tau", tau), ("rho", rho), ("delta", delta), ("start", start))
     )
-    if tau < _SMALLEST_TAU:
-        raise ValueError(f"tau must be positive (at least {_SMALLEST_TAU:g}), got {tau}")
+    if tau < _SMALLEST_TAU or tau > _LARGEST_TAU:
+        raise ValueError(f"tau must be positive, from {_SMALLEST_TAU:g} to {_LARGEST_TAU:g}, got {tau}")
     if rho < 0:
         raise ValueError(f"rho must not be negative, got {rho}")
     if delta < 0:
         raise ValueError(f"delta must not be negative, got {delta}")
-    # By default the surrogate is continuous at the knee.
-    offset = start + sigmoid(delta / tau) if offset is None else _number("offset", offset)
-    return Settings(surrogate, tau, rho, delta, start, offset)
+    if rho * tau > _LARGEST:
+        raise ValueError(f"rho * tau must be finite (in float32), got {rho} * {tau}")
+    return Settings(surrogate, tau, rho, delta, start, None if offset is None else _number("offset", offset))
 
 
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import REDUCTIONS
 from ._extension import _C
 
 
@@ -21,7 +22,7 @@ def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor,
     dtype = accumulation_dtype(scores)
     half = scores.dtype in (torch.float16, torch.bfloat16)
     return (
-        scores.new_empty((rows,) if reduction == "none" else (), dtype=dtype),
+        scores.new_empty((rows,) if reduction == REDUCTIONS.index("none") else (), dtype=dtype),
         scores.new_empty((rows, columns) if want_gradient else (0, 0)),
         scores.new_empty(((rows if half else 1) if want_gradient else 0,), dtype=dtype),
     )

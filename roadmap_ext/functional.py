@@ -63,7 +63,7 @@ class _AveragePrecision(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         loss, gradient, factor = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings, reduction, True
+            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), True
         )
         ctx.save_for_backward(gradient, factor, anchor)
         return cast(Tensor, loss)
@@ -85,7 +85,7 @@ class _SmoothRank(torch.autograd.Function):
         ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, column, positive_rank, negative_rank, slope = torch.ops.roadmap_ext.smooth_rank(
-            scores, target, ignore, *settings, True
+            scores, target, ignore, *settings.for_op(), True
         )
         ctx.settings = settings
         ctx.save_for_backward(scores, target, ignore, slope)
@@ -100,7 +100,7 @@ class _SmoothRank(torch.autograd.Function):
         positive_grad = None if ctx.settings.surrogate == "sup" else grads[2]
         negative_grad = grads[3]
         result = torch.ops.roadmap_ext.smooth_rank_backward(
-            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings
+            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings.for_op()
         )
         if torch.is_grad_enabled():
             depends_on = [scores, negative_grad] + ([] if positive_grad is None else [positive_grad])
@@ -199,7 +199,9 @@ def ap_loss(
     if torch.is_grad_enabled() and scores.requires_grad:
         loss: Tensor = _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings, reduction)
     else:
-        loss = torch.ops.roadmap_ext.average_precision(scores, target, ignore, *settings, reduction, False)[0]
+        loss = torch.ops.roadmap_ext.average_precision(
+            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False
+        )[0]
     return loss
 
 
@@ -247,7 +249,7 @@ def smooth_rank(
         return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
         return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings))
-    return SmoothRank(*torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings, False)[:4])
+    return SmoothRank(*torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings.for_op(), False)[:4])
 
 
 # The fake kernels are registered by importing them; the name is not used otherwise.

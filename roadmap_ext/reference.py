@@ -21,7 +21,7 @@ def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
     below = below + settings.start * (gap >= 0)
     # A slope of 0 means a flat tail, also at an infinite gap.
     linear = settings.rho * (gap - settings.delta) if settings.rho else torch.zeros_like(gap)
-    return torch.where(gap > settings.delta, linear + settings.offset, below)
+    return torch.where(gap > settings.delta, linear + settings.value_above_knee(), below)
 
 
 def _gaps(references: Tensor, positives: Tensor) -> Tensor:

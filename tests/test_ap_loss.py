@@ -1,5 +1,6 @@
 """What ap_loss promises beside its values: conventions, memory, autograd, torch.compile, strides, determinism."""
 
+import ctypes
 import doctest
 import math
 import pickle
@@ -248,7 +249,7 @@ def test_autocast_leaves_the_scores_alone():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_average_precision(dtype, want, reduction):
     scores, target, ignore = case(3, 40, dtype)
-    settings = ("sup", 0.01, 100.0, 0.05, 0.5, 1.49, reduction, want)
+    settings = (0, 0.01, 100.0, 0.05, 0.5, 1.49, ["none", "mean", "sum"].index(reduction), want)
     for mask in (ignore, None):
         torch.library.opcheck(torch.ops.roadmap_ext.average_precision.default, (scores, target, mask, *settings))
 
@@ -453,6 +454,8 @@ class TestBadInput:
             ({"tau": "warm"}, TypeError, "tau must be a number, got str"),
             ({"tau": torch.tensor(0.1)}, TypeError, r"got Tensor.*\.item\(\)"),
             ({"tau": True}, TypeError, "tau must be a number, got bool"),
+            ({"tau": 1e37}, ValueError, "tau must be positive"),
+            ({"tau": 1e30, "rho": 1e10}, ValueError, r"rho \* tau"),
             ({"rho": -1.0}, ValueError, "rho must not be negative"),
             ({"rho": INF}, ValueError, "rho must be finite"),
             ({"delta": -0.1}, ValueError, "delta must not be negative"),
@@ -460,7 +463,7 @@ class TestBadInput:
             ({"start": NAN}, ValueError, "start must be finite"),
             ({"offset": NAN}, ValueError, "offset must be finite"),
             ({"surrogate": "step"}, ValueError, "'sup', 'smooth', got 'step'"),
-            ({"reduction": "max"}, ValueError, "'mean', 'sum', 'none', got 'max'"),
+            ({"reduction": "max"}, ValueError, "'none', 'mean', 'sum', got 'max'"),
             ({"reduction": None}, ValueError, "got None"),
             ({"method": "fast"}, ValueError, "'auto', 'tiled', 'reference', got 'fast'"),
         ],
@@ -485,24 +488,100 @@ class TestBadInput:
     def test_the_ops_check_for_themselves(self):
         """Whoever calls an op directly meets an error, not a bad read."""
         ops = torch.ops.roadmap_ext
-        settings = ("sup", 0.01, 100.0, 0.05, 0.5, 1.49)
+        settings = (0, 0.01, 100.0, 0.05, 0.5, 1.49)
         for scores, target, arguments in (
             (self.scores[0], self.target[0], settings),
             (self.scores, self.target[:, :3], settings),
             (self.scores, self.target.float(), settings),
             (self.scores.int(), self.target, settings),
-            (self.scores, self.target, ("other", *settings[1:])),
-            (self.scores, self.target, ("sup", 0.0, *settings[2:])),
-            (self.scores, self.target, ("sup", 0.01, -1.0, *settings[3:])),
+            (self.scores, self.target, (2, *settings[1:])),
+            (self.scores, self.target, (0, 0.0, *settings[2:])),
+            (self.scores, self.target, (0, 0.01, -1.0, *settings[3:])),
             (self.scores, self.target, (*settings[:5], NAN)),
         ):
             with pytest.raises(RuntimeError):
-                ops.average_precision(scores, target, None, *arguments, "mean", True)
+                ops.average_precision(scores, target, None, *arguments, 1, True)
             with pytest.raises(RuntimeError):
                 ops.smooth_rank(scores, target, None, *arguments, True)
         with pytest.raises(RuntimeError):
-            ops.average_precision(self.scores, self.target, None, *settings, "max", True)
+            ops.average_precision(self.scores, self.target, None, *settings, 3, True)
         with pytest.raises(RuntimeError):
             ops.scale_rows(self.scores, torch.ones(2), torch.ones(1))
         with pytest.raises(RuntimeError):
             ops.smooth_rank_backward(self.scores, ~self.target, None, torch.ones(2), None, torch.ones(2), *settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_do_not_depend_on_who_shares_a_row(dtype):
+    """Thousands of positives with tails: a row alone and shared, alone on one thread, and in a batch."""
+    scores, target = torch.randn(16, 8192, dtype=dtype), torch.rand(16, 8192) < 0.2
+    results = []
+    for threads, rows in ((1, 1), (2, 1), (3, 2), (2, 16)):
+        torch.set_num_threads(threads)
+        ranks = roadmap_ext.smooth_rank(scores[:rows], target[:rows]).negative_rank[: int(target[0].sum())]
+        results.append((ranks, run(ap_loss, scores[:rows], target[:rows], torch.ones(rows)).gradient[0]))
+    for ranks, gradient in results[1:]:
+        assert torch.equal(ranks, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e3, 1e6])
+def test_float64_far_from_zero(offset):
+    scores = torch.randn(3, 2000).double() * 0.3 + torch.randn(3, 2000).double() * 1e-9 + offset
+    assert_accurate(scores, torch.rand(3, 2000) < 0.02)
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.25, 16.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_just_above_the_knee(delta, dtype):
+    scores = torch.zeros(1, 1000, dtype=dtype)
+    scores[0, 1:] = delta * (1 + torch.rand(999, dtype=dtype) * 1e-2) + 1e-3
+    target = torch.arange(1000)[None] == 0
+    assert_accurate(scores, target, delta=delta)
+
+
+def test_float16_gradients_do_not_suffer_from_settings_without_a_part():
+    scores = torch.tensor([[0.5, 0.49, 0.48]], dtype=torch.float16)
+    target = torch.tensor([[True, False, False]])
+    one, other = (run(ap_loss, scores, target, torch.ones(1), surrogate="smooth", rho=rho) for rho in (1e20, 0.0))
+    assert torch.equal(one.gradient, other.gradient)
+
+
+def test_no_gradient_stays_none_whatever_arrives():
+    leaf = torch.randn(2, 4, requires_grad=True)
+    target, ignore = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)
+    target[0, 0], ignore[0, 3] = True, True
+    (ap_loss(leaf, target, ignore=ignore) * INF).backward()
+    assert (leaf.grad[1] == 0).all()
+    assert leaf.grad[0, 3] == 0
+
+
+def test_compile_with_dynamic_shapes_and_settings():
+    scores, target, _ = case()
+    loss = torch.compile(lambda s, t, tau: ap_loss(s, t, tau=tau), dynamic=True, fullgraph=True)
+    for tau in (0.01, 0.02, 0.05):
+        torch.testing.assert_close(loss(scores, target, tau), ap_loss(scores, target, tau=tau))
+
+
+def test_calls_leak_nothing():
+    """Bytes in use by the C allocator after thousands of calls (glibc alone can say)."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("needs glibc")
+
+    class Info(ctypes.Structure):
+        _fields_ = [(str(index), ctypes.c_size_t) for index in range(10)]  # the eighth: bytes allocated
+
+    info = ctypes.CDLL(None).mallinfo2
+    info.restype = Info
+    scores, target = torch.randn(8, 100, requires_grad=True), torch.rand(8, 100) < 0.05
+
+    def calls(count):
+        for _ in range(count):
+            scores.grad = None
+            ap_loss(scores, target).backward()
+            roadmap_ext.smooth_rank(scores, target).negative_rank.sum().backward()
+
+    calls(200)
+    before = getattr(info(), "7")
+    calls(1000)
+    assert (getattr(info(), "7") - before) / 1000 < 16

@@ -16,6 +16,17 @@ constexpr int kWords = kBlock / 64;
 // Elements past the end that a vector may touch.
 constexpr int kPad = 16;
 
+// A sum of doubles that loses nothing to their number (Kahan).
+struct KahanSum {
+  double sum = 0, lost = 0;
+
+  void add(double x) {
+    const double part = x - lost, next = sum + part;
+    lost = (next - sum) - part;
+    sum = next;
+  }
+};
+
 // Neighbouring positives, in ascending order, that share one centre of the exponentials.
 template <typename T>
 struct Group {

@@ -147,7 +147,7 @@ class Pass {
       int64_t end = i + 1;
       while (end < size && end - i < kGroup && (p.score[end] == first || p.score[end] - first <= span)) ++end;
       const T last = p.score[end - 1];
-      p.groups.push_back({i, end, first + (last - first) / 2, std::isfinite(first) && std::isfinite(last)});
+      p.groups.push_back({i, end, first / 2 + last / 2, std::isfinite(first) && std::isfinite(last)});
       i = end;
     }
     kernels_.exponentials(p, settings_);
@@ -286,18 +286,14 @@ double ap_weights(Row<T>& row, bool smooth) {
     const double negative = row.rank_negative[i];
     return std::isinf(negative) ? 1.0 : negative / (row.rank_positive[i] + negative);
   };
-  double loss = 0, lost = 0;
-  for (int64_t i = 0; i < size; ++i) {  // Kahan's sum: float64 losses have no wider type to be summed in
-    const double share = miss(i) - lost, sum = loss + share;
-    lost = (sum - loss) - share;
-    loss = sum;
-  }
+  KahanSum loss;
+  for (int64_t i = 0; i < size; ++i) loss.add(miss(i));
   set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
     const double rank = row.rank_positive[i] + row.rank_negative[i], all = static_cast<double>(size);
     // Divided twice: rank squared can overflow.
     return {row.rank_positive[i] / rank / (rank * all), -miss(i) / (rank * all)};
   });
-  return loss / static_cast<double>(size);
+  return loss.sum / static_cast<double>(size);
 }
 
 // A power of two that brings the largest possible gradient of the row near the top of float16: what GradScaler's factor
@@ -310,7 +306,8 @@ double half_scale(const Row<T>& row, const Pass<T>& pass) {
     largest = std::max(largest, std::fabs(row.gradient[i]));
   }
   const Settings<T>& s = pass.settings();
-  const double bound = std::max(largest, sum * std::max(s.exact_rho, 0.25 / s.tau));
+  const double slope = std::max(pass.smooth() ? 0 : s.exact_rho, 0.25 / s.tau);
+  const double bound = std::max(largest, sum * slope);
   if (!(bound > 0) || !std::isfinite(bound)) return 1;
   return std::ldexp(1.0, std::max(-100, std::min(100, 14 - std::ilogb(bound))));
 }
@@ -320,6 +317,20 @@ template <typename T>
 Scratch<T>& scratch() {
   static thread_local const std::unique_ptr<Scratch<T>> own(new Scratch<T>);
   return *own;
+}
+
+// Boundaries of pieces of groups, about kPiece positives each. A piece sees the columns packed in its own way, on which
+// the last bits of float64 sums depend: rows that are not shared are worked in the same pieces.
+template <typename T>
+std::vector<int64_t> split_groups(const std::vector<Group<T>>& groups) {
+  std::vector<int64_t> pieces = {0};
+  for (size_t g = 0; g < groups.size(); ++g) {
+    if (g + 1 == groups.size() || groups[g].end - groups[pieces.back()].begin >= kPiece) {
+      pieces.push_back(static_cast<int64_t>(g) + 1);
+    }
+  }
+  if (groups.empty()) pieces.push_back(0);  // still looks for NaN
+  return pieces;
 }
 
 // What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the
@@ -368,16 +379,19 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       founds[worker].column.clear();
       pass.collect(index, 0, m.columns, own, founds[worker]);
       pass.arrange(index, founds[worker], row);
-      const int64_t groups = static_cast<int64_t>(row.p.groups.size());
+      const std::vector<int64_t> pieces = split_groups(row.p.groups);
+      const int64_t groups = pieces.back();
       Trace<T>& trace = own.trace;
       trace.clear();
-      trace.whole = ranks && gradient && groups > 0;
+      trace.whole = ranks && gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
       if (ranks && !row.nan) {
         const int64_t spans = row.spans(m.columns);
         row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
         for (int64_t span = 0; span < spans; ++span) {
-          row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), 0, groups, own,
-                               sums_of(row, span, spans), trace.whole ? &trace : nullptr);
+          for (size_t piece = 0; piece + 1 < pieces.size(); ++piece) {
+            row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece],
+                                 pieces[piece + 1], own, sums_of(row, span, spans), trace.whole ? &trace : nullptr);
+          }
         }
         add_spans(row, spans);
         if (pass.smooth()) pass.rank_positives(row, 0, groups, own);
@@ -409,14 +423,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       found.column.insert(found.column.end(), part.column.begin(), part.column.end());
     }
     pass.arrange(index, found, row);
-    const std::vector<Group<T>>& groups = row.p.groups;
-    std::vector<int64_t> pieces = {0};  // of groups, about kPiece positives each
-    for (size_t g = 0; g < groups.size(); ++g) {
-      if (g + 1 == groups.size() || groups[g].end - groups[pieces.back()].begin >= kPiece) {
-        pieces.push_back(static_cast<int64_t>(g) + 1);
-      }
-    }
-    if (groups.empty()) pieces.push_back(0);  // still looks for NaN
+    const std::vector<int64_t> pieces = split_groups(row.p.groups);
     const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
     if (ranks && !row.nan) {
       const int64_t spans = row.spans(m.columns);
@@ -542,7 +549,8 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
           const T* const from = static_cast<const T*>(gradient) + at;
           T* const to = static_cast<T*>(out) + at;
           const T by = static_cast<T>(factor[row]);
-          for (int64_t j = 0; j < count; ++j) to[j] = from[j] * by;
+          // No gradient stays none, whatever arrives: 0 times infinity is not meant.
+          for (int64_t j = 0; j < count; ++j) to[j] = from[j] == 0 ? T(0) : from[j] * by;
         } else {
           const uint16_t* const from = static_cast<const uint16_t*>(gradient) + at;
           uint16_t* const to = static_cast<uint16_t*>(out) + at;
@@ -552,7 +560,9 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
           } else {
             for (int64_t j = 0; j < count; ++j) values[j] = bfloat_to_float(from[j]);
           }
-          for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(values[j] * factor[row]);
+          for (int64_t j = 0; j < count; ++j) {
+            values[j] = values[j] == 0 ? 0.0f : static_cast<float>(values[j] * factor[row]);
+          }
           if (type == ScoreType::kHalf) {
             convert.narrow_half(values, to, count);
           } else {

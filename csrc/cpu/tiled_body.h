@@ -174,12 +174,12 @@ void band_exponentials(const T* values, int count, T centre, const Settings<T>& 
   X::store(scratch.band_exponential + count, X::set(kVanish<T>));
 }
 
-// rho (t - delta) + offset over `count` pairs whose gaps add up to `gaps`. rho = 0 stands for a flat tail, whatever the
-// distance: 0 times infinity is not meant.
+// rho (t - delta) + offset over `count` pairs whose distances above the knee, as rounded to T, add up to `past`. rho =
+// 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
 template <typename T>
-double tail_value(double gaps, double count, const Settings<T>& s) {
-  const double linear = s.exact_rho == 0 ? 0 : s.exact_rho * (gaps - count * s.exact_delta);
-  return linear + s.exact_offset * count;
+double tail_value(double past, double count, const Settings<T>& s) {
+  const double shift = static_cast<double>(s.origin) - s.exact_delta;
+  return (s.exact_rho == 0 ? 0 : s.exact_rho * (past + count * shift)) + s.exact_offset * count;
 }
 
 // A sum a lane in float64, flushed from short sums in T. Sums in float64 carry their rounding errors along (Knuth's
@@ -236,18 +236,18 @@ typename Vec<T>::V pair_slope(typename Vec<T>::V v, typename Vec<T>::V ev, typen
   return X::select(X::greater(v - u, delta), rho_tau, curve);
 }
 
-// The sums of one positive over a band. Above the knee only counts and gaps are summed, and the steps at 0 are counted:
-// rho, delta, start and offset then multiply exact numbers once, in float64.
+// The sums of one positive over a band. Above the knee only counts and distances are summed, and the steps at 0 are
+// counted: rho, delta, start and offset then multiply exact numbers once, in float64.
 template <bool Smooth, bool Slope, typename T>
 struct PairSums {
   using X = Vec<T>;
   using V = typename X::V;
-  V curve, slope, steps, tails, gaps;
+  V curve, slope, steps, tails, past;
 
-  void clear() { curve = slope = steps = tails = gaps = X::set(0); }
+  void clear() { curve = slope = steps = tails = past = X::set(0); }
 
   // Adds a vector of pairs. Returns its slopes.
-  V add(V v, V ev, V u, V eu, V delta, V rho_tau) {
+  V add(V v, V ev, V u, V eu, V delta, V origin, V rho_tau) {
     const V zero = X::set(0), one = X::set(1);
     const V r = sigma<T>(ev, eu);
     V d = zero;
@@ -261,7 +261,7 @@ struct PairSums {
       curve = X::add_unless(tail, curve, r);
       steps = X::add_where(X::greater_equal(t, zero), steps, one);
       tails = X::add_where(tail, tails, one);
-      gaps = X::add_where(tail, gaps, t);
+      past = X::add_where(tail, past, t - origin);  // gap and knee may be far larger than what is between them
       if constexpr (Slope) {
         slope = X::add_unless(tail, slope, d);
         d = X::select(tail, rho_tau, d);
@@ -279,13 +279,13 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
   using X = Vec<T>;
   using V = typename X::V;
   const int stride = padded<T>(band);
-  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
+  const V delta = X::set(s.delta), origin = X::set(s.origin), rho_tau = X::set(s.rho_tau);
   V score[Rows], exponential[Rows];
   for (int i = 0; i < Rows; ++i) {
     score[i] = X::set(u[i]);
     exponential[i] = X::set(eu[i]);
   }
-  LaneSum<T> curves[Rows], slopes[Rows], steps[Rows], tails[Rows], gaps[Rows];
+  LaneSum<T> curves[Rows], slopes[Rows], steps[Rows], tails[Rows], past[Rows];
   for (int tile = 0; tile < band; tile += kTile * X::kWidth) {
     const int end = std::min(band, tile + kTile * X::kWidth);
     PairSums<Smooth, Slope, T> sums[Rows];
@@ -293,7 +293,7 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
     for (int j = tile; j < end; j += X::kWidth) {
       const V v = X::load(values + j), ev = X::load(exponentials + j);
       for (int i = 0; i < Rows; ++i) {
-        const V d = sums[i].add(v, ev, score[i], exponential[i], delta, rho_tau);
+        const V d = sums[i].add(v, ev, score[i], exponential[i], delta, origin, rho_tau);
         if constexpr (Store) X::store(trace + i * stride + j, d);
       }
     }
@@ -303,7 +303,7 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
       if constexpr (!Smooth) {
         steps[i].add(sums[i].steps);
         tails[i].add(sums[i].tails);
-        gaps[i].add(sums[i].gaps);
+        past[i].add(sums[i].past);
       }
     }
   }
@@ -314,7 +314,7 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
       const double count = tails[i].total();
       value += s.exact_start * (steps[i].total() - count);
       if (count != 0) {
-        value += tail_value(gaps[i].total(), count, s);
+        value += tail_value(past[i].total(), count, s);
         if constexpr (Slope) slope[i] += s.exact_rho * count;
       }
     }
@@ -361,7 +361,9 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
     LaneSum<T> tail_sum;
     const Classes<T> classes =
         classify(scratch.kept, kept, top, low, high, tail_distance<Smooth>(g, s), index == first, s, scratch,
-                 [&](int, unsigned bits, typename X::V v) { tail_sum.add(X::select(X::lanes(bits), v, X::set(0))); });
+                 [&](int, unsigned bits, typename X::V v) {
+                   tail_sum.add(X::select(X::lanes(bits), (v - X::set(high)) - X::set(s.origin), X::set(0)));
+                 });
     const int band = g.finite ? classes.count : 0;
     const int words = padded<T>(kept) / X::kWidth;
     typename Trace<T>::Entry* entry = nullptr;
@@ -377,7 +379,8 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
         if constexpr (Smooth) {
           sums.rank[i] += count;
         } else {
-          sums.rank[i] += tail_value(sum - count * static_cast<double>(p.score[i]), count, s);
+          const double higher = g.finite ? static_cast<double>(high) - static_cast<double>(p.score[i]) : 0;
+          sums.rank[i] += tail_value(sum + count * higher, count, s);
           if constexpr (Slope) sums.slope[i] += s.exact_rho * count;
         }
       }
@@ -521,7 +524,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   std::fill(scratch.tail, scratch.tail + full, T(0));
   // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it
   // all.
-  double weights = 0;
+  KahanSum weights;
   V tails = X::set(0);
   scratch.tail_slope.assign(1, 0.0);
   const auto in_tail = [&](int j, unsigned bits, V) {
@@ -530,9 +533,9 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
     }
   };
   const auto weigh = [&](const Group<T>& g) {
-    for (int64_t i = g.begin; i < g.end; ++i) weights += p.weight[i];
+    for (int64_t i = g.begin; i < g.end; ++i) weights.add(p.weight[i]);
     tails = X::set(static_cast<T>(scratch.tail_slope.size()));
-    scratch.tail_slope.push_back(s.exact_rho * weights * static_cast<double>(scale));
+    scratch.tail_slope.push_back(s.exact_rho * weights.sum * static_cast<double>(scale));
   };
   if (trace) {
     for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
