@@ -110,8 +110,8 @@ def test_cluster_of_thousands():
     assert_accurate(scores, target, surrogate="smooth")
 
 
-# The same examples in every run: where plain PyTorch is exact by luck, one in thousands exceeds its share by a fraction,
-# and a test that fails one run in a hundred is no test. Raise max_examples and drop derandomize to explore.
+# The same examples in every run: where plain PyTorch is exact by luck, one in thousands exceeds its share by a
+# fraction, and a test that fails one run in a hundred is no test. To explore, drop derandomize.
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_settings(data):
