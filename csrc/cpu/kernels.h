@@ -32,7 +32,8 @@ template <typename T>
 struct Group {
   int64_t begin, end;  // into Positives, [begin, end)
   T centre;
-  bool finite;  // infinite positives meet only ties and limits: no exponential is taken
+  bool finite;        // infinite positives meet only ties and limits: no exponential is taken
+  double weight = 0;  // sum of Positives::weight
 };
 
 // The positives of one row, ascending in score.

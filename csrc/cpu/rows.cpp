@@ -268,6 +268,11 @@ void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
     p.weight[i] = w.first;
     unit = std::max({unit, std::fabs(w.first), smooth ? std::fabs(w.second) : 0.0});
   }
+  for (Group<T>& g : p.groups) {
+    KahanSum sum;
+    for (int64_t i = g.begin; i < g.end; ++i) sum.add(p.weight[i]);
+    g.weight = sum.sum;
+  }
   p.unit = unit > 0 && std::isfinite(unit) ? unit : 1;
   for (int64_t i = 0; i < row.size(); ++i) {
     p.weight_negative[i] = static_cast<T>(p.weight[i] / p.unit);
@@ -455,6 +460,15 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
   }
 }
 
+template <typename T, typename Factor>
+void scale_block(const T* from, T* to, int64_t count, Factor by) {
+  if (std::isfinite(by)) {
+    for (int64_t j = 0; j < count; ++j) to[j] = static_cast<T>(from[j] * by);
+  } else {  // no gradient stays none, whatever arrives: 0 times infinity is not meant
+    for (int64_t j = 0; j < count; ++j) to[j] = from[j] == 0 ? T(0) : static_cast<T>(from[j] * by);
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -549,8 +563,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
           const T* const from = static_cast<const T*>(gradient) + at;
           T* const to = static_cast<T*>(out) + at;
           const T by = static_cast<T>(factor[row]);
-          // No gradient stays none, whatever arrives: 0 times infinity is not meant.
-          for (int64_t j = 0; j < count; ++j) to[j] = from[j] == 0 ? T(0) : from[j] * by;
+          scale_block(from, to, count, by);
         } else {
           const uint16_t* const from = static_cast<const uint16_t*>(gradient) + at;
           uint16_t* const to = static_cast<uint16_t*>(out) + at;
@@ -560,9 +573,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
           } else {
             for (int64_t j = 0; j < count; ++j) values[j] = bfloat_to_float(from[j]);
           }
-          for (int64_t j = 0; j < count; ++j) {
-            values[j] = values[j] == 0 ? 0.0f : static_cast<float>(values[j] * factor[row]);
-          }
+          scale_block(values, values, count, factor[row]);
           if (type == ScoreType::kHalf) {
             convert.narrow_half(values, to, count);
           } else {

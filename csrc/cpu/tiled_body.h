@@ -524,7 +524,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   std::fill(scratch.tail, scratch.tail + full, T(0));
   // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it
   // all.
-  KahanSum weights;
+  double weights = 0;
   V tails = X::set(0);
   scratch.tail_slope.assign(1, 0.0);
   const auto in_tail = [&](int j, unsigned bits, V) {
@@ -533,9 +533,9 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
     }
   };
   const auto weigh = [&](const Group<T>& g) {
-    for (int64_t i = g.begin; i < g.end; ++i) weights.add(p.weight[i]);
+    weights += g.weight;
     tails = X::set(static_cast<T>(scratch.tail_slope.size()));
-    scratch.tail_slope.push_back(s.exact_rho * weights.sum * static_cast<double>(scale));
+    scratch.tail_slope.push_back(s.exact_rho * weights * static_cast<double>(scale));
   };
   if (trace) {
     for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
