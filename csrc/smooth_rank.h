@@ -23,8 +23,6 @@ struct Settings {
   T delta;    // the knee, rounded to T: decisions are taken on it
   T origin;   // near the knee: distances in the tail are summed from here
   T rho_tau;  // the same in units of 1 / tau, as the pair loops sum slopes
-  T start;    // jump at t = 0
-  T offset;   // value just above the knee
   T rate_hi;  // 1 / tau in two parts: one rounding of 1 / tau would show in every exponent
   T rate_lo;
   T cut;           // a pair further than this below a positive adds less than half an ulp, all pairs together
@@ -42,8 +40,6 @@ struct Settings {
         delta(static_cast<T>(delta)),
         origin(near_knee(delta)),
         rho_tau(static_cast<T>(rho * tau)),
-        start(static_cast<T>(start)),
-        offset(static_cast<T>(offset)),
         rate_hi(static_cast<T>(1 / tau)),
         // The remainder of 1/tau after rate_hi. In double 1/tau has an error of its own, which fma recovers.
         rate_lo(static_cast<T>(std::fma(-static_cast<double>(rate_hi), tau, 1.0) / tau)),
