@@ -68,10 +68,11 @@ struct Input {
     matrix.rows = scores.size(0);
     matrix.columns = scores.size(1);
     matrix.score_stride = scores.stride(0);
-    matrix.target = static_cast<const uint8_t*>(target.const_data_ptr());
-    matrix.target_stride = target.stride(0);
-    matrix.ignore = ignore ? static_cast<const uint8_t*>(ignore->const_data_ptr()) : nullptr;
-    matrix.ignore_stride = ignore ? ignore->stride(0) : 0;
+    roadmap::Relation& relation = matrix.relation;
+    relation.target = static_cast<const uint8_t*>(target.const_data_ptr());
+    relation.target_stride = target.stride(0);
+    relation.ignore = ignore ? static_cast<const uint8_t*>(ignore->const_data_ptr()) : nullptr;
+    relation.ignore_stride = ignore ? ignore->stride(0) : 0;
   }
 
  private:
@@ -84,6 +85,45 @@ struct Input {
     STD_TORCH_CHECK(mask.dim() == 2 && mask.is_cpu() && mask.scalar_type() == ScalarType::Bool &&
                         mask.size(0) == s.size(0) && mask.size(1) == s.size(1),
                     name, " must be a bool CPU tensor of the shape of scores");
+  }
+};
+
+// A relation from lists, and the tensors that keep its memory alive.
+struct Listed {
+  std::vector<Tensor> alive;
+  roadmap::Relation relation;
+
+  Listed(int64_t rows, const Tensor& positive_span, const Tensor& positive_column,
+         const std::optional<Tensor>& left_out_span, const std::optional<Tensor>& left_out_column,
+         const std::optional<Tensor>& negative_span, const std::optional<Tensor>& negative_column, int64_t own) {
+    relation.positive = lists(rows, positive_span, positive_column, "positive");
+    STD_TORCH_CHECK(left_out_span.has_value() == left_out_column.has_value() &&
+                        negative_span.has_value() == negative_column.has_value(),
+                    "span and column of a list come together");
+    if (left_out_span) relation.left_out = lists(rows, *left_out_span, *left_out_column, "left_out");
+    if (negative_span) relation.negative = lists(rows, *negative_span, *negative_column, "negative");
+    STD_TORCH_CHECK(own < (int64_t(1) << 62), "own must be a column of row 0, or negative");
+    relation.own = own;
+  }
+
+ private:
+  roadmap::Lists lists(int64_t rows, const Tensor& span, const Tensor& column, const char* name) {
+    STD_TORCH_CHECK(span.is_cpu() && span.dim() == 2 && span.size(0) == rows && span.size(1) == 2 &&
+                        span.scalar_type() == ScalarType::Long,
+                    name, "_span must be a CPU tensor [rows, 2] of int64");
+    STD_TORCH_CHECK(column.is_cpu() && column.dim() == 1 && column.scalar_type() == ScalarType::Long, name,
+                    "_column must be a 1-D CPU tensor of int64");
+    alive.push_back(torch::stable::contiguous(span));
+    const auto* const spans = static_cast<const int64_t*>(alive.back().const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row) {
+      STD_TORCH_CHECK(
+          0 <= spans[2 * row] && spans[2 * row] <= spans[2 * row + 1] && spans[2 * row + 1] <= column.numel(), name,
+          "_span must lie within ", name, "_column");
+    }
+    alive.push_back(torch::stable::contiguous(column));
+    // An empty tensor may have no memory, and null says that there is no such list at all.
+    static const int64_t none = 0;
+    return {spans, column.numel() ? static_cast<const int64_t*>(alive.back().const_data_ptr()) : &none};
   }
 };
 
@@ -217,15 +257,63 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
   return out;
 }
 
+// Overwrites scores, if a gradient is wanted, with that of the weighted sum of the first three values.
+void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor positive_column,
+                    std::optional<Tensor> left_out_span, std::optional<Tensor> left_out_column,
+                    std::optional<Tensor> negative_span, std::optional<Tensor> negative_column, int64_t own,
+                    Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
+                    double start, std::optional<double> offset, double positive_margin, double negative_margin,
+                    bool want_gradient) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+  STD_TORCH_CHECK(std::isfinite(positive_margin) && std::isfinite(negative_margin), "margins must be finite");
+  STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
+                      (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
+                  "scores must be a contiguous 2-D CPU tensor of float32 or float64");
+  const int64_t rows = scores.size(0);
+  const auto check = [&](const Tensor& t, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() &&
+                        t.scalar_type() == ScalarType::Double,
+                    name, " must be a contiguous CPU tensor [rows, ", columns, "] of float64");
+  };
+  check(values, 5, "values");
+  check(weight, 3, "weight");
+  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
+                      negative_column, own);
+  const Matrix m = {scores.const_data_ptr(), score_type(scores), rows, scores.size(1), scores.size(1), listed.relation};
+  dispatch(scores, [&](auto zero) {
+    using T = decltype(zero);
+    roadmap::objective_rows<T>(m, settings, {ap, calibration, positive_margin, negative_margin}, torch_threads(),
+                               {data<double>(weight), data<double>(values), want_gradient ? data<T>(scores) : nullptr});
+  });
+}
+
+Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
+                   std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
+                   std::optional<Tensor> negative_column, int64_t own, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0, "rows and columns must not be negative");
+  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
+                      negative_column, own);
+  Tensor counts = empty(positive_span, {rows, 2}, ScalarType::Long);
+  roadmap::count_pairs(listed.relation, rows, columns, torch_threads(), data<int64_t>(counts));
+  return counts;
+}
+
+// Where the positives of each row begin among all, [rows + 1].
+std::vector<int64_t> first_positives(const Matrix& m, const Parallel& parallel) {
+  std::vector<int64_t> counts(2 * m.rows), first(m.rows + 1, 0);
+  roadmap::count_pairs(m.relation, m.rows, m.columns, parallel, counts.data());
+  for (int64_t row = 0; row < m.rows; ++row) first[row + 1] = first[row] + counts[2 * row];
+  return first;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Tensor target,
                                                                std::optional<Tensor> ignore, int64_t surrogate,
                                                                double tau, double rho, double delta, double start,
                                                                std::optional<double> offset, bool want_slope) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
-  std::vector<int64_t> first(input.matrix.rows + 1, 0);
   const Parallel parallel = torch_threads();
-  roadmap::count_positives(input.matrix, parallel, first.data());
+  const std::vector<int64_t> first = first_positives(input.matrix, parallel);
   const int64_t count = first.back();
   Tensor query = empty(scores, {count}, ScalarType::Long), reference = empty(scores, {count}, ScalarType::Long);
   const ScalarType type = accumulation(scores);
@@ -248,9 +336,8 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
-  std::vector<int64_t> first(m.rows + 1, 0);
   const Parallel parallel = torch_threads();
-  roadmap::count_positives(m, parallel, first.data());
+  const std::vector<int64_t> first = first_positives(m, parallel);
   const auto check = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 1 && t.is_cpu() && t.size(0) == first.back() && t.scalar_type() == accumulation(scores),
                     name, " must be a CPU tensor with one element a positive, in the accumulation type of the scores");
@@ -275,9 +362,16 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
   m.def(
       "average_precision(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float "
-      "delta, "
-      "float start, float? offset, int reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor "
+      "delta, float start, float? offset, int reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor "
       "factor)");
+  m.def(
+      "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor positive_span, Tensor positive_column, Tensor? "
+      "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
+      "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
+      "positive_margin, float negative_margin, bool want_gradient) -> ()");
+  m.def(
+      "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
+      "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def(
       "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
@@ -290,6 +384,8 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("average_precision", TORCH_BOX(&average_precision));
+  m.impl("objective_rows_", TORCH_BOX(&objective_rows));
+  m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));
   m.impl("smooth_rank_backward", TORCH_BOX(&smooth_rank_backward));

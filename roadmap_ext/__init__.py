@@ -4,7 +4,21 @@ from . import metrics, reference
 from ._extension import build_info
 from ._ranks import SmoothRank
 from ._version import __version__
-from .functional import ap_loss, smooth_rank
-from .modules import APLoss
+from .functional import ap_loss, roadmap_loss, smooth_rank
+from .modules import APLoss, CalibrationLoss, RoadmapLoss, SmoothAPLoss, SupAPLoss
 
-__all__ = ["APLoss", "SmoothRank", "__version__", "ap_loss", "build_info", "metrics", "reference", "smooth_rank"]
+__all__ = [
+    "APLoss",
+    "CalibrationLoss",
+    "RoadmapLoss",
+    "SmoothAPLoss",
+    "SmoothRank",
+    "SupAPLoss",
+    "__version__",
+    "ap_loss",
+    "build_info",
+    "metrics",
+    "reference",
+    "roadmap_loss",
+    "smooth_rank",
+]

@@ -13,6 +13,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SURROGATES = ("sup", "smooth")  # the ops take their places
 REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
 METHODS = ("auto", "tiled", "reference")
+CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
+# A vector of smaller norm has no direction: normalised it is 0, with no gradient.
+SMALLEST_NORM = 1e-12
 
 # Multiples of tau, 1 / tau and the settings themselves must be finite in float32.
 _SMALLEST_TAU, _LARGEST_TAU = 1e-37, 1e36
@@ -36,6 +39,23 @@ class Settings(NamedTuple):
     def value_above_knee(self) -> float:
         """The offset, or the default that makes the surrogate continuous."""
         return self.start + sigmoid(self.delta / self.tau) if self.offset is None else self.offset
+
+
+class Objective(NamedTuple):
+    """The ROADMAP objective, checked: (1 - calibration_weight) AP loss + calibration_weight calibration loss."""
+
+    settings: Settings
+    calibration_weight: float
+    positive_margin: float
+    negative_margin: float
+    calibration_reduction: str
+    normalize: bool
+    reduction: str
+
+    def for_op(self) -> tuple[bool | int | float | None, ...]:
+        """Which parts are asked for, the surrogate's settings and the margins, as the ops take them."""
+        parts = (self.calibration_weight < 1, self.calibration_weight > 0)
+        return (*parts, *self.settings.for_op(), self.positive_margin, self.negative_margin)
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -74,6 +94,133 @@ def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: f
     if rho * tau > _LARGEST:
         raise ValueError(f"rho * tau must be finite (in float32), got {rho} * {tau}")
     return Settings(surrogate, tau, rho, delta, start, None if offset is None else _number("offset", offset))
+
+
+def make_objective(
+    settings: Settings,
+    calibration_weight: float,
+    positive_margin: float,
+    negative_margin: float,
+    calibration_reduction: str,
+    normalize: bool,
+    reduction: str,
+) -> Objective:
+    """Check the settings of the embedding losses. Raises TypeError for a wrong type, ValueError for a bad value."""
+    weight = _number("calibration_weight", calibration_weight)
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            f"calibration_weight must lie between 0 (the AP loss alone) and 1 (the calibration loss alone), got {weight}"
+        )
+    one_of("calibration_reduction", calibration_reduction, CALIBRATION_REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
+    check_flag("normalize", normalize)
+    return Objective(
+        settings,
+        weight,
+        _number("positive_margin", positive_margin),
+        _number("negative_margin", negative_margin),
+        calibration_reduction,
+        normalize,
+        reduction,
+    )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_single_device(gather_across_devices: object) -> None:
+    """Raise NotImplementedError where the batches of several devices are asked for."""
+    check_flag("gather_across_devices", gather_across_devices)
+    if gather_across_devices:
+        raise NotImplementedError(
+            "gather_across_devices=True is not part of this version: gather the embeddings and labels of all devices "
+            "yourself and pass them as ref_emb and ref_labels, with ids and ref_ids to leave out each query itself"
+        )
+
+
+def check_chunk_size(value: object) -> None:
+    """Check the number of queries a chunk; None leaves it to the library."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"chunk_size must be None or an integer, a number of queries, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {value}: leave it out to have it chosen")
+
+
+def check_embeddings(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+) -> None:
+    """Check embeddings, labels and ids of queries and references: TypeError for types, ValueError for the rest."""
+    _check_matrix("embeddings", embeddings)
+    _check_integers("labels", labels, "embeddings", embeddings)
+    if (ref_emb is None) != (ref_labels is None):
+        given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
+        raise ValueError(f"{given} was given without {missing}: references need both; without either, the batch is its own")
+    if (ids is None) != (ref_ids is None):
+        given, missing = ("ref_ids", "ids") if ids is None else ("ids", "ref_ids")
+        raise ValueError(
+            f"{given} was given without {missing}: an item is recognised by equal ids on both sides; where the batch is "
+            "its own reference, a query is left out by its index and needs no ids"
+        )
+    references, name = embeddings, "embeddings"
+    if ref_emb is not None and ref_labels is not None:
+        _check_matrix("ref_emb", ref_emb)
+        references, name = ref_emb, "ref_emb"
+        if ref_emb.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"ref_emb must have the dimension of embeddings, {embeddings.shape[1]}, got {ref_emb.shape[1]}: both "
+                "come from the same network"
+            )
+        if ref_emb.device != embeddings.device:
+            raise ValueError(
+                f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
+                f"ref_emb.to({str(embeddings.device)!r})"
+            )
+        _check_integers("ref_labels", ref_labels, name, ref_emb)
+    if ids is not None and ref_ids is not None:
+        _check_integers("ids", ids, "embeddings", embeddings)
+        _check_integers("ref_ids", ref_ids, name, references)
+
+
+def _check_matrix(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.dim() != 2:
+        raise ValueError(
+            f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}"
+            + (f": one item is {name}[None]" if value.dim() == 1 else f": use {name}.flatten(1)" if value.dim() else "")
+        )
+
+
+def _check_integers(name: str, value: object, owner: str, matrix: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}: use {name}.long()")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
+    if value.dim() != 1 or len(value) != len(matrix):
+        raise ValueError(
+            f"{name} must be 1-D with one entry a row of {owner}, {len(matrix)}, got shape {tuple(value.shape)}"
+        )
+    if value.device != matrix.device:
+        raise ValueError(
+            f"{name} must be on the device of {owner}, {matrix.device}, got {value.device}: use "
+            f"{name}.to({str(matrix.device)!r})"
+        )
 
 
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:

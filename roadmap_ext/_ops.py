@@ -41,6 +41,14 @@ def _smooth_rank(scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _count_pairs(positive_span: Tensor, *arguments: Any) -> Tensor:
+    return positive_span.new_empty((positive_span.shape[0], 2))
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
 def _like_first(first: Tensor, *arguments: Any) -> Tensor:
     return first.new_empty(first.shape)
 
@@ -48,5 +56,7 @@ def _like_first(first: Tensor, *arguments: Any) -> Tensor:
 if _C is not None:
     torch.library.register_fake("roadmap_ext::average_precision", _average_precision)
     torch.library.register_fake("roadmap_ext::smooth_rank", _smooth_rank)
+    torch.library.register_fake("roadmap_ext::count_pairs", _count_pairs)
+    torch.library.register_fake("roadmap_ext::objective_rows_", _nothing)
     torch.library.register_fake("roadmap_ext::scale_rows", _like_first)
     torch.library.register_fake("roadmap_ext::smooth_rank_backward", _like_first)

@@ -1,4 +1,4 @@
-"""ap_loss and smooth_rank: autograd Functions around the ops, and the choice of method.
+"""ap_loss and smooth_rank: autograd Functions around the ops; roadmap_loss: the same from embeddings (_chunks.py).
 
 ap_loss computes its gradient in the forward pass, in the launch that computes the loss, and keeps nothing else: one
 [B, N] tensor in the dtype of the scores. smooth_rank keeps the scores and masks, and one number a positive.
@@ -10,44 +10,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _ops, reference
-from ._checks import METHODS, REDUCTIONS, Settings, check_scores, make_settings, one_of
-from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
+from ._autograd import FirstDerivativeOnly, anchor, resolve_method
+from ._checks import (
+    METHODS,
+    REDUCTIONS,
+    Settings,
+    check_chunk_size,
+    check_embeddings,
+    check_flag,
+    check_scores,
+    check_single_device,
+    make_objective,
+    make_settings,
+    one_of,
+)
+from ._chunks import embedding_loss
 from ._ranks import SmoothRank
-
-_NO_TRANSFORMS = (
-    "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
-    "differentiation: use loss.backward() or torch.autograd.grad, or pass method='reference', which is differentiable "
-    "by all of them."
-)
-_NO_SECOND_DERIVATIVE = (
-    "roadmap_ext: the kernels have first derivatives only, and this asks for a second one (a gradient penalty, or "
-    "backward through a gradient taken with create_graph=True): pass method='reference', which has them all."
-)
-
-
-def _anchor(scores: Tensor) -> Tensor:
-    """An empty tensor with the scores' place in the graph and none of their memory."""
-    return scores.narrow(0, 0, 0).clone()
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    """Passes a gradient on, joined to everything it depends on, so that a second derivative meets an error.
-
-    once_differentiable would cut those ties instead: where another path leads to the scores, autograd would then return
-    that path's share as if it were the whole second derivative.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(_NO_SECOND_DERIVATIVE)
-
+from ._relation import from_labels
 
 class _AveragePrecision(torch.autograd.Function):
     """The reduced loss; the gradient of each query's loss comes with it and waits for backward."""
@@ -73,7 +54,7 @@ class _AveragePrecision(torch.autograd.Function):
         gradient, factor, anchor = ctx.saved_tensors
         result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, factor)
         if torch.is_grad_enabled():
-            result = _FirstDerivativeOnly.apply(result, anchor, grad_loss)
+            result = FirstDerivativeOnly.apply(result, anchor, grad_loss)
         return result, None, None, None, None, None
 
 
@@ -104,24 +85,8 @@ class _SmoothRank(torch.autograd.Function):
         )
         if torch.is_grad_enabled():
             depends_on = [scores, negative_grad] + ([] if positive_grad is None else [positive_grad])
-            result = _FirstDerivativeOnly.apply(result, *depends_on)
+            result = FirstDerivativeOnly.apply(result, *depends_on)
         return result, None, None, None
-
-
-def _resolve(method: str, scores: Tensor) -> str:
-    """The method to run. Raises RuntimeError where its kernels were not built."""
-    if method == "reference":
-        return method
-    if method == "auto" and _REFERENCE_ONLY:
-        warn_reference_only()
-        return "reference"
-    check_kernels(scores.device, method)
-    # torch would return derivatives of zero, or none, without a word.
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(scores).tangent is not None
-    ):
-        raise RuntimeError(_NO_TRANSFORMS)
-    return "tiled"
 
 
 def ap_loss(
@@ -194,10 +159,10 @@ def ap_loss(
     one_of("reduction", reduction, REDUCTIONS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    if _resolve(method, scores) == "reference":
+    if resolve_method(method, scores) == "reference":
         return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        loss: Tensor = _AveragePrecision.apply(scores, _anchor(scores), target, ignore, settings, reduction)
+        loss: Tensor = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction)
     else:
         loss = torch.ops.roadmap_ext.average_precision(
             scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False
@@ -245,11 +210,109 @@ def smooth_rank(
     one_of("method", method, METHODS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    if _resolve(method, scores) == "reference":
+    if resolve_method(method, scores) == "reference":
         return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
         return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings))
     return SmoothRank(*torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings.for_op(), False)[:4])
+
+
+def roadmap_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    calibration_weight: float = 0.5,
+    positive_margin: float = 0.9,
+    negative_margin: float = 0.6,
+    calibration_reduction: str = "per_query",
+    normalize: bool = True,
+    include_self: bool = False,
+    chunk_size: int | None = None,
+    gather_across_devices: bool = False,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+    method: str = "auto",
+) -> Tensor:
+    """The ROADMAP objective straight from embeddings, in three matrix products and the memory of a chunk of scores.
+
+    Every query is ranked against all references, by cosine similarity s; those of its own label are its positives P,
+    all others its negatives Neg (Ramzi et al., NeurIPS 2021, eq. 9)::
+
+        loss        = (1 - calibration_weight) * AP loss + calibration_weight * calibration loss
+        calibration = mean over P of relu(positive_margin - s) + mean over Neg of relu(s - negative_margin)
+
+    The AP loss is :func:`ap_loss`'s, whose settings are taken here, too. Loss and gradients are computed together, a
+    chunk of queries at a time; for backward only the gradients of the embeddings are kept. Half types, and anything
+    under autocast, are computed in float32 on the CPU, and gradients are rounded to the embeddings' dtype after the
+    gradient of the loss (GradScaler's factor) has been multiplied in. Second derivatives raise.
+
+    Args:
+        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
+        labels: [B] the class of each, any integer dtype.
+        ref_emb: [N, D] what to rank: a memory, a gallery, a gathered batch; any float dtype. None: the batch itself.
+        ref_labels: [N] its classes; given if and only if ``ref_emb`` is.
+        ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out: references
+            that contain the batch, or older copies of it, say so in this way.
+        calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
+        positive_margin: similarity that positives should have.
+        negative_margin: similarity that negatives should stay below.
+        calibration_reduction: ``"per_query"``, the paper's, as above: averaged over all queries, a query without
+            positives or negatives contributing the part it has; or ``"violating_pairs"``, the released code's: hinges
+            averaged over those pairs of the whole batch that violate a margin, positives and negatives apart, which
+            costs a fourth matrix product.
+        normalize: scale embeddings and references to norm 1. A row of norm below 1e-12 becomes 0, with gradient 0.
+        include_self: count the query itself, and items of its id, as what their labels say. Otherwise they are left
+            out: by index where the batch is its own reference, by ids where these are given.
+        chunk_size: queries a chunk; None takes as many as fit in 64 MiB of scores (256 MiB on a GPU).
+        gather_across_devices: not part of this version: True raises.
+        surrogate, tau, rho, delta, start, offset: as for :func:`ap_loss`.
+        reduction: ``"mean"``: the AP loss over the queries that have a positive, the calibration loss over all;
+            ``"sum"``; or ``"none"``: [B], which costs a fourth matrix product. With ``"violating_pairs"`` a query's
+            calibration loss is B times its share of the batch's.
+        method: ``"auto"``, ``"tiled"`` or ``"reference"``, as for :func:`ap_loss`.
+
+    Returns:
+        A scalar, or [B] with ``reduction="none"``; float64 if either side is, else float32. 0 for an empty batch.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices differ, only one of two arguments that belong together was given, a setting is out
+            of range.
+        NotImplementedError: ``gather_across_devices=True``.
+        RuntimeError: the kernels for the device were not built; a torch.func transform is active.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, -0.4]], requires_grad=True)
+        >>> loss = roadmap_loss(embeddings, torch.tensor([7, 7, 3]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")
+        0.5
+    """
+    one_of("method", method, METHODS)
+    objective = make_objective(
+        make_settings(surrogate, tau, rho, delta, start, offset),
+        calibration_weight,
+        positive_margin,
+        negative_margin,
+        calibration_reduction,
+        normalize,
+        reduction,
+    )
+    check_flag("include_self", include_self)
+    check_chunk_size(chunk_size)
+    check_single_device(gather_across_devices)
+    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    relation = from_labels(labels, ref_labels, ids, ref_ids, include_self)
+    return embedding_loss(embeddings, ref_emb, relation, objective, chunk_size, method)
 
 
 # The fake kernels are registered by importing them; the name is not used otherwise.

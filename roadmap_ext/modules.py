@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from ._checks import METHODS, REDUCTIONS, make_settings, one_of
-from .functional import ap_loss
+from ._checks import (
+    METHODS,
+    REDUCTIONS,
+    check_chunk_size,
+    check_flag,
+    check_single_device,
+    make_objective,
+    make_settings,
+    one_of,
+)
+from .functional import ap_loss, roadmap_loss
 
 
 class APLoss(nn.Module):
@@ -71,4 +82,248 @@ class APLoss(nn.Module):
         return (
             f"surrogate={self.surrogate!r}, tau={self.tau}, {shape if self.surrogate == 'sup' else ''}"
             f"reduction={self.reduction!r}, method={self.method!r}"
+        )
+
+
+class _EmbeddingLoss(nn.Module):
+    """What the losses of embeddings share. A subclass names the settings it takes; the others have roadmap_loss's."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        check_embedding_settings(**settings)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of embeddings [B, D] with labels [B]: see :func:`roadmap_ext.roadmap_loss`.
+
+        ``indices_tuple`` stands where pytorch-metric-learning's losses have it; anything but None raises ValueError.
+        """
+        if indices_tuple is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes no indices_tuple: the classes of the same name in "
+                "roadmap_ext.integrations.pytorch_metric_learning do"
+            )
+        return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self.settings)
+
+    def extra_repr(self) -> str:
+        """The settings, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def check_embedding_settings(
+    *,
+    calibration_weight: float = 0.5,
+    positive_margin: float = 0.9,
+    negative_margin: float = 0.6,
+    calibration_reduction: str = "per_query",
+    normalize: bool = True,
+    include_self: bool = False,
+    chunk_size: int | None = None,
+    gather_across_devices: bool = False,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+    method: str = "auto",
+) -> None:
+    """Raise what :func:`roadmap_ext.roadmap_loss` would raise for these settings."""
+    one_of("method", method, METHODS)
+    make_objective(
+        make_settings(surrogate, tau, rho, delta, start, offset),
+        calibration_weight,
+        positive_margin,
+        negative_margin,
+        calibration_reduction,
+        normalize,
+        reduction,
+    )
+    check_flag("include_self", include_self)
+    check_chunk_size(chunk_size)
+    check_single_device(gather_across_devices)
+
+
+class RoadmapLoss(_EmbeddingLoss):
+    """ROADMAP: the SupAP loss and the calibration loss of a batch of embeddings (Ramzi et al., NeurIPS 2021, eq. 9).
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss`; settings are checked at construction.
+
+    Shape:
+        embeddings [B, D], labels [B], ref_emb [N, D], ref_labels [N]; the loss is a scalar, or [B] for
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch
+        >>> loss = RoadmapLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.5875
+    """
+
+    def __init__(
+        self,
+        *,
+        calibration_weight: float = 0.5,
+        positive_margin: float = 0.9,
+        negative_margin: float = 0.6,
+        calibration_reduction: str = "per_query",
+        normalize: bool = True,
+        include_self: bool = False,
+        chunk_size: int | None = None,
+        gather_across_devices: bool = False,
+        surrogate: str = "sup",
+        tau: float = 0.01,
+        rho: float = 100.0,
+        delta: float = 0.05,
+        start: float = 0.5,
+        offset: float | None = None,
+        reduction: str = "mean",
+        method: str = "auto",
+    ) -> None:
+        super().__init__(
+            calibration_weight=calibration_weight,
+            positive_margin=positive_margin,
+            negative_margin=negative_margin,
+            calibration_reduction=calibration_reduction,
+            normalize=normalize,
+            include_self=include_self,
+            chunk_size=chunk_size,
+            gather_across_devices=gather_across_devices,
+            surrogate=surrogate,
+            tau=tau,
+            rho=rho,
+            delta=delta,
+            start=start,
+            offset=offset,
+            reduction=reduction,
+            method=method,
+        )
+
+
+class SupAPLoss(_EmbeddingLoss):
+    """ROADMAP's smooth average precision alone, an upper bound of 1 - AP (Ramzi et al., NeurIPS 2021, eq. 5).
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = SupAPLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.3750
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,
+        include_self: bool = False,
+        chunk_size: int | None = None,
+        gather_across_devices: bool = False,
+        tau: float = 0.01,
+        rho: float = 100.0,
+        delta: float = 0.05,
+        start: float = 0.5,
+        offset: float | None = None,
+        reduction: str = "mean",
+        method: str = "auto",
+    ) -> None:
+        super().__init__(
+            calibration_weight=0.0,
+            normalize=normalize,
+            include_self=include_self,
+            chunk_size=chunk_size,
+            gather_across_devices=gather_across_devices,
+            tau=tau,
+            rho=rho,
+            delta=delta,
+            start=start,
+            offset=offset,
+            reduction=reduction,
+            method=method,
+        )
+
+
+class SmoothAPLoss(_EmbeddingLoss):
+    """Smooth-AP: every step of the rank a sigmoid of temperature ``tau`` (Brown et al., ECCV 2020).
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``surrogate="smooth", calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = SmoothAPLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.2500
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,
+        include_self: bool = False,
+        chunk_size: int | None = None,
+        gather_across_devices: bool = False,
+        tau: float = 0.01,
+        reduction: str = "mean",
+        method: str = "auto",
+    ) -> None:
+        super().__init__(
+            calibration_weight=0.0,
+            surrogate="smooth",
+            normalize=normalize,
+            include_self=include_self,
+            chunk_size=chunk_size,
+            gather_across_devices=gather_across_devices,
+            tau=tau,
+            reduction=reduction,
+            method=method,
+        )
+
+
+class CalibrationLoss(_EmbeddingLoss):
+    """ROADMAP's calibration loss alone: positives above one margin, negatives below another (eq. 8 of the paper).
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``calibration_weight=1``.
+
+    Example:
+        >>> import torch
+        >>> loss = CalibrationLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.4500
+    """
+
+    def __init__(
+        self,
+        *,
+        positive_margin: float = 0.9,
+        negative_margin: float = 0.6,
+        calibration_reduction: str = "per_query",
+        normalize: bool = True,
+        include_self: bool = False,
+        chunk_size: int | None = None,
+        gather_across_devices: bool = False,
+        reduction: str = "mean",
+        method: str = "auto",
+    ) -> None:
+        super().__init__(
+            calibration_weight=1.0,
+            positive_margin=positive_margin,
+            negative_margin=negative_margin,
+            calibration_reduction=calibration_reduction,
+            normalize=normalize,
+            include_self=include_self,
+            chunk_size=chunk_size,
+            gather_across_devices=gather_across_devices,
+            reduction=reduction,
+            method=method,
         )

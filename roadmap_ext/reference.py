@@ -1,7 +1,7 @@
 """The losses in plain PyTorch, as the papers write them: the oracle of every kernel, and readable before it is fast.
 
 One query at a time, |P| x |Neg| in memory, differentiable by autograd alone (twice, too), on any device. float16 and
-bfloat16 scores are widened to float32 first, as the kernels do.
+bfloat16 scores and embeddings are widened to float32 first, as the kernels do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import REDUCTIONS, Settings, check_scores, make_settings, one_of
+from ._checks import (
+    REDUCTIONS,
+    SMALLEST_NORM,
+    Objective,
+    Settings,
+    check_embeddings,
+    check_flag,
+    check_scores,
+    make_objective,
+    make_settings,
+    one_of,
+)
 from ._ranks import SmoothRank
 
 
@@ -122,3 +133,105 @@ def smooth_rank(
         torch.cat([empty.detach() if surrogate == "sup" else empty] + [positive_rank for positive_rank, _ in ranks]),
         torch.cat([empty] + [negative_rank for _, negative_rank in ranks]),
     )
+
+
+def roadmap_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    calibration_weight: float = 0.5,
+    positive_margin: float = 0.9,
+    negative_margin: float = 0.6,
+    calibration_reduction: str = "per_query",
+    normalize: bool = True,
+    include_self: bool = False,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`roadmap_ext.roadmap_loss` in plain PyTorch, differentiable any number of times.
+
+    Arguments (but ``method``, ``chunk_size`` and ``gather_across_devices``), result and errors are the same.
+    """
+    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    objective = make_objective(
+        settings, calibration_weight, positive_margin, negative_margin, calibration_reduction, normalize, reduction
+    )
+    check_flag("include_self", include_self)
+    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    target = labels.long()[:, None] == (labels if ref_labels is None else ref_labels).long()[None]
+    ignore = torch.zeros_like(target)
+    if ref_emb is None and not include_self:
+        ignore |= torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    if ids is not None and ref_ids is not None and not include_self:
+        ignore |= ids.long()[:, None] == ref_ids.long()[None]
+    return embedding_loss(embeddings, ref_emb, target, ignore, objective)
+
+
+def embedding_loss(
+    embeddings: Tensor, ref_emb: Tensor | None, target: Tensor, ignore: Tensor, objective: Objective
+) -> Tensor:
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N]."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        queries = _wide(embeddings)
+        references = queries if ref_emb is None else _wide(ref_emb)
+        dtype = torch.promote_types(queries.dtype, references.dtype)
+        queries, references = queries.to(dtype), references.to(dtype)
+        if objective.normalize:
+            queries, references = _unit(queries), _unit(references)
+        scores = queries @ references.T
+    parts = []
+    weight = objective.calibration_weight
+    if weight < 1:
+        ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
+        parts.append((1 - weight) * ap)
+    if weight > 0:
+        parts.append(weight * _calibration_loss(scores, target, ignore, objective))
+    return torch.stack(parts).sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of norm 1. A row of norm below 1e-12 has no direction: it becomes 0, and gets no gradient."""
+    with torch.no_grad():
+        none = torch.linalg.vector_norm(x, dim=1, keepdim=True) < SMALLEST_NORM
+    x = torch.where(none, torch.zeros_like(x), x)
+    return x / torch.linalg.vector_norm(torch.where(none, torch.ones_like(x), x), dim=1, keepdim=True)
+
+
+def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective) -> Tensor:
+    """Mean hinge of a query's positives below one margin, plus that of its negatives above the other (ROADMAP, eq. 8).
+
+    "violating_pairs" is the released code's: over the whole batch, hinges are averaged over those that are not 0,
+    positives and negatives apart. A query's loss then is B times its share, so that the mean is the batch's.
+    """
+    wide, positive, negative = _roles(scores, target, ignore)
+    below = torch.relu(objective.positive_margin - wide)
+    above = torch.relu(wide - objective.negative_margin)
+    if objective.calibration_reduction == "per_query":
+        per_positive = 1 / positive.sum(1).clamp(min=1).to(wide.dtype)
+        per_negative = 1 / negative.sum(1).clamp(min=1).to(wide.dtype)
+    else:
+        per_positive = len(wide) / (positive & (below > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+        per_negative = len(wide) / (negative & (above > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+    losses = [
+        low[i].sum() * by_positive + high[j].sum() * by_negative + _nan_if_any(row[i | j])
+        for row, low, high, i, j, by_positive, by_negative in zip(
+            wide, below, above, positive, negative, per_positive, per_negative, strict=True
+        )
+    ]
+    loss = torch.stack(losses) if losses else wide.sum(1)
+    if objective.reduction == "none":
+        return loss
+    return loss.sum() if objective.reduction == "sum" else loss.sum() / max(len(loss), 1)

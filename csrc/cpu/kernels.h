@@ -102,6 +102,25 @@ struct Trace {
   }
 };
 
+// The roles of a block's columns, a bit each: all that kernels see of masks and lists.
+struct RoleBits {
+  uint64_t positive[kWords];
+  uint64_t negative[kWords];
+  uint64_t ignored[kWords];
+};
+
+// max(s - margin, 0) of every negative, and what one of them weighs in the gradient.
+template <typename T>
+struct Hinge {
+  T margin, weight;
+};
+
+// How many are not 0, and their sum.
+struct HingeSum {
+  double sum = 0;
+  int64_t count = 0;
+};
+
 // Buffers of one thread.
 template <typename T>
 struct Scratch {
@@ -118,9 +137,7 @@ struct Scratch {
   uint16_t kept_bits[kBlock / 2];              // which columns of the block are kept, a word a vector
   uint16_t band_bits[kBlock / 2];              // which kept elements are in the band
   uint16_t above_bits[kBlock / 2];             // which are in the tail
-  uint64_t positive[kWords];
-  uint64_t negative[kWords];
-  uint64_t ignored[kWords];
+  RoleBits roles;
   Trace<T> trace;
 };
 
@@ -140,10 +157,13 @@ struct Kernels {
   // `trace` may be null; else blocks come in order, all groups at once.
   bool (*rank_block)(const Block<T>&, const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
                      Sums<T>, Trace<T>* trace);
-  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count]. Reads a
-  // whole `trace`, blocks in order, if there is one.
-  void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, T scale, Scratch<T>&, T* out,
-                         Trace<T>* trace);
+  // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count] and may be
+  // the block itself. Reads a whole `trace`, blocks in order, if there is one. With `hinge`, the gradient of the hinges
+  // is added.
+  void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, double scale, const Hinge<T>* hinge,
+                         Scratch<T>&, T* out, Trace<T>* trace);
+  // Adds a block's negatives above the margin.
+  void (*hinge_block)(const Block<T>&, T margin, HingeSum& sum);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).
   void (*rank_positives)(const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
                          double* rank);

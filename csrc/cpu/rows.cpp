@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "relation.h"
 
 namespace roadmap {
 namespace {
@@ -26,31 +27,7 @@ constexpr int64_t kGroup = 64;
 // Rows with up to so many positives have groups twice as wide.
 constexpr int64_t kSparse = 8;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 size_t size_of(ScoreType type) { return type == ScoreType::kDouble ? 8 : type == ScoreType::kFloat ? 4 : 2; }
-
-// The roles of a block's columns, a bit each. This is all the kernels see of the masks.
-struct Roles {
-  const Matrix& m;
-  const Conversions& convert;
-
-  template <typename T>
-  void fill(int64_t row, int64_t begin, int count, Scratch<T>& s) const {
-    const int words = static_cast<int>(divide_up(count, 64));
-    convert.mask_bits(m.target + row * m.target_stride + begin, count, s.positive);
-    if (m.ignore) {
-      convert.mask_bits(m.ignore + row * m.ignore_stride + begin, count, s.ignored);
-    } else {
-      std::fill(s.ignored, s.ignored + words, uint64_t(0));
-    }
-    if (count % 64) s.ignored[words - 1] |= ~uint64_t(0) << (count % 64);  // past the end
-    for (int w = 0; w < words; ++w) {
-      s.positive[w] &= ~s.ignored[w];
-      s.negative[w] = ~(s.positive[w] | s.ignored[w]);
-    }
-  }
-};
 
 template <typename T>
 struct Row {
@@ -62,8 +39,10 @@ struct Row {
   std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
   std::vector<std::pair<T, int64_t>> order;                           // [P]  score, k
   std::vector<double> partial;                                        // [spans, 2, P]
+  std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
   bool nan = false;
-  double scale = 1;  // power of two on the gradients of half types
+  double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
+  double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
 
   int64_t size() const { return p.size(); }
   int64_t spans(int64_t columns) const {
@@ -71,21 +50,28 @@ struct Row {
   }
 };
 
+constexpr Objective kApAlone = {true, false, 0, 0};
+
 // One pass over a matrix: the steps of a row, each on a part that one thread can do alone.
 template <typename T>
 class Pass {
  public:
-  Pass(const Matrix& m, const SurrogateSettings& s, bool slope)
+  // ranks: whether they are computed. slope: whether their slopes are.
+  Pass(const Matrix& m, const SurrogateSettings& s, bool ranks, bool slope, const Objective& objective = kApAlone)
       : m_(m),
+        objective_(objective),
         set_(instruction_set()),
         kernels_(set_.kernels<T>()),
         settings_(static_cast<Surrogate>(s.surrogate), s.tau, s.rho, s.delta, s.start, s.offset, m.columns),
-        roles_{m, set_.conversions},
+        roles_(m.relation, set_.conversions),
         smooth_(settings_.surrogate == Surrogate::kSmooth),
+        ranks_(ranks),
         slope_(slope) {}
 
   const Matrix& matrix() const { return m_; }
   bool smooth() const { return smooth_; }
+  bool ranks() const { return ranks_; }
+  const Objective& objective() const { return objective_; }
   const Settings<T>& settings() const { return settings_; }
 
   struct Found {
@@ -97,9 +83,9 @@ class Pass {
   void collect(int64_t row, int64_t begin, int64_t end, Scratch<T>& scratch, Found& found) const {
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-      roles_.fill(row, at, count, scratch);
+      roles_.fill(row, at, count, scratch.roles);
       for (int w = 0; w < divide_up(count, 64); ++w) {
-        for (uint64_t bits = scratch.positive[w]; bits; bits &= bits - 1) {
+        for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
           found.column.push_back(column);
           found.score.push_back(score(row, column));
@@ -160,15 +146,16 @@ class Pass {
     }
   }
 
-  // Ranks of the positives in groups [first, last) among the negatives of one span of columns. Returns whether one is
-  // NaN.
+  // Ranks of the positives in groups [first, last) among the negatives of one span of columns, and the hinges of these,
+  // if `hinges` is not null. Returns whether one is NaN.
   bool rank(const Row<T>& row, int64_t begin, int64_t end, int64_t first, int64_t last, Scratch<T>& scratch,
-            Sums<T> sums, Trace<T>* trace) const {
+            Sums<T> sums, HingeSum* hinges, Trace<T>* trace) const {
     bool nan = false;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
       nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums, trace)
                           : kernels_.any_nan(block, settings_, scratch);
+      if (hinges) kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
     return nan;
   }
@@ -180,14 +167,14 @@ class Pass {
   // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in.
   void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch) const {
     double* out = row.gradient.data() + begin;
-    if (smooth_) {
+    if (smooth_ && objective_.ap) {
       kernels_.gradient_positives(row.p, begin, end, settings_, scratch, out);
     } else {
       std::fill(out, out + (end - begin), 0.0);
     }
     for (int64_t i = begin; i < end; ++i) {
       // A pair without slope carries nothing back, whatever arrives.
-      if (row.slope[i] != 0) row.gradient[i] -= row.p.weight[i] * row.slope[i];
+      if (objective_.ap && row.slope[i] != 0) row.gradient[i] -= row.p.weight[i] * row.slope[i];
     }
   }
 
@@ -200,15 +187,18 @@ class Pass {
     T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);
     if (row.nan) {
       for (int j = 0; j < count; ++j) {
-        out[j] = scratch.ignored[j / 64] >> (j % 64) & 1 ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        out[j] = scratch.roles.ignored[j / 64] >> (j % 64) & 1 ? T(0) : std::numeric_limits<T>::quiet_NaN();
       }
-    } else if (!row.size()) {
-      std::fill(out, out + count, T(0));
     } else {
-      kernels_.gradient_block(block, row.p, settings_, static_cast<T>(row.scale), scratch, out, trace);
+      static const Positives<T> none;
+      const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight)};
+      kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale,
+                              objective_.calibration ? &hinge : nullptr, scratch, out, trace);
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
-        out[row.column[k] - begin] = static_cast<T>(row.gradient[row.position[k]] * row.scale);
+        const int64_t i = row.position[k];
+        const bool below = objective_.calibration && row.p.score[i] < static_cast<T>(objective_.positive_margin);
+        out[row.column[k] - begin] = static_cast<T>(row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0));
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -234,7 +224,7 @@ class Pass {
   }
 
   Block<T> load(int64_t row, int64_t begin, int64_t count, Scratch<T>& scratch) const {
-    roles_.fill(row, begin, static_cast<int>(count), scratch);
+    roles_.fill(row, begin, static_cast<int>(count), scratch.roles);
     const int64_t at = row * m_.score_stride + begin;
     const T* score = static_cast<const T*>(m_.scores) + at;
     if constexpr (sizeof(T) == 4) {
@@ -247,15 +237,16 @@ class Pass {
         score = scratch.score;
       }
     }
-    return {score, scratch.negative, static_cast<int>(count)};
+    return {score, scratch.roles.negative, static_cast<int>(count)};
   }
 
   const Matrix m_;
+  const Objective objective_;
   const InstructionSet& set_;
   const Kernels<T>& kernels_;
   const Settings<T> settings_;
   const Roles roles_;
-  const bool smooth_, slope_;
+  const bool smooth_, ranks_, slope_;
 };
 
 // The weights of the ranks, weight(i) = {dloss/drank-, dloss/drank+}, in the forms that the kernels take.
@@ -301,6 +292,33 @@ double ap_weights(Row<T>& row, bool smooth) {
   return loss.sum / static_cast<double>(size);
 }
 
+// Hinges of the positives below their margin. Decided in T, as the scores are; summed in double.
+template <typename T>
+HingeSum positive_hinges(const Row<T>& row, const Objective& objective) {
+  HingeSum hinges;
+  KahanSum sum;
+  const T margin = static_cast<T>(objective.positive_margin);
+  for (int64_t i = 0; !row.nan && i < row.size() && row.p.score[i] < margin; ++i) {
+    sum.add(objective.positive_margin - static_cast<double>(row.p.score[i]));
+    ++hinges.count;
+  }
+  hinges.sum = sum.sum;
+  return hinges;
+}
+
+// Hinges of the negatives above theirs, from the sums of the spans, which were taken from the margin as rounded to T.
+template <typename T>
+HingeSum negative_hinges(const Row<T>& row, const Objective& objective) {
+  HingeSum hinges;
+  for (const HingeSum& span : row.hinges) {
+    hinges.sum += span.sum;
+    hinges.count += span.count;
+  }
+  const double margin = static_cast<T>(objective.negative_margin);
+  hinges.sum += static_cast<double>(hinges.count) * (margin - objective.negative_margin);
+  return hinges;
+}
+
 // A power of two that brings the largest possible gradient of the row near the top of float16: what GradScaler's factor
 // would have saved is then still there when it arrives.
 template <typename T>
@@ -338,11 +356,10 @@ std::vector<int64_t> split_groups(const std::vector<Group<T>>& groups) {
   return pieces;
 }
 
-// What distinguishes the ops: `ranks` says whether the ranks are computed; `finish(row)` sees them and sets the
-// weights; `gradient` is null when none is wanted.
+// What distinguishes the ops, beside the pass: `finish(row)` sees ranks and hinges and sets the weights; `gradient` is
+// null when none is wanted.
 template <typename T, typename Finish>
-void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const Finish& finish, void* gradient,
-              T* unscale) {
+void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finish, void* gradient, T* unscale) {
   const Matrix& m = pass.matrix();
   const auto scale = [&](Row<T>& row) {
     if (unscale) {
@@ -362,6 +379,15 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
   const auto span_begin = [&](int64_t span, int64_t spans) {
     // Whole blocks, as even as can be; a function of the matrix and the row alone.
     return std::min(m.columns, divide_up(m.columns, kBlock) * span / spans * kBlock);
+  };
+  const bool reads = pass.ranks() || pass.objective().calibration;
+  const auto clear_spans = [&](Row<T>& row, int64_t spans) {
+    row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
+    row.hinges.assign(pass.objective().calibration ? spans : 0, {});
+  };
+  // The first piece of a row's positives has the hinges with it.
+  const auto hinges_of = [&](Row<T>& row, int64_t span, int64_t piece) {
+    return pass.objective().calibration && piece == 0 ? &row.hinges[span] : nullptr;
   };
   const auto add_spans = [&](Row<T>& row, int64_t spans) {
     for (int64_t span = 0; spans > 1 && span < spans; ++span) {
@@ -384,18 +410,19 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       founds[worker].column.clear();
       pass.collect(index, 0, m.columns, own, founds[worker]);
       pass.arrange(index, founds[worker], row);
-      const std::vector<int64_t> pieces = split_groups(row.p.groups);
+      const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
       const int64_t groups = pieces.back();
       Trace<T>& trace = own.trace;
       trace.clear();
-      trace.whole = ranks && gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
-      if (ranks && !row.nan) {
+      trace.whole = gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
+      if (reads && !row.nan) {
         const int64_t spans = row.spans(m.columns);
-        row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
+        clear_spans(row, spans);
         for (int64_t span = 0; span < spans; ++span) {
           for (size_t piece = 0; piece + 1 < pieces.size(); ++piece) {
-            row.nan |= pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece],
-                                 pieces[piece + 1], own, sums_of(row, span, spans), trace.whole ? &trace : nullptr);
+            row.nan |=
+                pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece], pieces[piece + 1],
+                          own, sums_of(row, span, spans), hinges_of(row, span, piece), trace.whole ? &trace : nullptr);
           }
         }
         add_spans(row, spans);
@@ -428,16 +455,17 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, bool ranks, const F
       found.column.insert(found.column.end(), part.column.begin(), part.column.end());
     }
     pass.arrange(index, found, row);
-    const std::vector<int64_t> pieces = split_groups(row.p.groups);
+    const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
     const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
-    if (ranks && !row.nan) {
+    if (reads && !row.nan) {
       const int64_t spans = row.spans(m.columns);
-      row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
+      clear_spans(row, spans);
       std::vector<char> nan(spans * count, 0);
       parallel.run(spans * count, [&](int64_t task, int) {
         const int64_t span = task / count, piece = task % count;
-        nan[task] = pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece],
-                              pieces[piece + 1], scratch<T>(), sums_of(row, span, spans), nullptr);
+        nan[task] =
+            pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece], pieces[piece + 1],
+                      scratch<T>(), sums_of(row, span, spans), hinges_of(row, span, piece), nullptr);
       });
       row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
       add_spans(row, spans);
@@ -474,9 +502,9 @@ void scale_block(const T* from, T* to, int64_t count, Factor by) {
 template <typename T>
 void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
                             const ApOutput<T>& out) {
-  const Pass<T> pass(m, settings, out.gradient != nullptr);
+  const Pass<T> pass(m, settings, true, out.gradient != nullptr);
   run_rows(
-      pass, parallel, true,
+      pass, parallel,
       [&](Row<T>& row) {
         out.loss[row.index] = static_cast<T>(ap_weights(row, pass.smooth()));
         out.positives[row.index] = row.size();
@@ -485,11 +513,35 @@ void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, 
 }
 
 template <typename T>
+void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Objective& objective,
+                    const Parallel& parallel, const ObjectiveOutput& out) {
+  const Pass<T> pass(m, settings, objective.ap, objective.ap && out.gradient, objective);
+  run_rows(
+      pass, parallel,
+      [&](Row<T>& row) {
+        const double* const weight = out.weight + 3 * row.index;
+        double* const value = out.value + 5 * row.index;
+        row.scale = weight[0];
+        row.positive_weight = weight[1];
+        row.negative_weight = weight[2];
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        value[0] = objective.ap ? ap_weights(row, pass.smooth()) : row.nan ? nan : 0;
+        if (!objective.calibration) return;
+        const HingeSum below = positive_hinges(row, objective), above = negative_hinges(row, objective);
+        value[1] = row.nan ? nan : below.sum;
+        value[2] = row.nan ? nan : above.sum;
+        value[3] = static_cast<double>(below.count);
+        value[4] = static_cast<double>(above.count);
+      },
+      out.gradient, static_cast<T*>(nullptr));
+}
+
+template <typename T>
 void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
                       const RankOutput<T>& out) {
-  const Pass<T> pass(m, settings, out.slope != nullptr);
+  const Pass<T> pass(m, settings, true, out.slope != nullptr);
   run_rows(
-      pass, parallel, true,
+      pass, parallel,
       [&](Row<T>& row) {
         constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
         for (int64_t k = 0; k < row.size(); ++k) {
@@ -507,9 +559,9 @@ void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const 
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
                                const RankGradient<T>& in) {
-  const Pass<T> pass(m, settings, false);
+  const Pass<T> pass(m, settings, false, false);
   run_rows(
-      pass, parallel, false,
+      pass, parallel,
       [&](Row<T>& row) {
         row.ordinal.resize(row.size());
         const int64_t first = in.first[row.index];
@@ -526,23 +578,22 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
       in.gradient, static_cast<T*>(nullptr));
 }
 
-void count_positives(const Matrix& m, const Parallel& parallel, int64_t* first) {
-  const Conversions& convert = instruction_set().conversions;
-  parallel.run(m.rows, [&](int64_t row, int) {
-    uint64_t target[kWords], ignored[kWords];
-    int64_t total = 0;
-    for (int64_t at = 0; at < m.columns; at += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, m.columns - at));
-      convert.mask_bits(m.target + row * m.target_stride + at, count, target);
-      if (m.ignore) convert.mask_bits(m.ignore + row * m.ignore_stride + at, count, ignored);
+void count_pairs(const Relation& relation, int64_t rows, int64_t columns, const Parallel& parallel, int64_t* counts) {
+  const Roles roles(relation, instruction_set().conversions);
+  parallel.run(rows, [&](int64_t row, int) {
+    RoleBits bits;
+    int64_t positives = 0, negatives = 0;
+    for (int64_t at = 0; at < columns; at += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - at));
+      roles.fill(row, at, count, bits);
       for (int w = 0; w < divide_up(count, 64); ++w) {
-        total += __builtin_popcountll(m.ignore ? target[w] & ~ignored[w] : target[w]);
+        positives += __builtin_popcountll(bits.positive[w]);
+        negatives += __builtin_popcountll(bits.negative[w]);
       }
     }
-    first[row + 1] = total;
+    counts[2 * row] = positives;
+    counts[2 * row + 1] = negatives;
   });
-  first[0] = 0;
-  for (int64_t row = 0; row < m.rows; ++row) first[row + 1] += first[row];
 }
 
 template <typename T>
@@ -591,6 +642,8 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
   template void smooth_rank_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&); \
   template void smooth_rank_gradient_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,               \
                                              const RankGradient<T>&);                                                \
+  template void objective_rows<T>(const Matrix&, const SurrogateSettings&, const Objective&, const Parallel&,        \
+                                  const ObjectiveOutput&);                                                           \
   template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const double*, const Parallel&, void*);
 ROADMAP_INSTANTIATE(float)
 ROADMAP_INSTANTIATE(double)

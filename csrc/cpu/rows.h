@@ -13,16 +13,31 @@ namespace roadmap {
 
 enum class ScoreType { kHalf, kBFloat16, kFloat, kDouble };
 
-// Scores [rows, columns] and the masks that say what each pair is. Strides are in elements; columns are contiguous.
+// A list of columns for each row, ascending.
+struct Lists {
+  const int64_t* span = nullptr;    // [rows, 2]  begin and end within column
+  const int64_t* column = nullptr;  // null: there are none of this kind
+};
+
+// Which pairs are positive, negative or left out; the last wins. Either masks say it, or lists.
+struct Relation {
+  const uint8_t* target = nullptr;  // [rows, columns]  nonzero: positive; null: lists
+  int64_t target_stride = 0;
+  const uint8_t* ignore = nullptr;  // [rows, columns]  nonzero: left out; may be null
+  int64_t ignore_stride = 0;
+
+  Lists positive, left_out;
+  Lists negative;    // null: every other column
+  int64_t own = -1;  // row r's own column is own + r and left out; negative for none
+};
+
+// Scores [rows, columns] and what the pairs are. Strides are in elements; columns are contiguous.
 struct Matrix {
   const void* scores;
   ScoreType type;
   int64_t rows, columns;
   int64_t score_stride;
-  const uint8_t* target;  // nonzero: positive
-  int64_t target_stride;
-  const uint8_t* ignore;  // nonzero: left out, positive or not; may be null
-  int64_t ignore_stride;
+  Relation relation;
 };
 
 struct SurrogateSettings {
@@ -37,6 +52,19 @@ struct ApOutput {
   int64_t* positives;  // [rows]
   void* gradient;      // [rows, columns] in the type of the scores, contiguous; null when not wanted
   T* unscale;          // [rows]  half types: gradient times this is the true one; null otherwise
+};
+
+// The ROADMAP objective of a row: which parts are wanted, and the margins of the calibration loss.
+struct Objective {
+  bool ap, calibration;
+  double positive_margin, negative_margin;
+};
+
+// Outputs of the objective. The gradient is that of the weighted sum of the first three values.
+struct ObjectiveOutput {
+  const double* weight;  // [rows, 3]  of the AP loss, of the sums of positive and of negative hinges
+  double* value;         // [rows, 5]  these three, then how many hinges of each kind are not 0
+  void* gradient;        // [rows, columns]  may be the scores themselves where these are contiguous; null: not wanted
 };
 
 // Of smooth_rank: one entry a positive, row after row, columns ascending.
@@ -67,13 +95,15 @@ struct Parallel {
 
 template <typename T>
 void average_precision_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const ApOutput<T>&);
+template <typename T>  // scores of type T alone
+void objective_rows(const Matrix&, const SurrogateSettings&, const Objective&, const Parallel&, const ObjectiveOutput&);
 template <typename T>
 void smooth_rank_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&);
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankGradient<T>&);
 
-// first[r + 1] - first[r] is the number of positives of row r; first[0] = 0.
-void count_positives(const Matrix&, const Parallel&, int64_t* first);
+// Positives and negatives of each row, [rows, 2].
+void count_pairs(const Relation&, int64_t rows, int64_t columns, const Parallel&, int64_t* counts);
 
 // out = factor[row] * gradient, both [rows, columns] of one type.
 template <typename T>

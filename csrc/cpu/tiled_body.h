@@ -503,8 +503,8 @@ void spread_band(int kept, const uint16_t* band_bits, Scratch<T>& scratch) {
 
 // scratch.kept becomes the gradient of the kept elements.
 template <bool Smooth, typename T>
-void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
-                   Trace<T>* trace) {
+void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, double scale,
+                   Scratch<T>& scratch, Trace<T>* trace) {
   using X = Vec<T>;
   using V = typename X::V;
   bool nan = false;
@@ -535,7 +535,7 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   const auto weigh = [&](const Group<T>& g) {
     weights += g.weight;
     tails = X::set(static_cast<T>(scratch.tail_slope.size()));
-    scratch.tail_slope.push_back(s.exact_rho * weights * static_cast<double>(scale));
+    scratch.tail_slope.push_back(s.exact_rho * weights * scale);
   };
   if (trace) {
     for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
@@ -578,29 +578,71 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
   }
 }
 
-// Unpacks the gradients of the kept elements over the block, zero elsewhere.
-template <typename T>
-void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, T scale, Scratch<T>& scratch,
-                    T* out, Trace<T>* trace) {
+// Unpacks the gradients of the kept elements over the block, zero elsewhere. The block is read no further than it is
+// written: `out` may be the block itself.
+template <bool Hinges, typename T>
+void unpack(const Block<T>& block, const uint16_t* kept_bits, const Hinge<T>* hinge, const Scratch<T>& scratch,
+            T* out) {
   using X = Vec<T>;
-  const uint16_t* const kept_bits = trace ? trace->bits + trace->entry[trace->next].band : scratch.kept_bits;
-  if (s.surrogate == Surrogate::kSmooth) {
-    gradient_kept<true>(block, p, s, scale, scratch, trace);
-  } else {
-    gradient_kept<false>(block, p, s, scale, scratch, trace);
-  }
+  const auto margin = X::set(Hinges ? hinge->margin : T(0)), weight = X::set(Hinges ? hinge->weight : T(0));
   int front = 0;
   for (int j = 0; j < block.count; j += X::kWidth) {
     const int left = block.count - j;
     const unsigned bits = kept_bits[j / X::kWidth];
-    const auto g = X::expand(X::load(scratch.kept + front), bits);
+    auto g = X::expand(X::load(scratch.kept + front), bits);
     front += __builtin_popcount(bits);
+    if constexpr (Hinges) {
+      const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64));
+      const auto v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
+      const unsigned above = X::bits(X::greater(v, margin)) & negative;
+      if (above) g = X::add_where(X::lanes(above), g, weight);
+    }
     if (left >= X::kWidth) {
       X::store(out + j, g);
     } else {
       X::store_first(out + j, left, g);
     }
   }
+}
+
+template <typename T>
+void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, double scale,
+                    const Hinge<T>* hinge, Scratch<T>& scratch, T* out, Trace<T>* trace) {
+  const uint16_t* const kept_bits = trace ? trace->bits + trace->entry[trace->next].band : scratch.kept_bits;
+  if (p.score.empty()) {
+    std::fill(scratch.kept_bits, scratch.kept_bits + padded<T>(block.count) / Vec<T>::kWidth, uint16_t(0));
+  } else if (s.surrogate == Surrogate::kSmooth) {
+    gradient_kept<true>(block, p, s, scale, scratch, trace);
+  } else {
+    gradient_kept<false>(block, p, s, scale, scratch, trace);
+  }
+  if (hinge) {
+    unpack<true>(block, kept_bits, hinge, scratch, out);
+  } else {
+    unpack<false>(block, kept_bits, hinge, scratch, out);
+  }
+}
+
+template <typename T>
+void hinge_block(const Block<T>& block, T margin, HingeSum& sum) {
+  using X = Vec<T>;
+  const auto bound = X::set(margin), zero = X::set(0);
+  LaneSum<T> total;
+  for (int tile = 0; tile < block.count; tile += kTile * X::kWidth) {
+    const int end = std::min(block.count, tile + kTile * X::kWidth);
+    auto part = zero;
+    for (int j = tile; j < end; j += X::kWidth) {
+      const int left = block.count - j;
+      const unsigned negative = static_cast<unsigned>(block.negative[j / 64] >> (j % 64));
+      const auto v = left >= X::kWidth ? X::load(block.score + j) : X::load_first(block.score + j, left);
+      const unsigned above = X::bits(X::greater(v, bound)) & negative;
+      if (!above) continue;
+      part = X::add_where(X::lanes(above), part, v - bound);
+      sum.count += __builtin_popcount(above);
+    }
+    total.add(part);
+  }
+  sum.sum += total.total();
 }
 
 // The references of these two are the positives themselves, in ascending pieces of a block.
@@ -708,8 +750,8 @@ void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {any_nan<T>,        positive_exponentials<T>, rank_block<T>,
-          gradient_block<T>, rank_positives<T>,        gradient_positives<T>};
+  return {any_nan<T>,     positive_exponentials<T>, rank_block<T>,        gradient_block<T>,
+          hinge_block<T>, rank_positives<T>,        gradient_positives<T>};
 }
 
 }  // namespace

@@ -93,8 +93,11 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
     target[i] = uniform() < density[seed / 2 % 4];
     ignore[i] = uniform() < 0.1;
   }
-  const Matrix m = {
-      scores.data(), type, rows, columns, columns, target.data(), columns, seed % 3 ? ignore.data() : nullptr, columns};
+  Relation masks;
+  masks.target = target.data();
+  masks.target_stride = masks.ignore_stride = columns;
+  masks.ignore = seed % 3 ? ignore.data() : nullptr;
+  const Matrix m = {scores.data(), type, rows, columns, columns, masks};
   const bool half = std::is_same_v<S, uint16_t>;
   for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
     const double taus[] = {0.01, 1e-37, 1e30};
@@ -117,8 +120,10 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
       std::vector<double> factor(rows, 0.5);
       scale_rows<T>(gradient.data(), type, rows, columns, factor.data(), threads(workers), scaled.data());
 
-      Guarded<int64_t> first(rows + 1);
-      count_positives(m, threads(workers), first.data());
+      Guarded<int64_t> first(rows + 1), counts(2 * rows);
+      count_pairs(masks, rows, columns, threads(workers), counts.data());
+      first[0] = 0;
+      for (int64_t row = 0; row < rows; ++row) first[row + 1] = first[row] + counts[2 * row];
       const int64_t count = first[rows];
       Guarded<int64_t> query(count), reference(count);
       Guarded<T> rank_positive(count), rank_negative(count), slope(count);
@@ -135,6 +140,105 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
   }
 }
 
+// The columns of each row for which `has` holds, as lists that end where their page ends.
+struct GuardedLists {
+  Guarded<int64_t> span, column;
+
+  template <typename Has>
+  GuardedLists(int64_t rows, int64_t columns, const Has& has) : span(2 * rows), column(count(rows, columns, has)) {
+    int64_t at = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      span[2 * row] = at;
+      for (int64_t j = 0; j < columns; ++j) {
+        if (has(row, j)) column[at++] = j;
+      }
+      span[2 * row + 1] = at;
+    }
+  }
+  Lists lists() { return {span.data(), column.data()}; }
+
+ private:
+  template <typename Has>
+  static size_t count(int64_t rows, int64_t columns, const Has& has) {
+    size_t n = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < columns; ++j) n += has(row, j);
+    }
+    return n;
+  }
+};
+
+// The objective in place of its scores: lists give the bits that masks give, on one thread as on three, and lists of
+// nonsense lead nowhere outside.
+template <typename T>
+void check_objective(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(0, 1)(random); };
+  std::vector<T> original(rows * columns);
+  std::vector<uint8_t> target(rows * columns), ignore(rows * columns);
+  const double density[] = {0.0, 0.01, 0.2, 1.0};
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    original[i] = static_cast<T>(std::round((uniform() - 0.5) * 128) / 64);
+    if (seed % 4 == 3 && uniform() < 0.01) original[i] = static_cast<T>(uniform() < 0.5 ? NAN : INFINITY);
+    target[i] = uniform() < density[seed / 2 % 4];
+    ignore[i] = uniform() < 0.1;
+  }
+  const int64_t own = seed % 3 ? 1 : -1;
+  GuardedLists positive(rows, columns, [&](int64_t row, int64_t j) { return target[row * columns + j] != 0; });
+  GuardedLists left_out(rows, columns, [&](int64_t row, int64_t j) { return ignore[row * columns + j] != 0; });
+  GuardedLists negative(rows, columns, [&](int64_t row, int64_t j) { return (row + j) % 3 != 0; });
+  Relation listed;
+  listed.positive = positive.lists();
+  listed.left_out = left_out.lists();
+  if (seed % 5 == 0) listed.negative = negative.lists();
+  listed.own = own;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (own >= 0 && own + row < columns) ignore[row * columns + own + row] = 1;
+    for (int64_t j = 0; j < columns && seed % 5 == 0; ++j) {
+      if (!target[row * columns + j] && (row + j) % 3 == 0) ignore[row * columns + j] = 1;
+    }
+  }
+  Relation masks;
+  masks.target = target.data();
+  masks.ignore = ignore.data();
+  masks.target_stride = masks.ignore_stride = columns;
+  Relation nonsense = listed;
+  GuardedLists wild(rows, columns, [&](int64_t row, int64_t j) { return (row * 7 + j) % 3 == 0; });
+  const int64_t values[] = {INT64_MIN, INT64_MAX, -1, columns, columns + 1, -4096, 0, columns - 1};
+  for (size_t i = 0; i < wild.column.size(); ++i) wild.column[i] = values[random() % 8];
+  nonsense.positive = wild.lists();
+  nonsense.left_out = wild.lists();
+
+  std::vector<double> weight(3 * rows);
+  for (double& w : weight) w = uniform() - 0.2;
+  Guarded<T> scores(rows * columns);
+  for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
+    const SurrogateSettings settings = {surrogate, 0.01, 100.0, 0.05, 0.5, 1.49};
+    for (const Objective& objective :
+         {Objective{true, true, 0.9, 0.6}, Objective{true, false, 0, 0}, Objective{false, true, 0.5, -0.5}}) {
+      std::vector<T> first_gradient;
+      std::vector<double> first_value;
+      for (const Relation* relation : {&masks, &listed, &nonsense}) {
+        for (int workers : {1, 3}) {
+          std::copy(original.begin(), original.end(), scores.data());
+          Guarded<double> value(5 * rows);
+          std::fill(value.data(), value.data() + 5 * rows, 0.0);
+          const Matrix m = {scores.data(), type, rows, columns, columns, *relation};
+          objective_rows<T>(m, settings, objective, threads(workers), {weight.data(), value.data(), scores.data()});
+          if (relation == &nonsense) continue;
+          if (first_value.empty()) {
+            first_value.assign(value.data(), value.data() + 5 * rows);
+            first_gradient.assign(scores.data(), scores.data() + rows * columns);
+          }
+          expect(std::memcmp(first_value.data(), value.data(), 5 * rows * sizeof(double)) == 0, "values differ");
+          expect(std::memcmp(first_gradient.data(), scores.data(), rows * columns * sizeof(T)) == 0,
+                 "gradients of masks and lists, or of one thread and three, differ");
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -146,11 +250,16 @@ int main() {
       check<double, double>(ScoreType::kDouble, rows, columns, seed++);
       check<uint16_t, float>(ScoreType::kHalf, rows, columns, seed++);
       check<uint16_t, float>(ScoreType::kBFloat16, rows, columns, seed++);
-      cases += 4;
+      check_objective<float>(ScoreType::kFloat, rows, columns, seed++);
+      check_objective<double>(ScoreType::kDouble, rows, columns, seed++);
+      cases += 6;
     }
   }
   check<float, float>(ScoreType::kFloat, 1, 140001, 2);  // spans of columns; 1 % positives
   check<float, float>(ScoreType::kFloat, 1, 140001, 3);
+  check_objective<float>(ScoreType::kFloat, 2, 140001, 2);
+  check_objective<float>(ScoreType::kFloat, 2, 140001, 10);
+  cases += 2;
   std::printf("%s: %u cases, %d failures\n", instruction_set().name, cases + 2, failures);
   return failures != 0;
 }

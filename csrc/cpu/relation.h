@@ -1,0 +1,68 @@
+// What each pair of a query and a reference is: positive, negative or left out. Masks or lists say so; kernels see
+// bits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace roadmap {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Roles {
+ public:
+  Roles(const Relation& relation, const Conversions& convert) : r_(relation), convert_(convert) {}
+
+  // Roles of columns [begin, begin + count) of a row; ignored beyond.
+  void fill(int64_t row, int64_t begin, int count, RoleBits& bits) const {
+    const int words = static_cast<int>(divide_up(count, 64));
+    if (r_.target) {
+      convert_.mask_bits(r_.target + row * r_.target_stride + begin, count, bits.positive);
+      if (r_.ignore) {
+        convert_.mask_bits(r_.ignore + row * r_.ignore_stride + begin, count, bits.ignored);
+      } else {
+        std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
+      }
+    } else {
+      fill_listed(row, begin, count, words, bits);
+    }
+    if (count % 64) bits.ignored[words - 1] |= ~uint64_t(0) << (count % 64);  // past the end
+    for (int w = 0; w < words; ++w) {
+      bits.positive[w] &= ~bits.ignored[w];
+      bits.negative[w] = ~(bits.positive[w] | bits.ignored[w]);
+    }
+  }
+
+ private:
+  void fill_listed(int64_t row, int64_t begin, int count, int words, RoleBits& bits) const {
+    std::fill(bits.positive, bits.positive + words, uint64_t(0));
+    mark(r_.positive, row, begin, count, bits.positive);
+    if (r_.negative.column) {  // a pair has to be listed to count
+      std::copy(bits.positive, bits.positive + words, bits.ignored);
+      mark(r_.negative, row, begin, count, bits.ignored);
+      for (int w = 0; w < words; ++w) bits.ignored[w] = ~bits.ignored[w];
+    } else {
+      std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
+    }
+    if (r_.left_out.column) mark(r_.left_out, row, begin, count, bits.ignored);
+    const int64_t own = r_.own < 0 ? -1 : r_.own + row - begin;
+    if (own >= 0 && own < count) bits.ignored[own / 64] |= uint64_t(1) << (own % 64);
+  }
+
+  // Sets the bits of a row's listed columns. No order of them, nor any value, leads outside the block.
+  static void mark(const Lists& lists, int64_t row, int64_t begin, int count, uint64_t* bits) {
+    const int64_t* const last = lists.column + lists.span[2 * row + 1];
+    for (const int64_t* at = std::lower_bound(lists.column + lists.span[2 * row], last, begin); at < last; ++at) {
+      if (*at >= begin + count) break;
+      if (*at >= begin) bits[(*at - begin) / 64] |= uint64_t(1) << ((*at - begin) % 64);
+    }
+  }
+
+  const Relation r_;
+  const Conversions& convert_;
+};
+
+}  // namespace roadmap

@@ -1,0 +1,61 @@
+"""What the autograd Functions of this package share: errors in place of derivatives that they do not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
+
+_NO_TRANSFORMS = (
+    "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
+    "differentiation: use loss.backward() or torch.autograd.grad, or pass method='reference', which is differentiable "
+    "by all of them."
+)
+_NO_SECOND_DERIVATIVE = (
+    "roadmap_ext: the kernels have first derivatives only, and this asks for a second one (a gradient penalty, or "
+    "backward through a gradient taken with create_graph=True): pass method='reference', which has them all."
+)
+
+
+def anchor(leaf: Tensor) -> Tensor:
+    """An empty tensor with the leaf's place in the graph and none of its memory."""
+    return leaf.narrow(0, 0, 0).clone()
+
+
+class FirstDerivativeOnly(torch.autograd.Function):
+    """Passes a gradient on, joined to everything it depends on, so that a second derivative meets an error.
+
+    once_differentiable would cut those ties instead: where another path leads to the scores, autograd would then return
+    that path's share as if it were the whole second derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
+def resolve_method(method: str, *inputs: Tensor) -> str:
+    """The method to run. Raises RuntimeError where its kernels were not built."""
+    if method == "reference":
+        return method
+    if method == "auto" and _REFERENCE_ONLY:
+        warn_reference_only()
+        return "reference"
+    check_kernels(inputs[0].device, method)
+    # torch would return derivatives of zero, or none, without a word.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    ):
+        raise RuntimeError(_NO_TRANSFORMS)
+    return "tiled"
+
+

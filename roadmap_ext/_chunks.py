@@ -1,0 +1,308 @@
+"""From embeddings to loss and gradients, a chunk of query rows at a time: [B, N] is never in memory.
+
+A chunk costs three matrix products: its scores; then, with the scores overwritten by their gradient, one product into
+the gradients of its queries and one into those of the references. `sweep` does this for given weights of the rows'
+losses, and is one opaque op to torch.compile. What a reduction needs is put together around it:
+
+    mean, sum         the weights are known beforehand: one sweep, in forward
+    violating_pairs   they rest on counts over the whole batch: a sweep for the values, then one for the gradients
+    none              they arrive in backward: a sweep for the values in forward, one for the gradients in backward
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._autograd import FirstDerivativeOnly, anchor, resolve_method
+from ._checks import SMALLEST_NORM, Objective
+from ._relation import Relation
+
+# Bytes of a chunk of scores, by kind of device.
+_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
+
+
+def embedding_loss(
+    embeddings: Tensor,
+    references: Tensor | None,
+    relation: Relation,
+    objective: Objective,
+    chunk_size: int | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs."""
+    tensors = (embeddings,) if references is None else (embeddings, references)
+    if resolve_method(method, *tensors) == "reference":
+        target, ignore = relation.masks(len(tensors[-1]))
+        return reference.embedding_loss(embeddings, references, target, ignore, objective)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
+    if any(wanted):
+        anchors = [anchor(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+        loss: Tensor = _EmbeddingLoss.apply(
+            embeddings, references, anchors[0], anchors[-1], objective, chunk_size or 0, *relation.flat()
+        )
+        return loss
+    values, weight, _ = _evaluate(embeddings, references, relation, objective, chunk_size or 0, (False, False))
+    return _reduced(values, weight, objective, embeddings, references)
+
+
+class _EmbeddingLoss(torch.autograd.Function):
+    """The reduced loss. Gradients are those of the embeddings, computed with it, except for reduction="none"."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        references: Tensor | None,
+        embeddings_anchor: Tensor | None,
+        references_anchor: Tensor | None,
+        objective: Objective,
+        chunk_size: int,
+        *relation: Any,
+    ) -> Tensor:
+        ctx.objective, ctx.chunk_size = objective, chunk_size
+        ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
+        wants = ctx.needs_input_grad[0], references is not None and ctx.needs_input_grad[1]
+        pairs = Relation.from_flat(*relation)
+        values, weight, gradients = _evaluate(embeddings, references, pairs, objective, chunk_size, wants)
+        if objective.reduction == "none":
+            ctx.own = pairs.own
+            ctx.save_for_backward(embeddings, references, weight, *pairs.tensors())
+        else:
+            ctx.save_for_backward(*gradients, embeddings_anchor, references_anchor)
+        return _reduced(values, weight, objective, embeddings, references)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        wants = ctx.needs_input_grad[0], ctx.dtypes[1] is not None and ctx.needs_input_grad[1]
+        depends_on: list[Tensor | None]
+        if ctx.objective.reduction == "none":
+            embeddings, references, weight, *tensors = ctx.saved_tensors
+            _, *gradients = _sweep(
+                embeddings.detach(),
+                None if references is None else references.detach(),
+                Relation.from_flat(*tensors, ctx.own),
+                ctx.objective,
+                weight * grad_loss.detach().to(weight.dtype).unsqueeze(1),
+                ctx.chunk_size,
+                wants,
+            )
+            depends_on = [embeddings, references, grad_loss]
+        else:
+            *gradients, embeddings_anchor, references_anchor = ctx.saved_tensors
+            gradients = [gradient * grad_loss.detach() for gradient in gradients]
+            depends_on = [embeddings_anchor, references_anchor, grad_loss]
+        # Cast last: what GradScaler's factor lifts into the range of a half type has not been lost before.
+        results = [
+            gradient.to(dtype) if want else None
+            for gradient, dtype, want in zip(gradients, ctx.dtypes, wants, strict=True)
+        ]
+        if torch.is_grad_enabled():
+            joined = [tensor for tensor in depends_on if tensor is not None]
+            results = [None if result is None else FirstDerivativeOnly.apply(result, *joined) for result in results]
+        return (*results, *(None for _ in ctx.needs_input_grad[2:]))
+
+
+def _evaluate(
+    embeddings: Tensor,
+    references: Tensor | None,
+    relation: Relation,
+    objective: Objective,
+    chunk_size: int,
+    wants: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Values [B, 5] of the rows, their weights [B, 3] in the loss, and the gradients that forward can know."""
+    rows, columns = len(embeddings), len(embeddings if references is None else references)
+    counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0 if relation.own else -1, rows, columns)
+    if objective.reduction == "none":
+        wants = (False, False)
+    if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
+        weight = _weights(counts, counts.clamp(min=1), objective)
+        values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
+        return values, weight, gradients
+    unknown = counts.new_zeros((rows, 3), dtype=torch.float64)
+    values, *gradients = _sweep(embeddings, references, relation, objective, unknown, chunk_size, (False, False))
+    violating = values[:, 3:].sum(0, keepdim=True).clamp(min=1)
+    weight = _weights(counts, violating / max(rows, 1), objective)
+    if any(wants):
+        _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
+    return values, weight, gradients
+
+
+def _weights(counts: Tensor, hinges: Tensor, objective: Objective) -> Tensor:
+    """What a row's AP loss and its sums of positive and negative hinges weigh in the loss, [B, 3] float64.
+
+    counts [B, 2]: positives and negatives of a row. hinges [B or 1, 2]: over how many a row's hinges are averaged.
+    """
+    rows = len(counts)
+    mean = objective.reduction == "mean"
+    # AP's mean leaves out queries without a positive, calibration's does not.
+    ranked = (counts[:, :1] > 0).sum().clamp(min=1) if mean else counts.new_ones(())
+    share = objective.calibration_weight / (max(rows, 1) if mean else 1)
+    ap = ((1 - objective.calibration_weight) / ranked.double()).expand(rows, 1)
+    return torch.cat([ap, (share / hinges.double()).expand(rows, 2)], dim=1)
+
+
+def _reduced(
+    values: Tensor, weight: Tensor, objective: Objective, embeddings: Tensor, references: Tensor | None
+) -> Tensor:
+    loss = (values[:, :3] * weight).sum(1)
+    loss = loss if objective.reduction == "none" else loss.sum()
+    return loss.to(_compute_dtype(embeddings, references))
+
+
+def _compute_dtype(embeddings: Tensor, references: Tensor | None) -> torch.dtype:
+    """The dtype of scores and of kept gradients, named whatever autocast says: half types are widened.
+
+    A score of 16 bits would be as coarse as the temperature.
+    """
+    double = embeddings.dtype == torch.float64 or (references is not None and references.dtype == torch.float64)
+    return torch.float64 if double else torch.float32
+
+
+def _sweep(
+    embeddings: Tensor,
+    references: Tensor | None,
+    relation: Relation,
+    objective: Objective,
+    weight: Tensor,
+    chunk_size: int,
+    wants: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    swept: tuple[Tensor, Tensor, Tensor] = sweep(
+        embeddings,
+        references,
+        *relation.flat(),
+        weight,
+        *objective.for_op(),
+        objective.normalize,
+        chunk_size,
+        *wants,
+    )
+    return swept
+
+
+@torch.library.custom_op("roadmap_ext::sweep", mutates_args=())
+def sweep(
+    embeddings: Tensor,
+    references: Tensor | None,
+    positive_span: Tensor,
+    positive_column: Tensor,
+    left_out_span: Tensor | None,
+    left_out_column: Tensor | None,
+    negative_span: Tensor | None,
+    negative_column: Tensor | None,
+    own: bool,
+    weight: Tensor,
+    ap: bool,
+    calibration: bool,
+    surrogate: int,
+    tau: float,
+    rho: float,
+    delta: float,
+    start: float,
+    offset: float | None,
+    positive_margin: float,
+    negative_margin: float,
+    normalize: bool,
+    chunk_size: int,
+    want_embeddings: bool,
+    want_references: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of the rows, and the gradients of their weighted sum.
+
+    Args:
+        embeddings: [B, D] any float dtype; references [N, D], or None for the embeddings themselves, whose gradient
+            then holds both shares.
+        weight: [B, 3] float64: what the first three values of a row weigh.
+        chunk_size: queries a chunk, 0 to choose.
+
+    Returns:
+        values [B, 5] float64: AP loss, sums of the positive and of the negative hinges, numbers of both that are not 0
+        (0 where ``ap`` or ``calibration`` is not asked for); the gradients [B, D] and [N, D] in the compute dtype,
+        empty where not wanted.
+    """
+    dtype = _compute_dtype(embeddings, references)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        queries = _Side(embeddings, dtype, normalize, want_embeddings)
+        others = queries if references is None else _Side(references, dtype, normalize, want_references)
+        rows, columns = len(embeddings), len(others.vectors)
+        values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
+        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
+        buffer = embeddings.new_empty((min(step, rows), columns), dtype=dtype)
+        for begin in range(0, rows, step):
+            chunk = slice(begin, min(begin + step, rows))
+            scores = torch.mm(queries.vectors[chunk], others.vectors.T, out=buffer[: chunk.stop - begin])
+            torch.ops.roadmap_ext.objective_rows_(
+                scores,
+                values[chunk],
+                positive_span[chunk],
+                positive_column,
+                None if left_out_span is None else left_out_span[chunk],
+                left_out_column,
+                None if negative_span is None else negative_span[chunk],
+                negative_column,
+                begin if own else -1,
+                weight[chunk],
+                ap,
+                calibration,
+                surrogate,
+                tau,
+                rho,
+                delta,
+                start,
+                offset,
+                positive_margin,
+                negative_margin,
+                want_embeddings or want_references,
+            )
+            if want_embeddings:
+                queries.gradient[chunk].addmm_(scores, others.vectors)
+            if want_references or (want_embeddings and references is None):
+                others.gradient.addmm_(scores.T, queries.vectors[chunk])
+        gradient = queries.finish()
+        return values, gradient, gradient.new_empty((0, 0)) if references is None else others.finish()
+
+
+class _Side:
+    """One side of the products: its vectors [n, D], unit where asked for, and the gradient that gathers for them."""
+
+    def __init__(self, given: Tensor, dtype: torch.dtype, normalize: bool, wanted: bool) -> None:
+        self.vectors = given.to(dtype)
+        self.norm: Tensor | None = None
+        if normalize:
+            norm = torch.linalg.vector_norm(self.vectors, dim=1, keepdim=True)
+            # Divided by infinity, a vector without direction becomes 0, and so does its gradient.
+            self.norm = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf)
+            self.vectors = self.vectors / self.norm
+        self.gradient = self.vectors.new_zeros(self.vectors.shape if wanted else (0, 0))
+
+    def finish(self) -> Tensor:
+        """The gradient of the vectors as they were given: d(x / |x|) = (I - u u') dx / |x| with u = x / |x|."""
+        if self.norm is not None and self.gradient.numel():
+            radial = torch.linalg.vecdot(self.gradient, self.vectors).unsqueeze(1)
+            self.gradient.addcmul_(self.vectors, radial, value=-1).div_(self.norm)
+        return self.gradient
+
+
+def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:
+    """Queries a chunk: as many as the memory budget holds, in chunks as equal as can be."""
+    largest = max(1, _BUDGET.get(device, _BUDGET["cuda"]) // max(1, references * itemsize))
+    chunks = -(-max(1, queries) // largest)
+    return -(-max(1, queries) // chunks)
+
+
+@sweep.register_fake
+def _(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    want_embeddings, want_references = arguments[-2:]
+    dtype = _compute_dtype(embeddings, references)
+    return (
+        embeddings.new_empty((len(embeddings), 5), dtype=torch.float64),
+        embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0), dtype=dtype),
+        embeddings.new_empty(
+            references.shape if references is not None and want_references else (0, 0), dtype=dtype
+        ),
+    )

@@ -1,0 +1,97 @@
+"""Which pairs are positive, negative or left out, as lists of columns for each query: labels, ids and pairs become these.
+
+A list costs its length where a mask costs [B, N]. The lists of all queries lie in one tensor of columns; a span
+[begin, end) says which part of it is a query's, and queries of one class share theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """A list of columns for each query, ascending."""
+
+    span: Tensor  # [B, 2] int64: begin and end within column
+    column: Tensor  # [n] int64
+
+    def mask(self, columns: int) -> Tensor:
+        """The same as a mask, [B, columns] bool."""
+        rows = len(self.span)
+        length = self.span[:, 1] - self.span[:, 0]
+        row = torch.arange(rows, device=length.device).repeat_interleave(length)
+        first = (length.cumsum(0) - length)[row]
+        place = torch.arange(len(row), device=row.device) - first + self.span[row, 0]
+        mask = torch.zeros(rows, columns, dtype=torch.bool, device=row.device)
+        mask[row, self.column[place]] = True
+        return mask
+
+
+class Relation(NamedTuple):
+    """What each pair of a query and a reference is. A pair that is left out is that, whatever else it is."""
+
+    positive: Lists
+    left_out: Lists | None = None
+    negative: Lists | None = None  # None: every pair that is neither positive nor left out; else others are left out
+    own: bool = False  # references are the queries, and a query's own row is left out
+
+    def flat(self) -> tuple[Tensor | bool | None, ...]:
+        """The same as the ops take it."""
+        return (*self.tensors(), self.own)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors of it."""
+        none = (None, None)
+        return (*self.positive, *(self.left_out or none), *(self.negative or none))
+
+    @staticmethod
+    def from_flat(*flat: Any) -> Relation:
+        """The inverse of flat()."""
+        lists = [None if flat[i] is None else Lists(flat[i], flat[i + 1]) for i in (0, 2, 4)]
+        return Relation(cast(Lists, lists[0]), lists[1], lists[2], flat[6])
+
+    def masks(self, columns: int) -> tuple[Tensor, Tensor]:
+        """target and ignore, [B, columns] bool."""
+        target = self.positive.mask(columns)
+        ignore = torch.zeros_like(target) if self.left_out is None else self.left_out.mask(columns)
+        if self.own:
+            ignore |= torch.eye(len(target), columns, dtype=torch.bool, device=target.device)
+        if self.negative is not None:
+            ignore |= ~(target | self.negative.mask(columns))
+        return target, ignore
+
+
+def from_labels(
+    labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None, include_self: bool
+) -> Relation:
+    """Pairs of equal labels are positive; a query itself, by index or by id, is left out unless ``include_self``."""
+    return Relation(
+        positive=_equal(labels, labels if ref_labels is None else ref_labels),
+        left_out=None if ids is None or ref_ids is None or include_self else _equal(ids, ref_ids),
+        own=ref_labels is None and not include_self,
+    )
+
+
+def _equal(values: Tensor, references: Tensor) -> Lists:
+    """For each of ``values`` [B] the columns of ``references`` [N] that equal it; any integer dtypes."""
+    values, references = values.long(), references.long()
+    # Stable: columns ascend within a run of equal values.
+    ordered, column = references.sort(stable=True)
+    span = torch.stack([torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)], dim=1)
+    return Lists(span, column)
+
+
+def from_pairs(queries: int, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]) -> Relation:
+    """Only the named pairs count, each given as (query, reference) indices [n]; all others are left out."""
+    return Relation(positive=_listed(queries, *positive), negative=_listed(queries, *negative))
+
+
+def _listed(queries: int, query: Tensor, reference: Tensor) -> Lists:
+    query, reference = query.long(), reference.long()
+    by_reference = reference.argsort(stable=True)
+    order = by_reference[query[by_reference].argsort(stable=True)]  # by query, columns ascending; pairs may come twice
+    end = torch.bincount(query, minlength=queries).cumsum(0)
+    return Lists(torch.stack([torch.cat([end.new_zeros(1), end[:-1]]) if queries else end, end], dim=1), reference[order])
