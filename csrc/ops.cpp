@@ -263,7 +263,7 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     std::optional<Tensor> negative_span, std::optional<Tensor> negative_column, int64_t own,
                     Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
                     double start, std::optional<double> offset, double positive_margin, double negative_margin,
-                    bool want_gradient) {
+                    std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   STD_TORCH_CHECK(std::isfinite(positive_margin) && std::isfinite(negative_margin), "margins must be finite");
   STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
@@ -279,11 +279,33 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   check(weight, 3, "weight");
   const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
                       negative_column, own);
-  const Matrix m = {scores.const_data_ptr(), score_type(scores), rows, scores.size(1), scores.size(1), listed.relation};
+  Matrix m = {scores.const_data_ptr(), score_type(scores), rows, scores.size(1), scores.size(1), listed.relation};
+  STD_TORCH_CHECK(row_scale.has_value() == column_scale.has_value(), "row_scale and column_scale come together");
+  const auto scale = [&](const Tensor& t, int64_t size, const char* name) {
+    STD_TORCH_CHECK(
+        t.is_cpu() && t.dim() == 1 && t.size(0) == size && t.is_contiguous() && t.scalar_type() == scores.scalar_type(),
+        name, " must be a contiguous 1-D CPU tensor of ", size, " elements and the dtype of scores");
+    return t.const_data_ptr();
+  };
+  if (row_scale && scores.numel()) {
+    m.row_scale = scale(*row_scale, m.rows, "row_scale");
+    m.column_scale = scale(*column_scale, m.columns, "column_scale");
+  }
   dispatch(scores, [&](auto zero) {
     using T = decltype(zero);
     roadmap::objective_rows<T>(m, settings, {ap, calibration, positive_margin, negative_margin}, torch_threads(),
                                {data<double>(weight), data<double>(values), want_gradient ? data<T>(scores) : nullptr});
+  });
+}
+
+// matrix + matrix', in its own place.
+void symmetrise(Tensor matrix) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.is_cpu() && matrix.is_contiguous() && matrix.size(0) == matrix.size(1) &&
+                      (matrix.scalar_type() == ScalarType::Float || matrix.scalar_type() == ScalarType::Double),
+                  "matrix must be a contiguous square CPU tensor of float32 or float64");
+  dispatch(matrix, [&](auto zero) {
+    using T = decltype(zero);
+    roadmap::symmetrise<T>(data<T>(matrix), matrix.size(0), torch_threads());
   });
 }
 
@@ -368,7 +390,8 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
       "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor positive_span, Tensor positive_column, Tensor? "
       "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
       "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
-      "positive_margin, float negative_margin, bool want_gradient) -> ()");
+      "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient) -> ()");
+  m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def(
       "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
       "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
@@ -385,6 +408,7 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("average_precision", TORCH_BOX(&average_precision));
   m.impl("objective_rows_", TORCH_BOX(&objective_rows));
+  m.impl("symmetrise_", TORCH_BOX(&symmetrise));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));

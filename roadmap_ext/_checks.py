@@ -160,7 +160,7 @@ def check_embeddings(
     ref_ids: Tensor | None,
 ) -> None:
     """Check embeddings, labels and ids of queries and references: TypeError for types, ValueError for the rest."""
-    _check_matrix("embeddings", embeddings)
+    check_matrices(embeddings, ref_emb)
     _check_integers("labels", labels, "embeddings", embeddings)
     if (ref_emb is None) != (ref_labels is None):
         given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
@@ -173,22 +173,61 @@ def check_embeddings(
         )
     references, name = embeddings, "embeddings"
     if ref_emb is not None and ref_labels is not None:
-        _check_matrix("ref_emb", ref_emb)
         references, name = ref_emb, "ref_emb"
-        if ref_emb.shape[1] != embeddings.shape[1]:
-            raise ValueError(
-                f"ref_emb must have the dimension of embeddings, {embeddings.shape[1]}, got {ref_emb.shape[1]}: both "
-                "come from the same network"
-            )
-        if ref_emb.device != embeddings.device:
-            raise ValueError(
-                f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
-                f"ref_emb.to({str(embeddings.device)!r})"
-            )
         _check_integers("ref_labels", ref_labels, name, ref_emb)
     if ids is not None and ref_ids is not None:
         _check_integers("ids", ids, "embeddings", embeddings)
         _check_integers("ref_ids", ref_ids, name, references)
+
+
+def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    """Check embeddings [B, D] and references [N, D]: TypeError for types and dtypes, ValueError for the rest."""
+    _check_matrix("embeddings", embeddings)
+    if ref_emb is None:
+        return
+    _check_matrix("ref_emb", ref_emb)
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"ref_emb must have the dimension of embeddings, {embeddings.shape[1]}, got {ref_emb.shape[1]}: both "
+            "come from the same network"
+        )
+    if ref_emb.device != embeddings.device:
+        raise ValueError(
+            f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
+            f"ref_emb.to({str(embeddings.device)!r})"
+        )
+
+
+def check_pairs(
+    name: str, query: object, reference: object, queries: int, references: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Check pairs given as the indices of their queries and of their references; returns both, [n] int64 on ``device``.
+
+    Raises TypeError for types and dtypes, ValueError for shapes and for an index that is out of range.
+    """
+    checked = []
+    for side, value, size in (("query", query, queries), ("reference", reference, references)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {side} indices must be a torch.Tensor of integers, got {type(value).__name__}")
+        if value.dim() != 1:
+            raise ValueError(f"{name}: {side} indices must be 1-D, got shape {tuple(value.shape)}")
+        # A miner that found nothing may return torch.tensor([]), which is float32.
+        if len(value) and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
+            raise TypeError(f"{name}: {side} indices must have an integer dtype, got {value.dtype}")
+        index = value.to(device, torch.int64)
+        if len(index):
+            low, high = (int(x) for x in index.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"{name}: {side} indices must lie in 0 to {size - 1}, one of {size}, got {low if low < 0 else high}"
+                )
+        checked.append(index)
+    if len(checked[0]) != len(checked[1]):
+        raise ValueError(
+            f"{name}: a pair is a query and a reference, got {len(checked[0])} query and {len(checked[1])} reference "
+            "indices"
+        )
+    return checked[0], checked[1]
 
 
 def _check_matrix(name: str, value: object) -> None:

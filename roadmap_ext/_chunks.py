@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import FirstDerivativeOnly, anchor, resolve_method
+from ._autograd import FirstDerivativeOnly, resolve_method
 from ._checks import SMALLEST_NORM, Objective
 from ._relation import Relation
 
-# Bytes of a chunk of scores, by kind of device.
-_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Bytes of a chunk of scores, by kind of device: at most, and as many as are best where more rows bring nothing.
+_BUDGET = {"cpu": (64 << 20, 16 << 20), "cuda": (256 << 20, 256 << 20)}
+# Elements of a block of vectors that stays in the cache through several passes.
+_BLOCK = 1 << 18
 
 
 def embedding_loss(
@@ -38,71 +40,65 @@ def embedding_loss(
     if resolve_method(method, *tensors) == "reference":
         target, ignore = relation.masks(len(tensors[-1]))
         return reference.embedding_loss(embeddings, references, target, ignore, objective)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    if any(wanted):
-        anchors = [anchor(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
-        loss: Tensor = _EmbeddingLoss.apply(
-            embeddings, references, anchors[0], anchors[-1], objective, chunk_size or 0, *relation.flat()
-        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, objective, chunk_size or 0, *relation.flat())
         return loss
     values, weight, _ = _evaluate(embeddings, references, relation, objective, chunk_size or 0, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
 class _EmbeddingLoss(torch.autograd.Function):
-    """The reduced loss. Gradients are those of the embeddings, computed with it, except for reduction="none"."""
+    """The reduced loss. Its gradient is computed with it, but for reduction="none"."""
 
     @staticmethod
     def forward(
         ctx: Any,
         embeddings: Tensor,
         references: Tensor | None,
-        embeddings_anchor: Tensor | None,
-        references_anchor: Tensor | None,
         objective: Objective,
         chunk_size: int,
         *relation: Any,
     ) -> Tensor:
-        ctx.objective, ctx.chunk_size = objective, chunk_size
-        ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
-        wants = ctx.needs_input_grad[0], references is not None and ctx.needs_input_grad[1]
         pairs = Relation.from_flat(*relation)
+        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         values, weight, gradients = _evaluate(embeddings, references, pairs, objective, chunk_size, wants)
-        if objective.reduction == "none":
-            ctx.own = pairs.own
-            ctx.save_for_backward(embeddings, references, weight, *pairs.tensors())
-        else:
-            ctx.save_for_backward(*gradients, embeddings_anchor, references_anchor)
+        ctx.objective, ctx.chunk_size, ctx.own = objective, chunk_size, pairs.own
+        ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
+        ctx.known = objective.reduction != "none"
+        # Held by ctx alone, the gradients can be handed on without a copy. A compiled graph has to see them saved.
+        compiling = torch.compiler.is_compiling()
+        ctx.held = None if compiling else gradients
+        ctx.saved = compiling and ctx.known
+        ctx.save_for_backward(embeddings, references, weight, *pairs.tensors(), *(gradients if ctx.saved else ()))
         return _reduced(values, weight, objective, embeddings, references)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[0], ctx.dtypes[1] is not None and ctx.needs_input_grad[1]
-        depends_on: list[Tensor | None]
-        if ctx.objective.reduction == "none":
+        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        held, ctx.held = ctx.held, None
+        if ctx.known and held is not None:
+            gradients = [gradient.mul_(grad_loss.detach()) for gradient in held]
+        elif ctx.saved:
+            gradients = [gradient * grad_loss for gradient in ctx.saved_tensors[-2:]]
+        else:  # reduction="none", or backward once more through a retained graph
             embeddings, references, weight, *tensors = ctx.saved_tensors
             _, *gradients = _sweep(
                 embeddings.detach(),
                 None if references is None else references.detach(),
                 Relation.from_flat(*tensors, ctx.own),
                 ctx.objective,
-                weight * grad_loss.detach().to(weight.dtype).unsqueeze(1),
+                weight * grad_loss.detach().to(weight.dtype).reshape(-1, 1),
                 ctx.chunk_size,
                 wants,
             )
-            depends_on = [embeddings, references, grad_loss]
-        else:
-            *gradients, embeddings_anchor, references_anchor = ctx.saved_tensors
-            gradients = [gradient * grad_loss.detach() for gradient in gradients]
-            depends_on = [embeddings_anchor, references_anchor, grad_loss]
         # Cast last: what GradScaler's factor lifts into the range of a half type has not been lost before.
         results = [
             gradient.to(dtype) if want else None
             for gradient, dtype, want in zip(gradients, ctx.dtypes, wants, strict=True)
         ]
         if torch.is_grad_enabled():
-            joined = [tensor for tensor in depends_on if tensor is not None]
-            results = [None if result is None else FirstDerivativeOnly.apply(result, *joined) for result in results]
+            depends_on = [tensor for tensor in (*ctx.saved_tensors[:2], grad_loss) if tensor is not None]
+            results = [None if result is None else FirstDerivativeOnly.apply(result, *depends_on) for result in results]
         return (*results, *(None for _ in ctx.needs_input_grad[2:]))
 
 
@@ -229,13 +225,14 @@ def sweep(
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = _Side(embeddings, dtype, normalize, want_embeddings)
         others = queries if references is None else _Side(references, dtype, normalize, want_references)
-        rows, columns = len(embeddings), len(others.vectors)
+        rows, columns, every = len(embeddings), len(others.vectors), slice(None)
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
-        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
+        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type, references is None)
         buffer = embeddings.new_empty((min(step, rows), columns), dtype=dtype)
         for begin in range(0, rows, step):
             chunk = slice(begin, min(begin + step, rows))
-            scores = torch.mm(queries.vectors[chunk], others.vectors.T, out=buffer[: chunk.stop - begin])
+            vectors = queries.vectors[chunk]
+            scores = torch.mm(vectors, others.vectors.T, out=buffer[: len(vectors)])
             torch.ops.roadmap_ext.objective_rows_(
                 scores,
                 values[chunk],
@@ -257,41 +254,69 @@ def sweep(
                 offset,
                 positive_margin,
                 negative_margin,
+                None if queries.scale is None else queries.scale[chunk],
+                others.scale,
                 want_embeddings or want_references,
-            )
-            if want_embeddings:
-                queries.gradient[chunk].addmm_(scores, others.vectors)
-            if want_references or (want_embeddings and references is None):
-                others.gradient.addmm_(scores.T, queries.vectors[chunk])
+            )  # scores now holds its own gradient
+            first = begin == 0
+            if references is None and want_embeddings:
+                if step >= rows:  # both shares of the gradient in one product
+                    torch.ops.roadmap_ext.symmetrise_(scores)
+                else:
+                    queries.add(scores.T, vectors, every, first)
+                queries.add(scores, queries.vectors, chunk, step >= rows)
+            else:
+                if want_embeddings:
+                    queries.add(scores, others.vectors, chunk, True)
+                if want_references:
+                    others.add(scores.T, vectors, every, first)
+        if not rows:
+            others.gradient.zero_()
         gradient = queries.finish()
         return values, gradient, gradient.new_empty((0, 0)) if references is None else others.finish()
 
 
 class _Side:
-    """One side of the products: its vectors [n, D], unit where asked for, and the gradient that gathers for them."""
+    """One side of the products: its vectors as they were given [n, D], and the gradient that gathers for them.
+
+    Normalised vectors are never in memory: a cosine is a plain product times both inverse norms (`scale`), which the
+    row op takes in, and its gradient carries them out again.
+    """
 
     def __init__(self, given: Tensor, dtype: torch.dtype, normalize: bool, wanted: bool) -> None:
         self.vectors = given.to(dtype)
-        self.norm: Tensor | None = None
+        self.scale: Tensor | None = None  # [n] 1 / |x|, or 0 where there is no direction
         if normalize:
-            norm = torch.linalg.vector_norm(self.vectors, dim=1, keepdim=True)
-            # Divided by infinity, a vector without direction becomes 0, and so does its gradient.
-            self.norm = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf)
-            self.vectors = self.vectors / self.norm
-        self.gradient = self.vectors.new_zeros(self.vectors.shape if wanted else (0, 0))
+            norm = torch.linalg.vector_norm(self.vectors, dim=1)
+            self.scale = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf).reciprocal_()
+        self.gradient = self.vectors.new_empty(self.vectors.shape if wanted else (0, 0))
+
+    def add(self, left: Tensor, right: Tensor, rows: slice, first: bool) -> None:
+        """Add left @ right to rows of the gradient, or begin them with it."""
+        self.gradient[rows].addmm_(left, right, beta=0 if first else 1)
 
     def finish(self) -> Tensor:
-        """The gradient of the vectors as they were given: d(x / |x|) = (I - u u') dx / |x| with u = x / |x|."""
-        if self.norm is not None and self.gradient.numel():
-            radial = torch.linalg.vecdot(self.gradient, self.vectors).unsqueeze(1)
-            self.gradient.addcmul_(self.vectors, radial, value=-1).div_(self.norm)
+        """The gradient of the vectors as they were given, with u = x / |x|: d u = (I - u u') dx / |x|."""
+        if self.scale is not None and self.gradient.numel():  # 1 / |x| is in it
+            size = max(1, _BLOCK // max(1, self.vectors.shape[1]))
+            for x, gradient, scale in zip(
+                self.vectors.split(size), self.gradient.split(size), self.scale.split(size), strict=True
+            ):
+                radial = torch.linalg.vecdot(gradient, x).mul_(scale).mul_(scale)
+                gradient.addcmul_(x, radial.unsqueeze(1), value=-1)
         return self.gradient
 
 
-def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:
-    """Queries a chunk: as many as the memory budget holds, in chunks as equal as can be."""
-    largest = max(1, _BUDGET.get(device, _BUDGET["cuda"]) // max(1, references * itemsize))
-    chunks = -(-max(1, queries) // largest)
+def _chunk_rows(queries: int, references: int, itemsize: int, device: str, alone: bool) -> int:
+    """Queries a chunk, in chunks as equal as can be: see _BUDGET.
+
+    Where the batch is its own reference, a single chunk saves one product of three.
+    """
+    budget, cached = _BUDGET.get(device, _BUDGET["cuda"])
+    row = max(1, references * itemsize)
+    if alone and queries * row <= budget:
+        return max(1, queries)
+    chunks = -(-max(1, queries) // max(1, cached // row))
     return -(-max(1, queries) // chunks)
 
 

@@ -159,9 +159,11 @@ struct Kernels {
                      Sums<T>, Trace<T>* trace);
   // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count] and may be
   // the block itself. Reads a whole `trace`, blocks in order, if there is one. With `hinge`, the gradient of the hinges
-  // is added.
+  // is added; with `column_scale` [count], all is multiplied by it.
   void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, double scale, const Hinge<T>* hinge,
-                         Scratch<T>&, T* out, Trace<T>* trace);
+                         const T* column_scale, Scratch<T>&, T* out, Trace<T>* trace);
+  // out[j] = score[j] * column_scale[j] * row_scale.
+  void (*scale_block)(const T* score, const T* column_scale, T row_scale, int count, T* out);
   // Adds a block's negatives above the margin.
   void (*hinge_block)(const Block<T>&, T margin, HingeSum& sum);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).

@@ -191,14 +191,17 @@ class Pass {
       }
     } else {
       static const Positives<T> none;
-      const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight)};
-      kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale,
-                              objective_.calibration ? &hinge : nullptr, scratch, out, trace);
+      const double by = row_scale(row.index);
+      const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
+      kernels_.gradient_block(
+          block, objective_.ap ? row.p : none, settings_, row.scale * by, objective_.calibration ? &hinge : nullptr,
+          m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr, scratch, out, trace);
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
         const int64_t i = row.position[k];
         const bool below = objective_.calibration && row.p.score[i] < static_cast<T>(objective_.positive_margin);
-        out[row.column[k] - begin] = static_cast<T>(row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0));
+        const double own = row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0);
+        out[row.column[k] - begin] = static_cast<T>(own * by) * column_scale(row.column[k]);
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -219,14 +222,24 @@ class Pass {
     switch (m_.type) {
       case ScoreType::kHalf: return half_to_float(static_cast<const uint16_t*>(m_.scores)[at]);
       case ScoreType::kBFloat16: return bfloat_to_float(static_cast<const uint16_t*>(m_.scores)[at]);
-      default: return static_cast<const T*>(m_.scores)[at];
+      default: break;
     }
+    const T value = static_cast<const T*>(m_.scores)[at];
+    return m_.row_scale ? value * column_scale(column) * row_scale(row) : value;
   }
+
+  T row_scale(int64_t row) const { return m_.row_scale ? static_cast<const T*>(m_.row_scale)[row] : T(1); }
+  T column_scale(int64_t j) const { return m_.column_scale ? static_cast<const T*>(m_.column_scale)[j] : T(1); }
 
   Block<T> load(int64_t row, int64_t begin, int64_t count, Scratch<T>& scratch) const {
     roles_.fill(row, begin, static_cast<int>(count), scratch.roles);
     const int64_t at = row * m_.score_stride + begin;
     const T* score = static_cast<const T*>(m_.scores) + at;
+    if (m_.row_scale) {
+      kernels_.scale_block(score, static_cast<const T*>(m_.column_scale) + begin, row_scale(row),
+                           static_cast<int>(count), scratch.score);
+      return {scratch.score, scratch.roles.negative, static_cast<int>(count)};
+    }
     if constexpr (sizeof(T) == 4) {
       if (m_.type == ScoreType::kHalf) {
         set_.conversions.widen_half(static_cast<const uint16_t*>(m_.scores) + at, scratch.score, count);
@@ -636,6 +649,33 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
   });
 }
 
+template <typename T>
+void symmetrise(T* matrix, int64_t n, const Parallel& parallel) {
+  constexpr int64_t kTile = 32;  // a tile of each side of the diagonal, and the sums, stay in the L1 cache
+  const int64_t tiles = divide_up(n, kTile);
+  parallel.run(tiles, [&](int64_t index, int) {
+    // From both ends in turn: a row of tiles is as long as it is far from the last.
+    const int64_t upper = index % 2 ? tiles - 1 - index / 2 : index / 2;
+    const int64_t top = upper * kTile, height = std::min(kTile, n - top);
+    for (int64_t left = top; left < n; left += kTile) {
+      const int64_t width = std::min(kTile, n - left);
+      T sums[kTile][kTile];
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) sums[i][j] = matrix[(top + i) * n + left + j];
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t i = 0; i < height; ++i) sums[i][j] += matrix[(left + j) * n + top + i];
+      }
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) matrix[(top + i) * n + left + j] = sums[i][j];
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t i = 0; i < height; ++i) matrix[(left + j) * n + top + i] = sums[i][j];
+      }
+    }
+  });
+}
+
 #define ROADMAP_INSTANTIATE(T)                                                                                       \
   template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                  \
                                           const ApOutput<T>&);                                                       \
@@ -644,6 +684,7 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
                                              const RankGradient<T>&);                                                \
   template void objective_rows<T>(const Matrix&, const SurrogateSettings&, const Objective&, const Parallel&,        \
                                   const ObjectiveOutput&);                                                           \
+  template void symmetrise<T>(T*, int64_t, const Parallel&);                                                         \
   template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const double*, const Parallel&, void*);
 ROADMAP_INSTANTIATE(float)
 ROADMAP_INSTANTIATE(double)

@@ -31,13 +31,17 @@ struct Relation {
   int64_t own = -1;  // row r's own column is own + r and left out; negative for none
 };
 
-// Scores [rows, columns] and what the pairs are. Strides are in elements; columns are contiguous.
+// Scores [rows, columns] and what the pairs are. Strides are in elements; columns are contiguous. What is ranked is
+// score x column scale x row scale, where these are given (cosines from plain products); gradients are those of the
+// scores as they lie.
 struct Matrix {
   const void* scores;
   ScoreType type;
   int64_t rows, columns;
   int64_t score_stride;
   Relation relation;
+  const void* row_scale = nullptr;     // [rows]  null for 1; scales have the type of the scores, float or double
+  const void* column_scale = nullptr;  // [columns]  null if and only if row_scale is
 };
 
 struct SurrogateSettings {
@@ -101,6 +105,10 @@ template <typename T>
 void smooth_rank_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&);
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankGradient<T>&);
+
+// matrix + matrix' [n, n] in its own place: where queries are the references, both shares of a gradient in one product.
+template <typename T>
+void symmetrise(T* matrix, int64_t n, const Parallel&);
 
 // Positives and negatives of each row, [rows, 2].
 void count_pairs(const Relation&, int64_t rows, int64_t columns, const Parallel&, int64_t* counts);

@@ -581,8 +581,8 @@ void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<
 // Unpacks the gradients of the kept elements over the block, zero elsewhere. The block is read no further than it is
 // written: `out` may be the block itself.
 template <bool Hinges, typename T>
-void unpack(const Block<T>& block, const uint16_t* kept_bits, const Hinge<T>* hinge, const Scratch<T>& scratch,
-            T* out) {
+void unpack(const Block<T>& block, const uint16_t* kept_bits, const Hinge<T>* hinge, const T* column_scale,
+            const Scratch<T>& scratch, T* out) {
   using X = Vec<T>;
   const auto margin = X::set(Hinges ? hinge->margin : T(0)), weight = X::set(Hinges ? hinge->weight : T(0));
   int front = 0;
@@ -598,16 +598,16 @@ void unpack(const Block<T>& block, const uint16_t* kept_bits, const Hinge<T>* hi
       if (above) g = X::add_where(X::lanes(above), g, weight);
     }
     if (left >= X::kWidth) {
-      X::store(out + j, g);
+      X::store(out + j, column_scale ? g * X::load(column_scale + j) : g);
     } else {
-      X::store_first(out + j, left, g);
+      X::store_first(out + j, left, column_scale ? g * X::load_first(column_scale + j, left) : g);
     }
   }
 }
 
 template <typename T>
 void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, double scale,
-                    const Hinge<T>* hinge, Scratch<T>& scratch, T* out, Trace<T>* trace) {
+                    const Hinge<T>* hinge, const T* column_scale, Scratch<T>& scratch, T* out, Trace<T>* trace) {
   const uint16_t* const kept_bits = trace ? trace->bits + trace->entry[trace->next].band : scratch.kept_bits;
   if (p.score.empty()) {
     std::fill(scratch.kept_bits, scratch.kept_bits + padded<T>(block.count) / Vec<T>::kWidth, uint16_t(0));
@@ -617,10 +617,19 @@ void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings
     gradient_kept<false>(block, p, s, scale, scratch, trace);
   }
   if (hinge) {
-    unpack<true>(block, kept_bits, hinge, scratch, out);
+    unpack<true>(block, kept_bits, hinge, column_scale, scratch, out);
   } else {
-    unpack<false>(block, kept_bits, hinge, scratch, out);
+    unpack<false>(block, kept_bits, hinge, column_scale, scratch, out);
   }
+}
+
+template <typename T>
+void scale_block(const T* score, const T* column_scale, T row_scale, int count, T* out) {
+  using X = Vec<T>;
+  const auto by = X::set(row_scale);
+  int j = 0;
+  for (; j + X::kWidth <= count; j += X::kWidth) X::store(out + j, X::load(score + j) * X::load(column_scale + j) * by);
+  for (; j < count; ++j) out[j] = score[j] * column_scale[j] * row_scale;
 }
 
 template <typename T>
@@ -750,8 +759,8 @@ void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {any_nan<T>,     positive_exponentials<T>, rank_block<T>,        gradient_block<T>,
-          hinge_block<T>, rank_positives<T>,        gradient_positives<T>};
+  return {any_nan<T>,     positive_exponentials<T>, rank_block<T>,     gradient_block<T>,
+          scale_block<T>, hinge_block<T>,           rank_positives<T>, gradient_positives<T>};
 }
 
 }  // namespace
