@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/embeddings.h"
 #include "cpu/rows.h"
 
 namespace {
@@ -309,6 +310,32 @@ void symmetrise(Tensor matrix) {
   });
 }
 
+// gradient -= x (x . gradient) scale^2, row by row.
+void remove_radial(Tensor gradient, Tensor x, Tensor scale) {
+  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.is_cpu() && gradient.is_contiguous() &&
+                      (gradient.scalar_type() == ScalarType::Float || gradient.scalar_type() == ScalarType::Double),
+                  "gradient must be a contiguous 2-D CPU tensor of float32 or float64");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(0) == gradient.size(0) && x.size(1) == gradient.size(1) &&
+                      x.scalar_type() == gradient.scalar_type(),
+                  "x must be a CPU tensor of the shape and dtype of gradient");
+  STD_TORCH_CHECK(scale.dim() == 1 && scale.is_cpu() && scale.size(0) == gradient.size(0) && scale.is_contiguous() &&
+                      scale.scalar_type() == gradient.scalar_type(),
+                  "scale must be a contiguous CPU tensor [rows] of the dtype of gradient");
+  if (!gradient.numel()) return;
+  const Tensor dense = dense_columns(x);
+  dispatch(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    roadmap::remove_radial<T>(data<T>(gradient), static_cast<const T*>(dense.const_data_ptr()), dense.stride(0),
+                              static_cast<const T*>(scale.const_data_ptr()), gradient.size(0), gradient.size(1),
+                              torch_threads());
+  });
+}
+
+void use_large_pages(Tensor memory) {
+  STD_TORCH_CHECK(memory.is_cpu() && memory.is_contiguous(), "memory must be a contiguous CPU tensor");
+  if (memory.numel()) roadmap::use_large_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
 Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
                    std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
                    std::optional<Tensor> negative_column, int64_t own, int64_t rows, int64_t columns) {
@@ -392,6 +419,8 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
       "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
       "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient) -> ()");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
+  m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
+  m.def("use_large_pages_(Tensor(a!) memory) -> ()");
   m.def(
       "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
       "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
@@ -409,6 +438,8 @@ STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("average_precision", TORCH_BOX(&average_precision));
   m.impl("objective_rows_", TORCH_BOX(&objective_rows));
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));
+  m.impl("remove_radial_", TORCH_BOX(&remove_radial));
+  m.impl("use_large_pages_", TORCH_BOX(&use_large_pages));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));

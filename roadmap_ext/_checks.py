@@ -109,7 +109,8 @@ def make_objective(
     weight = _number("calibration_weight", calibration_weight)
     if not 0 <= weight <= 1:
         raise ValueError(
-            f"calibration_weight must lie between 0 (the AP loss alone) and 1 (the calibration loss alone), got {weight}"
+            "calibration_weight must lie between 0 (the AP loss alone) and 1 (the calibration loss alone), got "
+            f"{weight}"
         )
     one_of("calibration_reduction", calibration_reduction, CALIBRATION_REDUCTIONS)
     one_of("reduction", reduction, REDUCTIONS)
@@ -164,12 +165,14 @@ def check_embeddings(
     _check_integers("labels", labels, "embeddings", embeddings)
     if (ref_emb is None) != (ref_labels is None):
         given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
-        raise ValueError(f"{given} was given without {missing}: references need both; without either, the batch is its own")
+        raise ValueError(
+            f"{given} was given without {missing}: references need both; without either, the batch is its own"
+        )
     if (ids is None) != (ref_ids is None):
         given, missing = ("ref_ids", "ids") if ids is None else ("ids", "ref_ids")
         raise ValueError(
-            f"{given} was given without {missing}: an item is recognised by equal ids on both sides; where the batch is "
-            "its own reference, a query is left out by its index and needs no ids"
+            f"{given} was given without {missing}: an item is recognised by equal ids on both sides; where the batch "
+            "is its own reference, a query is left out by its index and needs no ids"
         )
     references, name = embeddings, "embeddings"
     if ref_emb is not None and ref_labels is not None:
@@ -219,7 +222,7 @@ def check_pairs(
             low, high = (int(x) for x in index.aminmax())
             if low < 0 or high >= size:
                 raise ValueError(
-                    f"{name}: {side} indices must lie in 0 to {size - 1}, one of {size}, got {low if low < 0 else high}"
+                    f"{name}: {side} indices must be at least 0 and below {size}, got {low if low < 0 else high}"
                 )
         checked.append(index)
     if len(checked[0]) != len(checked[1]):

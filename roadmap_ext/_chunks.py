@@ -11,6 +11,7 @@ losses, and is one opaque op to torch.compile. What a reduction needs is put tog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ from ._relation import Relation
 
 # Bytes of a chunk of scores, by kind of device: at most, and as many as are best where more rows bring nothing.
 _BUDGET = {"cpu": (64 << 20, 16 << 20), "cuda": (256 << 20, 256 << 20)}
-# Elements of a block of vectors that stays in the cache through several passes.
-_BLOCK = 1 << 18
 
 
 def embedding_loss(
@@ -228,7 +227,7 @@ def sweep(
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
         step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type, references is None)
-        buffer = embeddings.new_empty((min(step, rows), columns), dtype=dtype)
+        buffer = _memory(others.vectors, (min(step, rows), columns))
         for begin in range(0, rows, step):
             chunk = slice(begin, min(begin + step, rows))
             vectors = queries.vectors[chunk]
@@ -289,7 +288,7 @@ class _Side:
         if normalize:
             norm = torch.linalg.vector_norm(self.vectors, dim=1)
             self.scale = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf).reciprocal_()
-        self.gradient = self.vectors.new_empty(self.vectors.shape if wanted else (0, 0))
+        self.gradient = _memory(self.vectors, self.vectors.shape if wanted else (0, 0))
 
     def add(self, left: Tensor, right: Tensor, rows: slice, first: bool) -> None:
         """Add left @ right to rows of the gradient, or begin them with it."""
@@ -298,13 +297,16 @@ class _Side:
     def finish(self) -> Tensor:
         """The gradient of the vectors as they were given, with u = x / |x|: d u = (I - u u') dx / |x|."""
         if self.scale is not None and self.gradient.numel():  # 1 / |x| is in it
-            size = max(1, _BLOCK // max(1, self.vectors.shape[1]))
-            for x, gradient, scale in zip(
-                self.vectors.split(size), self.gradient.split(size), self.scale.split(size), strict=True
-            ):
-                radial = torch.linalg.vecdot(gradient, x).mul_(scale).mul_(scale)
-                gradient.addcmul_(x, radial.unsqueeze(1), value=-1)
+            torch.ops.roadmap_ext.remove_radial_(self.gradient, self.vectors, self.scale)
         return self.gradient
+
+
+def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of the dtype and on the device of another."""
+    memory = like.new_empty(shape)
+    if memory.device.type == "cpu":
+        torch.ops.roadmap_ext.use_large_pages_(memory)
+    return memory
 
 
 def _chunk_rows(queries: int, references: int, itemsize: int, device: str, alone: bool) -> int:

@@ -59,5 +59,7 @@ if _C is not None:
     torch.library.register_fake("roadmap_ext::count_pairs", _count_pairs)
     torch.library.register_fake("roadmap_ext::objective_rows_", _nothing)
     torch.library.register_fake("roadmap_ext::symmetrise_", _nothing)
+    torch.library.register_fake("roadmap_ext::remove_radial_", _nothing)
+    torch.library.register_fake("roadmap_ext::use_large_pages_", _nothing)
     torch.library.register_fake("roadmap_ext::scale_rows", _like_first)
     torch.library.register_fake("roadmap_ext::smooth_rank_backward", _like_first)

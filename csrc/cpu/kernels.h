@@ -164,6 +164,8 @@ struct Kernels {
                          const T* column_scale, Scratch<T>&, T* out, Trace<T>* trace);
   // out[j] = score[j] * column_scale[j] * row_scale.
   void (*scale_block)(const T* score, const T* column_scale, T row_scale, int count, T* out);
+  // gradient -= x (x . gradient) scale^2, each [n].
+  void (*remove_radial)(T* gradient, const T* x, T scale, int64_t n);
   // Adds a block's negatives above the margin.
   void (*hinge_block)(const Block<T>&, T margin, HingeSum& sum);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).

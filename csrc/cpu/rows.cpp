@@ -649,33 +649,6 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
   });
 }
 
-template <typename T>
-void symmetrise(T* matrix, int64_t n, const Parallel& parallel) {
-  constexpr int64_t kTile = 32;  // a tile of each side of the diagonal, and the sums, stay in the L1 cache
-  const int64_t tiles = divide_up(n, kTile);
-  parallel.run(tiles, [&](int64_t index, int) {
-    // From both ends in turn: a row of tiles is as long as it is far from the last.
-    const int64_t upper = index % 2 ? tiles - 1 - index / 2 : index / 2;
-    const int64_t top = upper * kTile, height = std::min(kTile, n - top);
-    for (int64_t left = top; left < n; left += kTile) {
-      const int64_t width = std::min(kTile, n - left);
-      T sums[kTile][kTile];
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t j = 0; j < width; ++j) sums[i][j] = matrix[(top + i) * n + left + j];
-      }
-      for (int64_t j = 0; j < width; ++j) {
-        for (int64_t i = 0; i < height; ++i) sums[i][j] += matrix[(left + j) * n + top + i];
-      }
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t j = 0; j < width; ++j) matrix[(top + i) * n + left + j] = sums[i][j];
-      }
-      for (int64_t j = 0; j < width; ++j) {
-        for (int64_t i = 0; i < height; ++i) matrix[(left + j) * n + top + i] = sums[i][j];
-      }
-    }
-  });
-}
-
 #define ROADMAP_INSTANTIATE(T)                                                                                       \
   template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                  \
                                           const ApOutput<T>&);                                                       \
@@ -684,7 +657,6 @@ void symmetrise(T* matrix, int64_t n, const Parallel& parallel) {
                                              const RankGradient<T>&);                                                \
   template void objective_rows<T>(const Matrix&, const SurrogateSettings&, const Objective&, const Parallel&,        \
                                   const ObjectiveOutput&);                                                           \
-  template void symmetrise<T>(T*, int64_t, const Parallel&);                                                         \
   template void scale_rows<T>(const void*, ScoreType, int64_t, int64_t, const double*, const Parallel&, void*);
 ROADMAP_INSTANTIATE(float)
 ROADMAP_INSTANTIATE(double)

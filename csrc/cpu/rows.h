@@ -106,10 +106,6 @@ void smooth_rank_rows(const Matrix&, const SurrogateSettings&, const Parallel&, 
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankGradient<T>&);
 
-// matrix + matrix' [n, n] in its own place: where queries are the references, both shares of a gradient in one product.
-template <typename T>
-void symmetrise(T* matrix, int64_t n, const Parallel&);
-
 // Positives and negatives of each row, [rows, 2].
 void count_pairs(const Relation&, int64_t rows, int64_t columns, const Parallel&, int64_t* counts);
 

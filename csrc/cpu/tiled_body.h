@@ -633,6 +633,30 @@ void scale_block(const T* score, const T* column_scale, T row_scale, int count, 
 }
 
 template <typename T>
+void remove_radial(T* gradient, const T* x, T scale, int64_t n) {
+  using X = Vec<T>;
+  LaneSum<T> dot;
+  for (int64_t tile = 0; tile < n; tile += kTile * X::kWidth) {
+    auto part = X::set(0);
+    int64_t j = tile;
+    const int64_t end = std::min<int64_t>(n, tile + kTile * X::kWidth);
+    for (; j + X::kWidth <= end; j += X::kWidth) part = X::mul_add(X::load(gradient + j), X::load(x + j), part);
+    if (j < end) {
+      const int left = static_cast<int>(end - j);
+      part = X::mul_add(X::load_first(gradient + j, left), X::load_first(x + j, left), part);
+    }
+    dot.add(part);
+  }
+  const T share = static_cast<T>(dot.total() * scale * scale);
+  const auto by = X::set(share);
+  int64_t j = 0;
+  for (; j + X::kWidth <= n; j += X::kWidth) {
+    X::store(gradient + j, X::negative_mul_add(by, X::load(x + j), X::load(gradient + j)));
+  }
+  for (; j < n; ++j) gradient[j] -= share * x[j];
+}
+
+template <typename T>
 void hinge_block(const Block<T>& block, T margin, HingeSum& sum) {
   using X = Vec<T>;
   const auto bound = X::set(margin), zero = X::set(0);
@@ -759,8 +783,8 @@ void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {any_nan<T>,     positive_exponentials<T>, rank_block<T>,     gradient_block<T>,
-          scale_block<T>, hinge_block<T>,           rank_positives<T>, gradient_positives<T>};
+  return {any_nan<T>,       positive_exponentials<T>, rank_block<T>,     gradient_block<T>,    scale_block<T>,
+          remove_radial<T>, hinge_block<T>,           rank_positives<T>, gradient_positives<T>};
 }
 
 }  // namespace
