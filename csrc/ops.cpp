@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/embeddings.h"
+#include "cpu/relation.h"
 #include "cpu/rows.h"
 
 namespace {
@@ -336,6 +337,20 @@ void use_large_pages(Tensor memory) {
   if (memory.numel()) roadmap::use_large_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
 }
 
+std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
+  const auto check = [](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.scalar_type() == ScalarType::Long, name,
+                    " must be a 1-D CPU tensor of int64");
+    return torch::stable::contiguous(t);
+  };
+  const Tensor of = check(values, "values"), among = check(references, "references");
+  Tensor span = empty(of, {of.numel(), 2}, ScalarType::Long), column = empty(of, {among.numel()}, ScalarType::Long);
+  roadmap::equal_lists(static_cast<const int64_t*>(of.const_data_ptr()), of.numel(),
+                       static_cast<const int64_t*>(among.const_data_ptr()), among.numel(), data<int64_t>(span),
+                       data<int64_t>(column));
+  return {span, column};
+}
+
 Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
                    std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
                    std::optional<Tensor> negative_column, int64_t own, int64_t rows, int64_t columns) {
@@ -418,6 +433,7 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
       "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
       "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
       "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient) -> ()");
+  m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
   m.def("use_large_pages_(Tensor(a!) memory) -> ()");
@@ -437,6 +453,7 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("average_precision", TORCH_BOX(&average_precision));
   m.impl("objective_rows_", TORCH_BOX(&objective_rows));
+  m.impl("equal_lists", TORCH_BOX(&equal_lists));
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));
   m.impl("remove_radial_", TORCH_BOX(&remove_radial));
   m.impl("use_large_pages_", TORCH_BOX(&use_large_pages));

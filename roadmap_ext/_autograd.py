@@ -57,5 +57,3 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
     ):
         raise RuntimeError(_NO_TRANSFORMS)
     return "tiled"
-
-

@@ -22,8 +22,8 @@ from ._autograd import FirstDerivativeOnly, resolve_method
 from ._checks import SMALLEST_NORM, Objective
 from ._relation import Relation
 
-# Bytes of a chunk of scores, by kind of device: at most, and as many as are best where more rows bring nothing.
-_BUDGET = {"cpu": (64 << 20, 16 << 20), "cuda": (256 << 20, 256 << 20)}
+# Bytes of a chunk of scores, by kind of device. Smaller ones, in reach of a cache, cost the products more than they save.
+_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 def embedding_loss(
@@ -76,7 +76,11 @@ class _EmbeddingLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         held, ctx.held = ctx.held, None
         if ctx.known and held is not None:
-            gradients = [gradient.mul_(grad_loss.detach()) for gradient in held]
+            gradients = held
+            # What the host need not wait for it knows: mostly there is nothing to multiply by.
+            if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+                for gradient in gradients:
+                    gradient.mul_(grad_loss.detach())
         elif ctx.saved:
             gradients = [gradient * grad_loss for gradient in ctx.saved_tensors[-2:]]
         else:  # reduction="none", or backward once more through a retained graph
@@ -226,7 +230,7 @@ def sweep(
         others = queries if references is None else _Side(references, dtype, normalize, want_references)
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
-        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type, references is None)
+        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
         buffer = _memory(others.vectors, (min(step, rows), columns))
         for begin in range(0, rows, step):
             chunk = slice(begin, min(begin + step, rows))
@@ -309,16 +313,10 @@ def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
     return memory
 
 
-def _chunk_rows(queries: int, references: int, itemsize: int, device: str, alone: bool) -> int:
-    """Queries a chunk, in chunks as equal as can be: see _BUDGET.
-
-    Where the batch is its own reference, a single chunk saves one product of three.
-    """
-    budget, cached = _BUDGET.get(device, _BUDGET["cuda"])
-    row = max(1, references * itemsize)
-    if alone and queries * row <= budget:
-        return max(1, queries)
-    chunks = -(-max(1, queries) // max(1, cached // row))
+def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:
+    """Queries a chunk: as many as the budget holds, in chunks as equal as can be."""
+    largest = max(1, _BUDGET.get(device, _BUDGET["cuda"]) // max(1, references * itemsize))
+    chunks = -(-max(1, queries) // largest)
     return -(-max(1, queries) // chunks)
 
 
@@ -329,7 +327,5 @@ def _(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[T
     return (
         embeddings.new_empty((len(embeddings), 5), dtype=torch.float64),
         embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0), dtype=dtype),
-        embeddings.new_empty(
-            references.shape if references is not None and want_references else (0, 0), dtype=dtype
-        ),
+        embeddings.new_empty(references.shape if references is not None and want_references else (0, 0), dtype=dtype),
     )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ._extension import _REFERENCE_ONLY
+
 
 class Lists(NamedTuple):
     """A list of columns for each query, ascending."""
@@ -78,6 +80,8 @@ def from_labels(
 def _equal(values: Tensor, references: Tensor) -> Lists:
     """For each of ``values`` [B] the columns of ``references`` [N] that equal it; any integer dtypes."""
     values, references = values.long(), references.long()
+    if values.device.type == "cpu" and not _REFERENCE_ONLY:
+        return Lists(*torch.ops.roadmap_ext.equal_lists(values, references))
     # Stable: columns ascend within a run of equal values.
     ordered, column = references.sort(stable=True)
     span = torch.stack([torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)], dim=1)
@@ -94,4 +98,6 @@ def _listed(queries: int, query: Tensor, reference: Tensor) -> Lists:
     by_reference = reference.argsort(stable=True)
     order = by_reference[query[by_reference].argsort(stable=True)]  # by query, columns ascending; pairs may come twice
     end = torch.bincount(query, minlength=queries).cumsum(0)
-    return Lists(torch.stack([torch.cat([end.new_zeros(1), end[:-1]]) if queries else end, end], dim=1), reference[order])
+    return Lists(
+        torch.stack([torch.cat([end.new_zeros(1), end[:-1]]) if queries else end, end], dim=1), reference[order]
+    )

@@ -30,6 +30,7 @@ from ._chunks import embedding_loss
 from ._ranks import SmoothRank
 from ._relation import from_labels
 
+
 class _AveragePrecision(torch.autograd.Function):
     """The reduced loss; the gradient of each query's loss comes with it and waits for backward."""
 

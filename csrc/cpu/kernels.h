@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../smooth_rank.h"
@@ -53,9 +54,10 @@ struct Positives {
 // One block of a row: its scores in T and, a bit a column, which of them are negatives.
 template <typename T>
 struct Block {
-  const T* score;            // [count]
-  const uint64_t* negative;  // [kWords]
-  int count;                 // <= kBlock
+  const T* score;                              // [count]
+  const uint64_t* negative;                    // [kWords]
+  int count;                                   // <= kBlock
+  T top = std::numeric_limits<T>::infinity();  // no score is above it
 };
 
 // What the rank pass of a row leaves for its gradient pass, when the same thread does both and it fits: the slope of
@@ -162,8 +164,8 @@ struct Kernels {
   // is added; with `column_scale` [count], all is multiplied by it.
   void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, double scale, const Hinge<T>* hinge,
                          const T* column_scale, Scratch<T>&, T* out, Trace<T>* trace);
-  // out[j] = score[j] * column_scale[j] * row_scale.
-  void (*scale_block)(const T* score, const T* column_scale, T row_scale, int count, T* out);
+  // out[j] = score[j] * column_scale[j] * row_scale. Returns the largest, NaN aside.
+  T (*scale_block)(const T* score, const T* column_scale, T row_scale, int count, T* out);
   // gradient -= x (x . gradient) scale^2, each [n].
   void (*remove_radial)(T* gradient, const T* x, T scale, int64_t n);
   // Adds a block's negatives above the margin.

@@ -10,6 +10,14 @@
 
 namespace roadmap {
 
+// For each of `values` the columns of `references` that equal it, ascending, as Lists.
+void equal_lists(const int64_t* values,      // [rows]
+                 int64_t rows,               //
+                 const int64_t* references,  // [columns]
+                 int64_t columns,            //
+                 int64_t* span,              // [rows, 2]
+                 int64_t* column);           // [columns]
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Roles {

@@ -43,6 +43,7 @@ struct Row {
   bool nan = false;
   double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
+  int64_t negative_hinges = 0;                      // that are not 0
 
   int64_t size() const { return p.size(); }
   int64_t spans(int64_t columns) const {
@@ -155,7 +156,8 @@ class Pass {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
       nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums, trace)
                           : kernels_.any_nan(block, settings_, scratch);
-      if (hinges) kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
+      if (hinges && block.top > static_cast<T>(objective_.negative_margin))
+        kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
     return nan;
   }
@@ -181,7 +183,10 @@ class Pass {
   // The gradient of one block of columns, in the type of the scores.
   void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, Trace<T>* trace, void* gradient) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
-    const Block<T> block = load(row.index, begin, count, scratch);
+    // Slopes that were kept need no scores, nor do hinges that are all 0.
+    const bool hinges = row.negative_hinges > 0;
+    const Block<T> block =
+        trace && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count} : load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
     const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
     T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);
@@ -193,9 +198,9 @@ class Pass {
       static const Positives<T> none;
       const double by = row_scale(row.index);
       const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
-      kernels_.gradient_block(
-          block, objective_.ap ? row.p : none, settings_, row.scale * by, objective_.calibration ? &hinge : nullptr,
-          m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr, scratch, out, trace);
+      kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinges ? &hinge : nullptr,
+                              m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr, scratch, out,
+                              trace);
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
         const int64_t i = row.position[k];
@@ -236,9 +241,9 @@ class Pass {
     const int64_t at = row * m_.score_stride + begin;
     const T* score = static_cast<const T*>(m_.scores) + at;
     if (m_.row_scale) {
-      kernels_.scale_block(score, static_cast<const T*>(m_.column_scale) + begin, row_scale(row),
-                           static_cast<int>(count), scratch.score);
-      return {scratch.score, scratch.roles.negative, static_cast<int>(count)};
+      const T top = kernels_.scale_block(score, static_cast<const T*>(m_.column_scale) + begin, row_scale(row),
+                                         static_cast<int>(count), scratch.score);
+      return {scratch.score, scratch.roles.negative, static_cast<int>(count), top};
     }
     if constexpr (sizeof(T) == 4) {
       if (m_.type == ScoreType::kHalf) {
@@ -541,6 +546,7 @@ void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Ob
         value[0] = objective.ap ? ap_weights(row, pass.smooth()) : row.nan ? nan : 0;
         if (!objective.calibration) return;
         const HingeSum below = positive_hinges(row, objective), above = negative_hinges(row, objective);
+        row.negative_hinges = above.count;
         value[1] = row.nan ? nan : below.sum;
         value[2] = row.nan ? nan : above.sum;
         value[3] = static_cast<double>(below.count);

@@ -323,15 +323,17 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
 }
 
 template <bool Smooth, bool Slope, bool Store, typename T>
-void rank_group(const T* values, const T* exponentials, int band, const Positives<T>& p, const Group<T>& g,
+void rank_group(const T* values, const T* exponentials, int band, T top, const Positives<T>& p, const Group<T>& g,
                 const Settings<T>& s, Sums<T> sums, T* trace) {
   int64_t i = g.begin;
   const auto run = [&](auto rows) {
     constexpr int kCount = decltype(rows)::value;
     for (; i + kCount <= g.end; i += kCount) {
-      rank_rows<Smooth, Slope, Store, kCount>(values, exponentials, band, &p.score[i], &p.exponential[i], s,
-                                              sums.rank + i, Slope ? sums.slope + i : nullptr,
-                                              Store ? trace + (i - g.begin) * padded<T>(band) : nullptr);
+      // Below 0 both surrogates are the sigmoid: positives above the whole band have no steps and tails to count.
+      const auto rank =
+          top < p.score[i] ? rank_rows<true, Slope, Store, kCount, T> : rank_rows<Smooth, Slope, Store, kCount, T>;
+      rank(values, exponentials, band, &p.score[i], &p.exponential[i], s, sums.rank + i,
+           Slope ? sums.slope + i : nullptr, Store ? trace + (i - g.begin) * padded<T>(band) : nullptr);
     }
   };
   run(std::integral_constant<int, Vec<T>::kRows>());
@@ -392,10 +394,10 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
     if (!band) continue;
     band_exponentials(classes.band, band, g.centre, s, scratch);
     if (Slope && entry) {
-      rank_group<Smooth, Slope, Slope>(classes.band, scratch.band_exponential, band, p, g, s, sums,
+      rank_group<Smooth, Slope, Slope>(classes.band, scratch.band_exponential, band, top, p, g, s, sums,
                                        trace->slope + entry->slopes);
     } else {
-      rank_group<Smooth, Slope, false>(classes.band, scratch.band_exponential, band, p, g, s, sums,
+      rank_group<Smooth, Slope, false>(classes.band, scratch.band_exponential, band, top, p, g, s, sums,
                                        static_cast<T*>(nullptr));
     }
   }
@@ -624,12 +626,24 @@ void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings
 }
 
 template <typename T>
-void scale_block(const T* score, const T* column_scale, T row_scale, int count, T* out) {
+T scale_block(const T* score, const T* column_scale, T row_scale, int count, T* out) {
   using X = Vec<T>;
-  const auto by = X::set(row_scale);
+  const auto by = X::set(row_scale), lowest = X::set(-infinity<T>());
+  auto top = lowest;
   int j = 0;
-  for (; j + X::kWidth <= count; j += X::kWidth) X::store(out + j, X::load(score + j) * X::load(column_scale + j) * by);
-  for (; j < count; ++j) out[j] = score[j] * column_scale[j] * row_scale;
+  for (; j + X::kWidth <= count; j += X::kWidth) {
+    const auto v = X::load(score + j) * X::load(column_scale + j) * by;
+    X::store(out + j, v);
+    top = X::select(X::greater(v, top), v, top);  // false for NaN
+  }
+  T lanes[X::kWidth];
+  X::store(lanes, top);
+  T highest = *std::max_element(lanes, lanes + X::kWidth);
+  for (; j < count; ++j) {
+    out[j] = score[j] * column_scale[j] * row_scale;
+    highest = out[j] > highest ? out[j] : highest;
+  }
+  return highest;
 }
 
 template <typename T>

@@ -1,0 +1,46 @@
+// Lists from labels: see relation.h.
+#include "relation.h"
+
+#include <vector>
+
+namespace roadmap {
+
+void equal_lists(const int64_t* values, int64_t rows, const int64_t* references, int64_t columns, int64_t* span,
+                 int64_t* column) {
+  // A table of classes by their label, open addressing, at most half full.
+  int bits = 4;
+  while ((int64_t(1) << bits) < 2 * columns) ++bits;
+  const int64_t slots = int64_t(1) << bits;
+  constexpr int64_t kFree = -1;
+  std::vector<int64_t> slot_class(slots, kFree), label, size, begin;
+  // Where a label stands, or where it would.
+  const auto find = [&](int64_t value) {
+    int64_t slot = static_cast<int64_t>((static_cast<uint64_t>(value) * 0x9E3779B97F4A7C15u) >> (64 - bits));
+    while (slot_class[slot] != kFree && label[slot_class[slot]] != value) slot = (slot + 1) & (slots - 1);
+    return slot;
+  };
+  std::vector<int64_t> of(columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    int64_t& found = slot_class[find(references[j])];
+    if (found == kFree) {
+      found = static_cast<int64_t>(label.size());
+      label.push_back(references[j]);
+      size.push_back(0);
+    }
+    of[j] = found;
+    ++size[found];
+  }
+  int64_t at = 0;
+  for (const int64_t n : size) {
+    begin.push_back(at);
+    at += n;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t found = slot_class[find(values[row])];
+    span[2 * row] = found == kFree ? 0 : begin[found];
+    span[2 * row + 1] = found == kFree ? 0 : begin[found] + size[found];
+  }
+  for (int64_t j = 0; j < columns; ++j) column[begin[of[j]]++] = j;  // columns ascend within a class
+}
+
+}  // namespace roadmap
