@@ -1,4 +1,4 @@
-"""Which pairs are positive, negative or left out, as lists of columns for each query: labels, ids and pairs become these.
+"""Which pairs are positive, negative or left out: labels, ids and named pairs become lists of columns for each query.
 
 A list costs its length where a mask costs [B, N]. The lists of all queries lie in one tensor of columns; a span
 [begin, end) says which part of it is a query's, and queries of one class share theirs.
@@ -96,8 +96,7 @@ def from_pairs(queries: int, positive: tuple[Tensor, Tensor], negative: tuple[Te
 def _listed(queries: int, query: Tensor, reference: Tensor) -> Lists:
     query, reference = query.long(), reference.long()
     by_reference = reference.argsort(stable=True)
-    order = by_reference[query[by_reference].argsort(stable=True)]  # by query, columns ascending; pairs may come twice
-    end = torch.bincount(query, minlength=queries).cumsum(0)
-    return Lists(
-        torch.stack([torch.cat([end.new_zeros(1), end[:-1]]) if queries else end, end], dim=1), reference[order]
-    )
+    order = by_reference[query[by_reference].argsort(stable=True)]  # columns ascend within a query
+    size = torch.bincount(query, minlength=queries)
+    end = size.cumsum(0)
+    return Lists(torch.stack([end - size, end], dim=1), reference[order])  # a pair may be there twice

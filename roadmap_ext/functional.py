@@ -296,7 +296,7 @@ def roadmap_loss(
         >>> loss = roadmap_loss(embeddings, torch.tensor([7, 7, 3]))
         >>> loss.backward()
         >>> print(f"{loss.item():.4f}")
-        0.5
+        0.3336
     """
     one_of("method", method, METHODS)
     objective = make_objective(

@@ -188,14 +188,11 @@ def embedding_loss(
         if objective.normalize:
             queries, references = _unit(queries), _unit(references)
         scores = queries @ references.T
-    parts = []
     weight = objective.calibration_weight
-    if weight < 1:
-        ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
-        parts.append((1 - weight) * ap)
-    if weight > 0:
-        parts.append(weight * _calibration_loss(scores, target, ignore, objective))
-    return torch.stack(parts).sum(0)
+    if weight == 1:
+        return _calibration_loss(scores, target, ignore, objective)
+    ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
+    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective) if weight else ap
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -207,7 +204,8 @@ def _unit(x: Tensor) -> Tensor:
     with torch.no_grad():
         none = torch.linalg.vector_norm(x, dim=1, keepdim=True) < SMALLEST_NORM
     x = torch.where(none, torch.zeros_like(x), x)
-    return x / torch.linalg.vector_norm(torch.where(none, torch.ones_like(x), x), dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(torch.where(none, torch.ones_like(x), x), dim=1, keepdim=True)
+    return x / norm
 
 
 def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective) -> Tensor:
