@@ -22,8 +22,8 @@ from ._autograd import FirstDerivativeOnly, resolve_method
 from ._checks import SMALLEST_NORM, Objective
 from ._relation import Relation
 
-# Bytes of a chunk of scores, by kind of device. Smaller chunks would be nearer to the caches; the products lose more than
-# that gains.
+# Bytes of a chunk of scores, by kind of device. A smaller chunk would be nearer to the caches, but the products would
+# lose more than this gains.
 _BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 

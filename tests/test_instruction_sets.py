@@ -17,7 +17,8 @@ INFO = roadmap_ext.build_info()
 def test_accuracy(name):
     if name is None:
         pytest.skip(f"this processor runs {INFO['cpu']} alone")
-    files = [HERE / "test_accuracy.py", HERE / "test_smooth_rank.py", HERE / "test_ap_loss.py"]
+    modules = ("test_accuracy", "test_smooth_rank", "test_ap_loss", "test_embedding_accuracy")
+    files = [HERE / f"{module}.py" for module in modules]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-cov", *map(str, files)]
     # What torch.compile makes of the ops has nothing to do with the instruction set, and takes long.
     command += ["-k", "not compile and not opcheck"]
