@@ -33,7 +33,7 @@ endif
 PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
-TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn
+TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3'
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_bench := matplotlib
 TOOLS_lint := ruff mypy clang-format

@@ -88,15 +88,15 @@ def _equal(values: Tensor, references: Tensor) -> Lists:
     return Lists(span, column)
 
 
-def from_pairs(queries: int, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]) -> Relation:
+def from_pairs(
+    queries: int, columns: int, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]
+) -> Relation:
     """Only the named pairs count, each given as (query, reference) indices [n]; all others are left out."""
-    return Relation(positive=_listed(queries, *positive), negative=_listed(queries, *negative))
+    return Relation(positive=_listed(queries, columns, *positive), negative=_listed(queries, columns, *negative))
 
 
-def _listed(queries: int, query: Tensor, reference: Tensor) -> Lists:
-    query, reference = query.long(), reference.long()
-    by_reference = reference.argsort(stable=True)
-    order = by_reference[query[by_reference].argsort(stable=True)]  # columns ascend within a query
-    size = torch.bincount(query, minlength=queries)
+def _listed(queries: int, columns: int, query: Tensor, reference: Tensor) -> Lists:
+    place = (query.long() * columns + reference.long()).sort().values  # by query, columns ascending; maybe twice
+    size = torch.bincount(query.long(), minlength=queries)
     end = size.cumsum(0)
-    return Lists(torch.stack([end - size, end], dim=1), reference[order])  # a pair may be there twice
+    return Lists(torch.stack([end - size, end], dim=1), place % max(columns, 1))

@@ -168,7 +168,7 @@ class RoadmapLoss(_EmbeddingLoss):
         >>> import torch
         >>> loss = RoadmapLoss()
         >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
-        0.5875
+        0.3917
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class SupAPLoss(_EmbeddingLoss):
         >>> import torch
         >>> loss = SupAPLoss()
         >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
-        0.3750
+        0.3333
     """
 
     def __init__(

@@ -165,7 +165,7 @@ def test_named_pairs():
     """from_pairs: what is named counts, the rest is left out; naming a pair twice changes nothing."""
     query, reference_ = torch.tensor([0, 2, 0, 2, 0]), torch.tensor([4, 1, 2, 0, 4])
     other, negative = torch.tensor([2, 0, 0]), torch.tensor([3, 1, 3])
-    relation = _relation.from_pairs(3, (query, reference_), (other, negative))
+    relation = _relation.from_pairs(3, 5, (query, reference_), (other, negative))
     target, ignore = relation.masks(5)
     expected = torch.zeros(3, 5, dtype=torch.bool)
     expected[query, reference_] = True

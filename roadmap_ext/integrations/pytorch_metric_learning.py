@@ -1,0 +1,400 @@
+"""The losses as pytorch-metric-learning's own kind, and its CrossBatchMemory with these losses allowed.
+
+What the library's calls mean becomes a relation of queries and references: labels, an ``indices_tuple``, or what
+CrossBatchMemory says. The rest is roadmap_loss's. Only pairs that someone lists are ever listed: a batch or a memory
+without a miner costs a chunk of scores.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import modules
+from .._autograd import resolve_method
+from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
+from .._chunks import embedding_loss
+from .._relation import Lists, Relation, from_labels, from_pairs
+
+_NEEDED = "pytorch-metric-learning>=2.9,<3"
+
+
+def _check_version(found: str | None) -> None:
+    """Raise ImportError unless ``found`` is 2.9 or a later 2.x, which keep its interface; earlier ones are untested."""
+    numbers = re.match(r"(\d+)\.(\d+)", found or "")
+    if numbers is None or not (2, 9) <= (int(numbers[1]), int(numbers[2])) < (3, 0):
+        raise ImportError(
+            f"{__name__} needs {_NEEDED}, but "
+            + (f"{found} is installed" if found else "it is not installed")
+            + f': pip install "{_NEEDED}"'
+        )
+
+
+try:
+    import pytorch_metric_learning
+except ModuleNotFoundError as error:
+    if error.name != "pytorch_metric_learning":
+        raise
+    _check_version(None)
+_check_version(pytorch_metric_learning.__version__)
+
+from pytorch_metric_learning import losses  # noqa: E402
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity  # noqa: E402
+from pytorch_metric_learning.reducers import DivisorReducer, MeanReducer, MultipleReducers  # noqa: E402
+
+__all__ = ["CalibrationLoss", "CrossBatchMemory", "RoadmapLoss", "SmoothAPLoss", "SupAPLoss"]
+
+Indices = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _AllButCopies(NamedTuple):
+    """An indices_tuple that need not be listed: every pair, as the labels say, but a query's own copy."""
+
+    copy: Tensor  # [B] int64: the reference that is the query itself
+
+
+class _PairLoss(losses.BaseMetricLossFunction):
+    """What the losses share. A subclass names the module whose settings it takes."""
+
+    _module: type[modules._EmbeddingLoss]
+
+    def __init__(
+        self,
+        *,
+        distance: Any = None,
+        reducer: Any = None,
+        embedding_regularizer: Any = None,
+        embedding_reg_weight: float = 1,
+        collect_stats: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        if distance is not None:
+            normalize = _normalizes(distance)
+            if settings.setdefault("normalize", normalize) != normalize:
+                raise ValueError(
+                    f"normalize={settings['normalize']!r} contradicts the distance, whose normalize_embeddings is "
+                    f"{normalize!r}: leave normalize out"
+                )
+        if settings.get("gather_across_devices"):
+            raise NotImplementedError(
+                "gather_across_devices is DistributedLossWrapper's task here: leave it out and wrap the loss in "
+                "pytorch_metric_learning.utils.distributed.DistributedLossWrapper"
+            )
+        settings = self._module(**settings).settings  # all checked
+        if settings.pop("reduction") != "mean":
+            raise ValueError(
+                "reduction is the reducer's task here: leave it out and pass reducer=SumReducer(), or "
+                "DoNothingReducer() for the loss of each query"
+            )
+        settings.pop("gather_across_devices")
+        if distance is None:
+            normalize = settings["normalize"]
+            distance = CosineSimilarity() if normalize else DotProductSimilarity(normalize_embeddings=False)
+        super().__init__(
+            distance=distance,
+            reducer=reducer,
+            embedding_regularizer=embedding_regularizer,
+            embedding_reg_weight=embedding_reg_weight,
+            collect_stats=collect_stats,
+        )
+        self.settings = settings
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of embeddings [B, D], each ranking the references: the batch itself, or ``ref_emb``.
+
+        Args:
+            embeddings: [B, D] float16, bfloat16, float32 or float64.
+            labels: [B] any integer dtype; may be None where an ``indices_tuple`` is given, which then says it all.
+            indices_tuple: None: every pair counts, as its labels say, but that of a query with itself (not left out
+                where ``ref_emb`` is another tensor). Triplets (anchor, positive, negative) or pairs (anchor, positive,
+                anchor, negative) of 1-D integer tensors that index embeddings and references: the pairs in it count,
+                each once, and all others are ignored. A pair that is listed as both is positive.
+            ref_emb: [N, D] what to rank; None: the embeddings.
+            ref_labels: [N] its labels, any integer dtype.
+
+        Returns:
+            What the reducer makes of it; by default a scalar: float64 if either side is, else float32.
+
+        Raises:
+            TypeError: a tensor has the wrong type or dtype.
+            ValueError: shapes differ, an index is out of range, labels or references are missing.
+            RuntimeError: the kernels for the device were not built.
+        """
+        if ref_emb is None and ref_labels is not None:
+            raise ValueError("ref_labels was given without ref_emb: without either, the batch is its own reference")
+        loss: Tensor = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        return loss
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | _AllButCopies | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> dict[str, dict[str, Any]]:
+        """What the library's reducers take; its forward gives the embeddings themselves where there is no ref_emb."""
+        own = ref_emb is embeddings
+        relation = self._relation(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if own and not self.settings["include_self"]:
+            relation = relation._replace(own=True)
+        references = None if own else ref_emb
+        method, chunk_size = self.settings["method"], self.settings["chunk_size"]
+        if self._takes_mean():
+            loss = embedding_loss(embeddings, references, relation, self._objective("mean"), chunk_size, method)
+            return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+        each = embedding_loss(embeddings, references, relation, self._objective("none"), chunk_size, method)
+        counted = torch.arange(len(each), device=each.device)
+        if self.settings["calibration_weight"] == 0:  # as in our own mean, and in the library's FastAPLoss
+            counted = counted[_has_positive(relation, embeddings, ref_emb, method)]
+        if not len(counted):
+            return dict(self.zero_losses())
+        return {"loss": {"losses": each[counted], "indices": counted, "reduction_type": "element"}}
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Set what makes one loss of the queries' losses. Raises ValueError for a DivisorReducer."""
+        super().set_reducer(reducer)
+        if any(isinstance(part, DivisorReducer) for part in self._loss_reducer().modules()):
+            raise ValueError(f"{type(self).__name__} has no divisor for a DivisorReducer: use MeanReducer, the default")
+
+    def extra_repr(self) -> str:
+        """The settings, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+    def _relation(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | _AllButCopies | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> Relation:
+        if indices_tuple is not None and not isinstance(indices_tuple, _AllButCopies):
+            check_matrices(embeddings, ref_emb)
+            return from_pairs(len(embeddings), len(ref_emb), *_listed_pairs(indices_tuple, embeddings, ref_emb))
+        if labels is None:
+            raise ValueError("labels and indices_tuple are both None: one of them has to say what is positive")
+        check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
+        relation = from_labels(labels, ref_labels, None, None, include_self=False)
+        if indices_tuple is None:
+            return relation
+        begin = torch.arange(len(labels), device=labels.device)
+        return relation._replace(left_out=Lists(torch.stack([begin, begin + 1], dim=1), indices_tuple.copy))
+
+    def _objective(self, reduction: str) -> Objective:
+        # RoadmapLoss takes every setting: it knows the defaults of those that its sisters leave out.
+        settings = modules.RoadmapLoss(**self.settings, reduction=reduction).settings
+        surrogate = make_settings(**{name: settings[name] for name in Settings._fields})
+        return make_objective(surrogate, **{name: settings[name] for name in Objective._fields[1:]})
+
+    def _loss_reducer(self) -> Any:
+        if not isinstance(self.reducer, MultipleReducers):
+            return self.reducer
+        return dict(self.reducer.reducers.items()).get("loss", self.reducer.default_reducer)
+
+    def _takes_mean(self) -> bool:
+        """Whether the mean is all that is asked for: it costs a matrix product less than the loss of each query."""
+        return type(self._loss_reducer()) is MeanReducer  # subclasses sum, or do what we cannot know
+
+
+class RoadmapLoss(_PairLoss):
+    """:class:`roadmap_ext.RoadmapLoss` for pytorch-metric-learning.
+
+    Args:
+        distance: None, ``CosineSimilarity()``, or ``DotProductSimilarity()`` with or without ``normalize_embeddings``:
+            the same as the setting ``normalize``.
+        reducer: None or ``MeanReducer()``: the mean as in :func:`roadmap_ext.roadmap_loss`. Any other reducer gets the
+            loss of each query as an "element" (a fourth matrix product); those of the AP losses without calibration
+            leave out queries that have no positive.
+        embedding_regularizer, embedding_reg_weight, collect_stats: as in the library.
+        settings: those of :class:`roadmap_ext.RoadmapLoss`, but for ``reduction`` (the reducer's task) and
+            ``gather_across_devices`` (the library's DistributedLossWrapper's).
+
+    Raises:
+        TypeError: an unknown setting, or one of the wrong type.
+        ValueError: a setting out of range, a distance that is no dot product, a DivisorReducer.
+        NotImplementedError: ``gather_across_devices=True``.
+
+    Example:
+        >>> import torch
+        >>> loss = RoadmapLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.3917
+    """
+
+    _module = modules.RoadmapLoss
+
+
+class SupAPLoss(_PairLoss):
+    """:class:`roadmap_ext.SupAPLoss` for pytorch-metric-learning; see :class:`RoadmapLoss`."""
+
+    _module = modules.SupAPLoss
+
+
+class SmoothAPLoss(_PairLoss):
+    """:class:`roadmap_ext.SmoothAPLoss` for pytorch-metric-learning; see :class:`RoadmapLoss`.
+
+    Classes of any sizes in any order, unlike the library's loss of this name, whose ``temperature`` is ``tau``.
+    """
+
+    _module = modules.SmoothAPLoss
+
+
+class CalibrationLoss(_PairLoss):
+    """:class:`roadmap_ext.CalibrationLoss` for pytorch-metric-learning; see :class:`RoadmapLoss`."""
+
+    _module = modules.CalibrationLoss
+
+
+_OURS = (RoadmapLoss, SupAPLoss, SmoothAPLoss, CalibrationLoss)
+
+
+class CrossBatchMemory(losses.CrossBatchMemory):
+    """The library's CrossBatchMemory, which takes the losses of this module, too.
+
+    With these, a query's own copy in the memory is never its positive, and without a miner no pair is listed. What the
+    memory holds of an item from an earlier call is no own copy: it stays, as in the library, a positive.
+
+    Args:
+        loss: a loss of this module, or one that the library supports.
+        embedding_size: D.
+        memory_size: embeddings to hold.
+        miner: mines pairs of the batch and the memory; None: all of them.
+        kwargs: as in the library.
+
+    Raises:
+        TypeError: a loss that only shares its name with one of this module.
+
+    Example:
+        >>> import torch
+        >>> memory = CrossBatchMemory(RoadmapLoss(), embedding_size=4, memory_size=6)
+        >>> print(f"{memory(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.3917
+    """
+
+    has_been_filled: bool
+
+    def __init__(
+        self, loss: torch.nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
+    ) -> None:
+        kind = type(loss)
+        if kind.__name__ in (ours.__name__ for ours in _OURS) and not isinstance(loss, _PairLoss):
+            raise TypeError(
+                f"CrossBatchMemory takes the {kind.__name__} of {__name__}, got that of {kind.__module__}, which "
+                "cannot rank a memory"
+            )
+        super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        """The names of the losses that it takes."""
+        return [*losses.CrossBatchMemory.supported_losses(), *(ours.__name__ for ours in _OURS)]
+
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Enqueue embeddings [batch_size, D] and labels [batch_size]."""
+        filled = self.has_been_filled
+        super().add_to_memory(embeddings, labels, batch_size)
+        if not batch_size:  # the library takes this for having gone all the way round, and ranks what was never filled
+            self.has_been_filled = filled
+
+    def create_indices_tuple(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        E_mem: Tensor,  # noqa: N803
+        L_mem: Tensor,  # noqa: N803
+        input_indices_tuple: Indices | None,
+        do_remove_self_comparisons: bool,
+    ) -> Indices | _AllButCopies | None:
+        """What the loss gets as its indices_tuple.
+
+        Raises:
+            ValueError: the caller's ``indices_tuple``, which as in the library holds places in the memory, is out of
+                range or contradicts the labels there.
+        """
+        if not isinstance(self.loss, _PairLoss):
+            pairs: Indices = super().create_indices_tuple(
+                embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+            )
+            return pairs
+        if input_indices_tuple is not None:
+            _check_labels_agree(input_indices_tuple, embeddings, labels, E_mem, L_mem)
+        copy = self.curr_batch_idx if do_remove_self_comparisons else None
+        if self.miner is None:  # every pair, so that the caller's are among them
+            return None if copy is None else _AllButCopies(copy)
+        pairs = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, False)
+        return pairs if copy is None else _without_copies(pairs, copy)
+
+
+def _normalizes(distance: Any) -> bool:
+    """Whether a distance normalises. Raises ValueError for one that is not the dot product that the kernels compute."""
+    # By type: a subclass may compute anything.
+    if type(distance) not in (CosineSimilarity, DotProductSimilarity) or (distance.p, distance.power) != (2, 1):
+        raise ValueError(
+            "the losses rank by dot products: distance must be CosineSimilarity() or DotProductSimilarity(), with p=2 "
+            f"and power=1, got {distance!r}"
+        )
+    return bool(distance.normalize_embeddings)
+
+
+def _listed_pairs(
+    indices_tuple: Indices, embeddings: Tensor, ref_emb: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Positive and negative pairs, checked."""
+    if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
+        raise ValueError(
+            "indices_tuple must be (anchor, positive, negative) or (anchor, positive, anchor, negative), got "
+            + (f"{len(indices_tuple)} parts" if isinstance(indices_tuple, tuple | list) else repr(type(indices_tuple)))
+        )
+    anchor, positive, *other, negative = indices_tuple
+    sizes = len(embeddings), len(ref_emb), embeddings.device
+    return (
+        check_pairs("indices_tuple, positives", anchor, positive, *sizes),
+        check_pairs("indices_tuple, negatives", other[0] if other else anchor, negative, *sizes),
+    )
+
+
+def _check_labels_agree(
+    indices_tuple: Indices, embeddings: Tensor, labels: Tensor, memory: Tensor, known: Tensor
+) -> None:
+    """The library takes the indices of references as places in the memory. Those of a miner of the batch are not."""
+    (anchor, positive), (other, negative) = _listed_pairs(indices_tuple, embeddings, memory)
+    wrong = (labels[anchor] != known[positive]).sum() + (labels[other] == known[negative]).sum()
+    if wrong:
+        raise ValueError(
+            f"{int(wrong)} pairs of indices_tuple contradict the labels in the memory: CrossBatchMemory takes its "
+            "reference indices as places in the memory, not in the batch. Give it the miner instead: "
+            "CrossBatchMemory(..., miner=miner)"
+        )
+
+
+def _without_copies(indices_tuple: Indices, copy: Tensor) -> Indices:
+    """Without the pairs, or triplets, in which a query's own copy is its positive.
+
+    The library's remove_self_comparisons overlooks the copy where the batch is a single query.
+    """
+    anchor, positive, *rest = indices_tuple
+    keep = positive != copy[anchor]
+    if len(rest) == 1:
+        return anchor[keep], positive[keep], rest[0][keep]
+    return anchor[keep], positive[keep], rest[0], rest[1]
+
+
+def _has_positive(relation: Relation, embeddings: Tensor, ref_emb: Tensor, method: str) -> Tensor:
+    """Which queries have a positive, [B] bool."""
+    if resolve_method(method, embeddings) == "reference":
+        target, ignore = relation.masks(len(ref_emb))
+        return (target & ~ignore).any(1)
+    first_own = 0 if relation.own else -1
+    counts: Tensor = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), first_own, len(embeddings), len(ref_emb))
+    return counts[:, 0] > 0
