@@ -1,8 +1,8 @@
 """The common yardstick of every speed ratio: the data, and the loop that a careful user would write by hand.
 
-`clustered` draws class centres and unit vectors around them: at noise 1 most pairs are settled, as in a half-trained
-net; at noise 2 most are not. `torch_loop` takes one query at a time, |P| x |Neg| in memory, plain autograd, and
-computes nothing twice: it is faster than the code published with the paper.
+`clustered_embeddings` draws class centres and unit vectors around them: at noise 1 most pairs are settled, as in a
+half-trained net; at noise 2 most are not. `clustered` is the scores of these. `torch_loop` takes one query at a time,
+|P| x |Neg| in memory, plain autograd, and computes nothing twice: it is faster than the code published with the paper.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def clustered_embeddings(
+    count: int, classes: int, *, dim: int = 64, noise: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """N unit vectors [N, D] and their labels [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    labels = (torch.arange(count) % classes)[order]
+    spread = torch.randn(count, dim, generator=generator)
+    return functional.normalize(centres[labels] + noise * spread, dim=1), labels
+
+
 def clustered(
     queries: int, references: int, classes: int, *, dim: int = 64, noise: float = 1.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Cosine scores [B, N] of the first B of N points to all of them, and the target [B, N]: same class."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=generator)
-    order = torch.randperm(references, generator=generator)
-    labels = (torch.arange(references) % classes)[order]
-    spread = torch.randn(references, dim, generator=generator)
-    embeddings = functional.normalize(centres[labels] + noise * spread, dim=1)
+    embeddings, labels = clustered_embeddings(references, classes, dim=dim, noise=noise, seed=seed)
     return embeddings[:queries] @ embeddings.T, labels[:queries, None] == labels[None]
 
 

@@ -65,19 +65,21 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Side:
+def step(loss: Callable[..., Tensor], *inputs: Tensor) -> Side:
     """A training step's share of a loss: the passes are forward, backward and both, of the same call."""
-    leaf = scores.detach().clone().requires_grad_()
+    leaves = [given.detach().clone().requires_grad_() for given in inputs]
+    device = leaves[0].device
 
     def run() -> tuple[float, float, float]:
-        leaf.grad = None
-        _synchronise(leaf.device)
+        for leaf in leaves:
+            leaf.grad = None
+        _synchronise(device)
         begin = time.perf_counter()
-        value = loss(leaf)
-        _synchronise(leaf.device)
+        value = loss(*leaves)
+        _synchronise(device)
         middle = time.perf_counter()
         value.backward()
-        _synchronise(leaf.device)
+        _synchronise(device)
         end = time.perf_counter()
         return middle - begin, end - middle, end - begin
 
@@ -112,17 +114,19 @@ def turn(side: Side, budget: float = 0.02) -> tuple[float, np.ndarray]:
     return first[-1], np.array([side() for _ in range(calls)])
 
 
-def paired(ours: Side, peer: Side, *, seconds: float = 2.0, least: int = 5, most: int = 100) -> Pair:
+def paired(
+    ours: Side, peer: Side, *, seconds: float = 2.0, least: int = 5, most: int = 100, budget: float = 0.02
+) -> Pair:
     """Turns of ours and the peer's, one after the other, for about ``seconds``, between ``least`` and ``most`` rounds.
 
-    One round goes before as a warm-up, unless only one was asked for.
+    ``budget`` is a turn's. One round goes before as a warm-up, unless only one was asked for.
     """
     if most > 1:
-        turn(ours), turn(peer)
+        turn(ours, budget), turn(peer, budget)
     rounds = []
     begin = time.perf_counter()
     while len(rounds) < least or (len(rounds) < most and time.perf_counter() - begin < seconds):
-        rounds.append((turn(ours), turn(peer)))
+        rounds.append((turn(ours, budget), turn(peer, budget)))
     sides = [np.concatenate([calls[side][1] for calls in rounds]) for side in (0, 1)]  # [calls, pass] each
     medians = [np.array([np.median(calls[side][1], axis=0) for calls in rounds]) for side in (0, 1)]  # [rounds, pass]
     spreads = [[Spread.of(column) for column in calls.T] for calls in sides]
@@ -141,7 +145,13 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_growth(function: Callable[[], Any]) -> float | None:
-    """Bytes by which this process's resident memory rises, at the most, while ``function`` runs; None off Linux.
+    """Bytes by which this process's resident memory rises, at the most, while ``function`` runs; None off Linux."""
+    memory = peak_memory(function)
+    return None if memory is None else memory[1] - memory[0]
+
+
+def peak_memory(function: Callable[[], Any]) -> tuple[int, int] | None:
+    """Bytes resident in this process before ``function`` and, at the most, while it runs; None off Linux.
 
     Making the inputs has peaks of its own, which getrusage's ru_maxrss would go on reporting (and a child process
     inherits its parent's): Linux's own mark can be lowered to the present, after freed memory has been handed back.
@@ -154,9 +164,9 @@ def peak_growth(function: Callable[[], Any]) -> float | None:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     kept = function()
-    growth = _status_bytes("VmHWM") - before
+    peak = _status_bytes("VmHWM")
     del kept
-    return growth
+    return before, peak
 
 
 def _status_bytes(field: str) -> int:

@@ -86,12 +86,19 @@ class APLoss(nn.Module):
 
 
 class _EmbeddingLoss(nn.Module):
-    """What the losses of embeddings share. A subclass names the settings it takes; the others have roadmap_loss's."""
+    """What the losses of embeddings share. A subclass names the settings it takes; each becomes an attribute."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.settings = settings
         check_embedding_settings(**settings)
+        self._names = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as keywords of :func:`roadmap_ext.roadmap_loss`, which checks them again at each call."""
+        return {name: getattr(self, name) for name in self._names}
 
     def forward(
         self,

@@ -596,6 +596,9 @@ def test_modules(module):
         assert repr(twin) == repr(loss)
     assert "include_self=True" in repr(loss)
     assert loss.state_dict() == {}
+    loss.chunk_size = 5
+    assert loss.settings["chunk_size"] == 5
+    assert torch.equal(loss(x, labels), roadmap_loss(x, labels, include_self=True, chunk_size=5, **expected))
     references, ref_labels = batch(20)
     ids = torch.arange(20)
     with_ids = loss(x[:20], labels[:20], None, references, ref_labels, ids=ids, ref_ids=ids)
