@@ -206,6 +206,19 @@ def test_long_rows(surrogate):
     assert_accurate(problem, surrogate=surrogate, reduction="sum")
 
 
+def test_hinges_are_taken_from_the_margins_themselves():
+    """0.9 and 0.6 have no float32, and a narrow hinge is a small difference: plain float32 loses three digits here."""
+    x = torch.zeros(400, 64)
+    x[:, :8] = 0.125  # products of 0.625 with the query
+    query = torch.zeros(1, 64)
+    query[0, :8] = 0.625
+    options = {"calibration_weight": 1.0, "normalize": False, "calibration_reduction": "violating_pairs"}
+    loss = roadmap_loss(query, torch.tensor([0]), x, torch.ones(400).long(), **options)
+    assert abs(loss.double().item() - 0.025) <= 0.025 * 2e-7
+    loss = roadmap_loss(query, torch.tensor([0]), x, torch.zeros(400).long(), positive_margin=0.65, **options)
+    assert abs(loss.double().item() - 0.025) <= 0.025 * 2e-7
+
+
 def off_the_kinks(problem, margin=2e-6, **options):
     """Whether no similarity is so near to a knee, a tie or a margin that a rounding error decides."""
     x = normalize(problem.embeddings.double())

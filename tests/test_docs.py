@@ -1,0 +1,49 @@
+"""Code in the README and on the page of the loss runs, and what is called equivalent is."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+
+import roadmap_ext
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme():
+    first, equivalent, use = blocks("README.md")
+    labels = torch.arange(60) % 12
+    names = {
+        "torch": torch,
+        "normalize": normalize,
+        "embeddings": torch.randn(60, 16, requires_grad=True),
+        "labels": labels,
+        "model": torch.nn.Linear(16, 16),
+        "images": torch.randn(60, 16),
+        "gallery": torch.randn(50, 16),
+        "gallery_labels": torch.arange(50) % 12,
+    }
+    exec(first, names)
+    ours = names["loss"].detach()
+    exec(equivalent, names)
+    torch.testing.assert_close(names["loss"].detach(), ours, rtol=1e-4, atol=1e-5)
+    exec(use, names)
+    expected = roadmap_ext.roadmap_loss(
+        names["model"](names["images"]), labels, names["gallery"], names["gallery_labels"]
+    )
+    assert torch.equal(names["loss"], expected)
+
+
+def test_the_page_of_the_loss():
+    torch.manual_seed(0)
+    names = {}
+    found = blocks("docs/roadmap-loss.md")
+    assert len(found) == 3
+    for block in found:
+        exec(block, names)
+        assert names["loss"].requires_grad
