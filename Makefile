@@ -73,6 +73,7 @@ demo: $(BUILT) $(MADE)/demo
 
 bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)
+	@$(PY) -m benchmarks.roadmap_loss $(ARGS)
 
 # Needs no build: mypy reads roadmap_ext/_C.pyi, and torch is there for its types.
 lint: $(MADE)/lint

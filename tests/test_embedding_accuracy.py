@@ -204,6 +204,11 @@ def test_long_rows(surrogate):
     problem.ref_labels = torch.arange(9000) % 300
     problem.labels = torch.arange(3)
     assert_accurate(problem, surrogate=surrogate, reduction="sum")
+    for queries, references in ((2, 8200), (9, 1400)):  # positives in two pieces, beside which hinges count once
+        problem = problem_of(queries, references)
+        problem.labels = torch.zeros(queries).long()
+        problem.ref_labels = (torch.arange(references) >= 700).long()
+        assert_accurate(problem, surrogate=surrogate, negative_margin=0.2)
 
 
 def test_hinges_are_taken_from_the_margins_themselves():
