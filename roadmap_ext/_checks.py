@@ -235,29 +235,38 @@ def check_pairs(
 
 def _check_matrix(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        hint = "use torch.as_tensor()"
+        if isinstance(value, tuple | list):
+            hint = "pass one tensor; a miner's tuple is for the losses of roadmap_ext.integrations"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {hint}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
-    if value.dim() != 2:
-        raise ValueError(
-            f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}"
-            + (f": one item is {name}[None]" if value.dim() == 1 else f": use {name}.flatten(1)" if value.dim() else "")
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}: use {name}.float(), unless it "
+            "stands where labels belong"
         )
+    if value.dim() != 2:
+        hint = f": one item is {name}[None]" if value.dim() == 1 else ""
+        if value.dim() > 2:
+            hint = f": one vector an item; {name}.flatten(1) makes it where the first dimension counts the items"
+        raise ValueError(f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}{hint}")
 
 
 def _check_integers(name: str, value: object, owner: str, matrix: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}: use {name}.long()")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
     if value.dim() != 1 or len(value) != len(matrix):
+        hint = ""
+        if value.dim() == 2 and len(value) == len(matrix):
+            hint = f": use {name}.flatten()" if value.shape[1] == 1 else f": one-hot rows become {name}.argmax(1)"
         raise ValueError(
-            f"{name} must be 1-D with one entry a row of {owner}, {len(matrix)}, got shape {tuple(value.shape)}"
+            f"{name} must be 1-D with one entry a row of {owner}, {len(matrix)}, got shape {tuple(value.shape)}{hint}"
         )
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}: use {name}.long()")
     if value.device != matrix.device:
         raise ValueError(
             f"{name} must be on the device of {owner}, {matrix.device}, got {value.device}: use "

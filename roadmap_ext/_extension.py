@@ -102,12 +102,12 @@ def check_kernels(device: torch.device, method: str) -> None:
         return
     if device.type == "cuda":
         raise RuntimeError(
-            f"the scores are on {device}, but this build of roadmap_ext has no CUDA kernels because "
+            f"the inputs are on {device}, but this build of roadmap_ext has no CUDA kernels because "
             f"{_CUDA_REASON}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
-            "move the scores to the CPU or pass method='reference'."
+            "call the loss on inputs.cpu(), through which gradients flow back, or pass method='reference'."
         )
     kinds = "CPU and CUDA" if _WITH_CUDA else f"CPU (no CUDA because {_CUDA_REASON})"
     raise RuntimeError(
-        f"the scores are on {device}, but this build of roadmap_ext has kernels for {kinds}. `{REBUILD}` builds all "
-        f"there are, none for {device.type!r}; move the scores to the CPU or pass method='reference'."
+        f"the inputs are on {device}, but this build of roadmap_ext has kernels for {kinds}. `{REBUILD}` builds all "
+        f"there are, none for {device.type!r}; call the loss on inputs.cpu() or pass method='reference'."
     )

@@ -67,13 +67,16 @@ class Relation(NamedTuple):
 
 
 def from_labels(
-    labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None, include_self: bool
+    labels: Tensor, ref_labels: Tensor, ids: Tensor | None, ref_ids: Tensor | None, alone: bool, include_self: bool
 ) -> Relation:
-    """Pairs of equal labels are positive; a query itself, by index or by id, is left out unless ``include_self``."""
+    """Pairs of equal labels are positive; a query itself is left out unless ``include_self``.
+
+    What is the query itself ids say, and where the batch is ``alone``, its own reference, the index.
+    """
     return Relation(
-        positive=_equal(labels, labels if ref_labels is None else ref_labels),
+        positive=_equal(labels, ref_labels),
         left_out=None if ids is None or ref_ids is None or include_self else _equal(ids, ref_ids),
-        own=ref_labels is None and not include_self,
+        own=alone and not include_self,
     )
 
 

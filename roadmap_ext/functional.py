@@ -243,7 +243,7 @@ def roadmap_loss(
     reduction: str = "mean",
     method: str = "auto",
 ) -> Tensor:
-    """The ROADMAP objective straight from embeddings, in three matrix products and the memory of a chunk of scores.
+    """The ROADMAP objective straight from embeddings, by three matrix products and in the memory of a chunk of scores.
 
     Every query is ranked against all references, by cosine similarity s; those of its own label are its positives P,
     all others its negatives Neg (Ramzi et al., NeurIPS 2021, eq. 9)::
@@ -252,14 +252,15 @@ def roadmap_loss(
         calibration = mean over P of relu(positive_margin - s) + mean over Neg of relu(s - negative_margin)
 
     The AP loss is :func:`ap_loss`'s, whose settings are taken here, too. Loss and gradients are computed together, a
-    chunk of queries at a time; for backward only the gradients of the embeddings are kept. Half types, and anything
+    chunk of queries at a time; for backward the embeddings and their gradients are kept. Half types, and anything
     under autocast, are computed in float32 on the CPU, and gradients are rounded to the embeddings' dtype after the
     gradient of the loss (GradScaler's factor) has been multiplied in. Second derivatives raise.
 
     Args:
         embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
         labels: [B] the class of each, any integer dtype.
-        ref_emb: [N, D] what to rank: a memory, a gallery, a gathered batch; any float dtype. None: the batch itself.
+        ref_emb: [N, D] what to rank: a memory, a gallery, a gathered batch; any float dtype. None, or the very tensor
+            that ``embeddings`` is: the batch itself.
         ref_labels: [N] its classes; given if and only if ``ref_emb`` is.
         ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out: references
             that contain the batch, or older copies of it, say so in this way.
@@ -312,8 +313,9 @@ def roadmap_loss(
     check_chunk_size(chunk_size)
     check_single_device(gather_across_devices)
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
-    relation = from_labels(labels, ref_labels, ids, ref_ids, include_self)
-    return embedding_loss(embeddings, ref_emb, relation, objective, chunk_size, method)
+    alone = ref_emb is None or ref_emb is embeddings
+    relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)
+    return embedding_loss(embeddings, None if alone else ref_emb, relation, objective, chunk_size, method)
 
 
 # The fake kernels are registered by importing them; the name is not used otherwise.

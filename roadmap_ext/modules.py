@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -86,19 +88,21 @@ class APLoss(nn.Module):
 
 
 class _EmbeddingLoss(nn.Module):
-    """What the losses of embeddings share. A subclass names the settings it takes; each becomes an attribute."""
+    """What the losses of embeddings share. The settings that a subclass takes become attributes, and may be changed."""
+
+    _fixed: ClassVar[dict[str, Any]] = {}  # the settings that make a subclass what it is
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        check_embedding_settings(**settings)
+        check_embedding_settings(**self._fixed, **settings)
         self._names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The settings as keywords of :func:`roadmap_ext.roadmap_loss`, which checks them again at each call."""
-        return {name: getattr(self, name) for name in self._names}
+    def settings(self) -> Mapping[str, Any]:
+        """The settings as keywords of :func:`roadmap_ext.roadmap_loss`; to change one, set the attribute."""
+        return MappingProxyType(self._fixed | {name: getattr(self, name) for name in self._names})
 
     def forward(
         self,
@@ -117,14 +121,15 @@ class _EmbeddingLoss(nn.Module):
         """
         if indices_tuple is not None:
             raise ValueError(
-                f"{type(self).__name__} takes no indices_tuple: the classes of the same name in "
-                "roadmap_ext.integrations.pytorch_metric_learning do"
+                f"the third argument is indices_tuple, which {type(self).__name__} does not take, got "
+                f"{type(indices_tuple).__name__}: name references, ref_emb=... and ref_labels=...; a miner's tuple is "
+                "for the class of the same name in roadmap_ext.integrations.pytorch_metric_learning"
             )
         return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self.settings)
 
     def extra_repr(self) -> str:
         """The settings, as they were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
 
 def check_embedding_settings(
@@ -230,6 +235,8 @@ class SupAPLoss(_EmbeddingLoss):
         0.3333
     """
 
+    _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 0.0}
+
     def __init__(
         self,
         *,
@@ -246,7 +253,6 @@ class SupAPLoss(_EmbeddingLoss):
         method: str = "auto",
     ) -> None:
         super().__init__(
-            calibration_weight=0.0,
             normalize=normalize,
             include_self=include_self,
             chunk_size=chunk_size,
@@ -273,6 +279,8 @@ class SmoothAPLoss(_EmbeddingLoss):
         0.2500
     """
 
+    _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 0.0, "surrogate": "smooth"}
+
     def __init__(
         self,
         *,
@@ -285,8 +293,6 @@ class SmoothAPLoss(_EmbeddingLoss):
         method: str = "auto",
     ) -> None:
         super().__init__(
-            calibration_weight=0.0,
-            surrogate="smooth",
             normalize=normalize,
             include_self=include_self,
             chunk_size=chunk_size,
@@ -309,6 +315,8 @@ class CalibrationLoss(_EmbeddingLoss):
         0.4500
     """
 
+    _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 1.0}
+
     def __init__(
         self,
         *,
@@ -323,7 +331,6 @@ class CalibrationLoss(_EmbeddingLoss):
         method: str = "auto",
     ) -> None:
         super().__init__(
-            calibration_weight=1.0,
             positive_margin=positive_margin,
             negative_margin=negative_margin,
             calibration_reduction=calibration_reduction,

@@ -169,7 +169,7 @@ def roadmap_loss(
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     target = labels.long()[:, None] == (labels if ref_labels is None else ref_labels).long()[None]
     ignore = torch.zeros_like(target)
-    if ref_emb is None and not include_self:
+    if (ref_emb is None or ref_emb is embeddings) and not include_self:
         ignore |= torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     if ids is not None and ref_ids is not None and not include_self:
         ignore |= ids.long()[:, None] == ref_ids.long()[None]

@@ -144,8 +144,26 @@ def test_ids_beside_the_index():
     x, labels = batch(20)
     ids = torch.arange(20) // 2
     loss = roadmap_loss(x, labels, ids=ids, ref_ids=ids)
-    assert torch.equal(loss, roadmap_loss(x, labels, x, labels, ids=ids, ref_ids=ids))
+    assert torch.equal(loss, roadmap_loss(x, labels, x.clone(), labels, ids=ids, ref_ids=ids))
     assert not torch.equal(loss, roadmap_loss(x, labels))
+
+
+@pytest.mark.parametrize("function", [roadmap_loss, reference.roadmap_loss])
+def test_the_batch_as_references_is_the_batch(function):
+    """By identity: a copy is other references, in which a query finds itself."""
+    x, labels = batch(20)
+    alone = function(x, labels)
+    assert torch.equal(function(x, labels, x, labels), alone)
+    torch.testing.assert_close(gradients(function(x, labels, x, labels), x), gradients(alone, x))
+    assert not torch.equal(function(x, labels, x.clone(), labels), alone)
+    torch.testing.assert_close(
+        function(x, labels, x.clone(), labels), function(x, labels, include_self=True), rtol=1e-4, atol=1e-5
+    )
+    others = labels.roll(1)  # references may be named otherwise than queries
+    ids = torch.arange(20)
+    torch.testing.assert_close(
+        function(x, labels, x, others), function(x, labels, x.clone(), others, ids=ids, ref_ids=ids)
+    )
 
 
 def test_lists_are_those_of_torch():
@@ -545,7 +563,7 @@ def test_compile_of_a_module_in_a_model():
 def test_opcheck():
     x, labels = batch(10)
     x = x.detach()
-    relation = _relation.from_labels(labels, None, labels, labels + 1, False)
+    relation = _relation.from_labels(labels, labels, labels, labels + 1, True, False)
     counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0, 10, 10)
     objective = reference.make_objective(
         reference.make_settings("sup", 0.01, 100.0, 0.05, 0.5, None), 0.5, 0.9, 0.6, "per_query", True, "mean"
@@ -595,6 +613,9 @@ def test_modules(module):
         assert torch.equal(twin(x, labels), loss(x, labels))
         assert repr(twin) == repr(loss)
     assert "include_self=True" in repr(loss)
+    assert eval(repr(loss)).settings == loss.settings  # what is fixed is not in it
+    with pytest.raises(TypeError):
+        loss.settings["tau"] = 1.0  # would change nothing
     assert loss.state_dict() == {}
     loss.chunk_size = 5
     assert loss.settings["chunk_size"] == 5
@@ -631,7 +652,7 @@ def test_the_same_bits_again():
 def test_the_row_op_is_bitwise_for_any_threads():
     scores = torch.randn(64, 9000) / 4
     labels = torch.randint(30, (9000,))
-    relation = _relation.from_labels(labels[:64], labels, None, None, False)
+    relation = _relation.from_labels(labels[:64], labels, None, None, False, False)
     weight, results = torch.rand(64, 3).double(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

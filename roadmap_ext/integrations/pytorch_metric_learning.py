@@ -8,6 +8,8 @@ without a miner costs a chunk of scores.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -83,15 +85,14 @@ class _PairLoss(losses.BaseMetricLossFunction):
                 "gather_across_devices is DistributedLossWrapper's task here: leave it out and wrap the loss in "
                 "pytorch_metric_learning.utils.distributed.DistributedLossWrapper"
             )
-        settings = self._module(**settings).settings  # all checked
-        if settings.pop("reduction") != "mean":
+        module = self._module(**settings)  # checks them all
+        if module.settings["reduction"] != "mean":
             raise ValueError(
                 "reduction is the reducer's task here: leave it out and pass reducer=SumReducer(), or "
                 "DoNothingReducer() for the loss of each query"
             )
-        settings.pop("gather_across_devices")
         if distance is None:
-            normalize = settings["normalize"]
+            normalize = module.settings["normalize"]
             distance = CosineSimilarity() if normalize else DotProductSimilarity(normalize_embeddings=False)
         super().__init__(
             distance=distance,
@@ -100,7 +101,14 @@ class _PairLoss(losses.BaseMetricLossFunction):
             embedding_reg_weight=embedding_reg_weight,
             collect_stats=collect_stats,
         )
-        self.settings = settings
+        self._names = tuple(name for name in module._names if name not in ("reduction", "gather_across_devices"))
+        for name in self._names:
+            setattr(self, name, getattr(module, name))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings as keywords of :func:`roadmap_ext.roadmap_loss`; to change one, set the attribute."""
+        return MappingProxyType(self._module._fixed | {name: getattr(self, name) for name in self._names})
 
     def forward(
         self,
@@ -130,6 +138,9 @@ class _PairLoss(losses.BaseMetricLossFunction):
             ValueError: shapes differ, an index is out of range, labels or references are missing.
             RuntimeError: the kernels for the device were not built.
         """
+        for name, value in (("labels", labels), ("ref_labels", ref_labels)):
+            if value is not None and not isinstance(value, Tensor):  # the library would ask it for its shape
+                raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}")
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels was given without ref_emb: without either, the batch is its own reference")
         loss: Tensor = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -169,7 +180,7 @@ class _PairLoss(losses.BaseMetricLossFunction):
 
     def extra_repr(self) -> str:
         """The settings, as they were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
     def _relation(
         self,
@@ -185,7 +196,9 @@ class _PairLoss(losses.BaseMetricLossFunction):
         if labels is None:
             raise ValueError("labels and indices_tuple are both None: one of them has to say what is positive")
         check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
-        relation = from_labels(labels, ref_labels, None, None, include_self=False)
+        relation = from_labels(
+            labels, labels if ref_labels is None else ref_labels, None, None, alone=False, include_self=False
+        )
         if indices_tuple is None:
             return relation
         begin = torch.arange(len(labels), device=labels.device)
@@ -217,8 +230,10 @@ class RoadmapLoss(_PairLoss):
             loss of each query as an "element" (a fourth matrix product); those of the AP losses without calibration
             leave out queries that have no positive.
         embedding_regularizer, embedding_reg_weight, collect_stats: as in the library.
-        settings: those of :class:`roadmap_ext.RoadmapLoss`, but for ``reduction`` (the reducer's task) and
-            ``gather_across_devices`` (the library's DistributedLossWrapper's).
+        settings: ``calibration_weight``, ``positive_margin``, ``negative_margin``, ``calibration_reduction``,
+            ``normalize``, ``include_self``, ``chunk_size``, ``surrogate``, ``tau``, ``rho``, ``delta``, ``start``,
+            ``offset`` and ``method``, as those of :class:`roadmap_ext.RoadmapLoss`; not ``reduction`` (the reducer's
+            task) and ``gather_across_devices`` (the library's DistributedLossWrapper's).
 
     Raises:
         TypeError: an unknown setting, or one of the wrong type.
