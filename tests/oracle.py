@@ -25,7 +25,8 @@ PUBLISHED = {
     "paper": {},
     "released": {"offset": 1.44},
     "released inat": {"start": 0.0, "offset": 1.0},
-    "2021": {"delta": 0.0, "offset": 1.44},
+    "released 2021": {"offset": 6.44},
+    "without a knee": {"delta": 0.0, "offset": 1.44},
     "soft": {"tau": 0.1, "rho": 10.0, "delta": 0.2},
     "flat tail": {"rho": 0.0},
 }

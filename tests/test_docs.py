@@ -43,7 +43,10 @@ def test_the_page_of_the_loss():
     torch.manual_seed(0)
     names = {}
     found = blocks("docs/roadmap-loss.md")
-    assert len(found) == 3
+    assert len(found) == 5
     for block in found:
         exec(block, names)
         assert names["loss"].requires_grad
+    assert 0 < names["mean_ap"] < 1
+    index = next(names["batches"](torch.arange(1000) % 50, items=4, size=64))
+    assert torch.equal((index % 50).bincount(minlength=50).sort().values, torch.tensor([0] * 34 + [4] * 16))
