@@ -1,4 +1,4 @@
-"""Train a small network to retrieve handwritten digits with roadmap_ext.ap_loss, and see what it learnt.
+"""Train a small network to retrieve handwritten digits with roadmap_ext.RoadmapLoss, and see what it learnt.
 
 scikit-learn's 1,797 scanned digits of 8 x 8 pixels come with it, so nothing is downloaded; a CPU takes seconds.
 Run it from a clone by `make demo`; it needs scikit-learn, matplotlib and tqdm. Writes digits.png. mAP@R is the mean,
@@ -57,11 +57,11 @@ def batch_scores(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
 
 def train(net: Embedding, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    loss_function = roadmap_ext.RoadmapLoss()
     with tqdm(range(steps), desc="training", unit="step") as progress:
         for _ in progress:
             batch = torch.randperm(len(images))[:batch_size].to(images.device)
-            scores, target, itself = batch_scores(net(images[batch]), labels[batch])
-            loss = roadmap_ext.ap_loss(scores, target, ignore=itself)
+            loss = loss_function(net(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -83,14 +83,14 @@ def evaluate(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def compare_speed(embeddings: Tensor, labels: Tensor) -> None:
-    """What the loss takes of a training step, beside the loop one would write by hand."""
+    """What the AP loss takes of a training step, beside the loop one would write by hand."""
     scores, target, itself = batch_scores(embeddings.detach(), labels)
     pair = paired(
         step(lambda leaf: roadmap_ext.ap_loss(leaf, target, ignore=itself), scores),
         step(lambda leaf: torch_loop(leaf, target, itself), scores),
     )
     ours, loop, ratio = (1e3 * pair.ours[-1].median, 1e3 * pair.peer[-1].median, pair.ratio[-1].median)
-    print(f"\nThe loss and its gradient, {len(labels)} x {len(labels)} scores: {ours:.2f} ms a step")
+    print(f"\nThe AP loss and its gradient, {len(labels)} x {len(labels)} scores: {ours:.2f} ms a step")
     print(f"The same in plain PyTorch, one query at a time:  {loop:.0f} ms a step ({ratio:.0f} times as long)")
 
 
