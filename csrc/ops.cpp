@@ -31,7 +31,7 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 roadmap::SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
                                          std::optional<double> offset) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
-  STD_TORCH_CHECK(tau >= 1e-37 && tau <= 1e36, "tau must lie between 1e-37 and 1e36");
+  STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
   STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
                   "rho, rho * tau and delta must be finite in float32 and not negative");
   STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
@@ -93,11 +93,13 @@ struct Input {
 // A relation from lists, and the tensors that keep its memory alive.
 struct Listed {
   std::vector<Tensor> alive;
+  std::vector<std::vector<int64_t>> spans;  // copies: what has been checked must not change through another tensor
   roadmap::Relation relation;
 
   Listed(int64_t rows, const Tensor& positive_span, const Tensor& positive_column,
          const std::optional<Tensor>& left_out_span, const std::optional<Tensor>& left_out_column,
          const std::optional<Tensor>& negative_span, const std::optional<Tensor>& negative_column, int64_t own) {
+    spans.reserve(3);  // whose addresses are handed out
     relation.positive = lists(rows, positive_span, positive_column, "positive");
     STD_TORCH_CHECK(left_out_span.has_value() == left_out_column.has_value() &&
                         negative_span.has_value() == negative_column.has_value(),
@@ -115,25 +117,27 @@ struct Listed {
                     name, "_span must be a CPU tensor [rows, 2] of int64");
     STD_TORCH_CHECK(column.is_cpu() && column.dim() == 1 && column.scalar_type() == ScalarType::Long, name,
                     "_column must be a 1-D CPU tensor of int64");
-    alive.push_back(torch::stable::contiguous(span));
-    const auto* const spans = static_cast<const int64_t*>(alive.back().const_data_ptr());
+    const Tensor dense = torch::stable::contiguous(span);
+    const auto* const first = rows ? static_cast<const int64_t*>(dense.const_data_ptr()) : nullptr;
+    spans.emplace_back(first, first + 2 * rows);
+    const std::vector<int64_t>& own = spans.back();
     for (int64_t row = 0; row < rows; ++row) {
-      STD_TORCH_CHECK(
-          0 <= spans[2 * row] && spans[2 * row] <= spans[2 * row + 1] && spans[2 * row + 1] <= column.numel(), name,
-          "_span must lie within ", name, "_column");
+      STD_TORCH_CHECK(0 <= own[2 * row] && own[2 * row] <= own[2 * row + 1] && own[2 * row + 1] <= column.numel(), name,
+                      "_span must lie within ", name, "_column");
     }
     alive.push_back(torch::stable::contiguous(column));
     // An empty tensor may have no memory, and null says that there is no such list at all.
     static const int64_t none = 0;
-    return {spans, column.numel() ? static_cast<const int64_t*>(alive.back().const_data_ptr()) : &none};
+    return {own.data(), column.numel() ? static_cast<const int64_t*>(alive.back().const_data_ptr()) : &none};
   }
 };
 
 // torch's own threads. Each starts on its own share of the tasks, so that the rows which an op wrote are in the cache
-// of the thread that reads them next, and then takes from the shares of others: rows differ in cost.
-Parallel torch_threads() {
+// of the thread that reads them next, and then takes from the shares of others: rows differ in cost. Few elements are
+// not worth waking them.
+Parallel torch_threads(int64_t elements) {
   Parallel parallel;
-  parallel.workers = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
+  parallel.workers = elements < 8192 ? 1 : static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
   const int workers = parallel.workers;
   parallel.run = [workers](int64_t tasks, const std::function<void(int64_t, int)>& task) {
     const int64_t shares = std::min<int64_t>(workers, tasks);
@@ -219,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
     T* const factors = data<T>(factor);
     std::fill(factors, factors + factor.numel(), T(1));
     void* const out = data<void>(gradient);
-    roadmap::average_precision_rows<T>(m, settings, torch_threads(),
+    roadmap::average_precision_rows<T>(m, settings, torch_threads(m.rows * m.columns),
                                        {data<T>(loss), positives.data(), out, out && half ? factors : nullptr});
     if (each) return;
     double weight = 1;
@@ -253,7 +257,7 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
       by[row] = static_cast<double>(w[weights.numel() == 1 ? 0 : row]) *
                 static_cast<double>(f[factors.numel() == 1 ? 0 : row]);
     }
-    roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, by.data(), torch_threads(),
+    roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, by.data(), torch_threads(rows * columns),
                            out.mutable_data_ptr());
   });
   return out;
@@ -267,7 +271,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     double start, std::optional<double> offset, double positive_margin, double negative_margin,
                     std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
-  STD_TORCH_CHECK(std::isfinite(positive_margin) && std::isfinite(negative_margin), "margins must be finite");
+  STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
+                  "margins must be finite in float32");
   STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D CPU tensor of float32 or float64");
@@ -295,7 +300,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   }
   dispatch(scores, [&](auto zero) {
     using T = decltype(zero);
-    roadmap::objective_rows<T>(m, settings, {ap, calibration, positive_margin, negative_margin}, torch_threads(),
+    roadmap::objective_rows<T>(m, settings, {ap, calibration, positive_margin, negative_margin},
+                               torch_threads(m.rows * m.columns),
                                {data<double>(weight), data<double>(values), want_gradient ? data<T>(scores) : nullptr});
   });
 }
@@ -307,7 +313,7 @@ void symmetrise(Tensor matrix) {
                   "matrix must be a contiguous square CPU tensor of float32 or float64");
   dispatch(matrix, [&](auto zero) {
     using T = decltype(zero);
-    roadmap::symmetrise<T>(data<T>(matrix), matrix.size(0), torch_threads());
+    roadmap::symmetrise<T>(data<T>(matrix), matrix.size(0), torch_threads(matrix.numel()));
   });
 }
 
@@ -328,7 +334,7 @@ void remove_radial(Tensor gradient, Tensor x, Tensor scale) {
     using T = decltype(zero);
     roadmap::remove_radial<T>(data<T>(gradient), static_cast<const T*>(dense.const_data_ptr()), dense.stride(0),
                               static_cast<const T*>(scale.const_data_ptr()), gradient.size(0), gradient.size(1),
-                              torch_threads());
+                              torch_threads(gradient.numel()));
   });
 }
 
@@ -358,7 +364,7 @@ Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<T
   const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
                       negative_column, own);
   Tensor counts = empty(positive_span, {rows, 2}, ScalarType::Long);
-  roadmap::count_pairs(listed.relation, rows, columns, torch_threads(), data<int64_t>(counts));
+  roadmap::count_pairs(listed.relation, rows, columns, torch_threads(rows * columns / 16), data<int64_t>(counts));
   return counts;
 }
 
@@ -376,7 +382,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
                                                                std::optional<double> offset, bool want_slope) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
-  const Parallel parallel = torch_threads();
+  const Parallel parallel = torch_threads(scores.numel());
   const std::vector<int64_t> first = first_positives(input.matrix, parallel);
   const int64_t count = first.back();
   Tensor query = empty(scores, {count}, ScalarType::Long), reference = empty(scores, {count}, ScalarType::Long);
@@ -400,7 +406,7 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
-  const Parallel parallel = torch_threads();
+  const Parallel parallel = torch_threads(scores.numel());
   const std::vector<int64_t> first = first_positives(m, parallel);
   const auto check = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 1 && t.is_cpu() && t.size(0) == first.back() && t.scalar_type() == accumulation(scores),

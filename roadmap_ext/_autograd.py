@@ -50,10 +50,20 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
         warn_reference_only()
         return "reference"
     check_kernels(inputs[0].device, method)
-    # torch would return derivatives of zero, or none, without a word.
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    if not torch.compiler.is_compiling():
+        check_no_transform(*inputs)
+    return "tiled"
+
+
+def check_no_transform(*inputs: Tensor) -> None:
+    """Raise RuntimeError inside torch.func and forward mode: torch would return derivatives of zero without a word."""
+    if torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(x).tangent is not None for x in inputs
     ):
         raise RuntimeError(_NO_TRANSFORMS)
-    return "tiled"
+
+
+def is_known_to_be_1(x: Tensor) -> bool:
+    """Whether a scalar is 1 and reading it costs nothing: not on a GPU, nor while torch traces."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
+    return plain and x.item() == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
 SMALLEST_NORM = 1e-12
 
 # Multiples of tau, 1 / tau and the settings themselves must be finite in float32.
-_SMALLEST_TAU, _LARGEST_TAU = 1e-37, 1e36
+_SMALLEST_TAU, _LARGEST_TAU = 1e-20, 1e36
 _LARGEST = 3e38
 
 
@@ -146,7 +146,7 @@ def check_chunk_size(value: object) -> None:
     """Check the number of queries a chunk; None leaves it to the library."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"chunk_size must be None or an integer, a number of queries, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"chunk_size must be at least 1, got {value}: leave it out to have it chosen")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import FirstDerivativeOnly, resolve_method
+from ._autograd import FirstDerivativeOnly, check_no_transform, is_known_to_be_1, resolve_method
 from ._checks import SMALLEST_NORM, Objective
 from ._relation import Relation
 
@@ -40,10 +40,11 @@ def embedding_loss(
     if resolve_method(method, *tensors) == "reference":
         target, ignore = relation.masks(len(tensors[-1]))
         return reference.embedding_loss(embeddings, references, target, ignore, objective)
+    rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, objective, chunk_size or 0, *relation.flat())
+        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, objective, rows, *relation.flat())
         return loss
-    values, weight, _ = _evaluate(embeddings, references, relation, objective, chunk_size or 0, (False, False))
+    values, weight, _ = _evaluate(embeddings, references, relation, objective, rows, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -74,12 +75,12 @@ class _EmbeddingLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        check_no_transform(grad_loss)
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         held, ctx.held = ctx.held, None
         if ctx.known and held is not None:
             gradients = held
-            # What the host need not wait for it knows: mostly there is nothing to multiply by.
-            if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            if not is_known_to_be_1(grad_loss):
                 for gradient in gradients:
                     gradient.mul_(grad_loss.detach())
         elif ctx.saved:
@@ -172,7 +173,7 @@ def _sweep(
     chunk_size: int,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    swept: tuple[Tensor, Tensor, Tensor] = sweep(
+    swept: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
         embeddings,
         references,
         *relation.flat(),
@@ -185,7 +186,6 @@ def _sweep(
     return swept
 
 
-@torch.library.custom_op("roadmap_ext::sweep", mutates_args=())
 def sweep(
     embeddings: Tensor,
     references: Tensor | None,
@@ -292,6 +292,7 @@ class _Side:
         self.scale: Tensor | None = None  # [n] 1 / |x|, or 0 where there is no direction
         if normalize:
             norm = torch.linalg.vector_norm(self.vectors, dim=1)
+            norm.masked_fill_(norm == torch.inf, torch.nan)  # must not pass for a vector without direction
             self.scale = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf).reciprocal_()
         self.gradient = _memory(self.vectors, self.vectors.shape if wanted else (0, 0))
 
@@ -321,8 +322,7 @@ def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> in
     return -(-max(1, queries) // chunks)
 
 
-@sweep.register_fake
-def _(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     want_embeddings, want_references = arguments[-2:]
     dtype = _compute_dtype(embeddings, references)
     return (
@@ -330,3 +330,11 @@ def _(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[T
         embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0), dtype=dtype),
         embeddings.new_empty(references.shape if references is not None and want_references else (0, 0), dtype=dtype),
     )
+
+
+# Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB.
+_LIBRARY = torch.library.Library("roadmap_ext", "FRAGMENT")
+_LIBRARY.define("sweep" + torch.library.infer_schema(sweep, mutates_args=()))
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("sweep", sweep, _key)
+torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes, lib=_LIBRARY)

@@ -29,7 +29,7 @@ def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
     below = torch.sigmoid(gap / settings.tau)
     if settings.surrogate == "smooth":
         return below
-    below = below + settings.start * (gap >= 0)
+    below = below + settings.start * (gap >= 0).to(gap.dtype)
     # A slope of 0 means a flat tail, also at an infinite gap.
     linear = settings.rho * (gap - settings.delta) if settings.rho else torch.zeros_like(gap)
     return torch.where(gap > settings.delta, linear + settings.value_above_knee(), below)
@@ -205,6 +205,7 @@ def _unit(x: Tensor) -> Tensor:
         none = torch.linalg.vector_norm(x, dim=1, keepdim=True) < SMALLEST_NORM
     x = torch.where(none, torch.zeros_like(x), x)
     norm: Tensor = torch.linalg.vector_norm(torch.where(none, torch.ones_like(x), x), dim=1, keepdim=True)
+    norm = torch.where(norm.isinf(), torch.nan, norm)  # a direction is lost, and that must not pass for a zero vector
     return x / norm
 
 
@@ -220,9 +221,10 @@ def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective:
     if objective.calibration_reduction == "per_query":
         per_positive = 1 / positive.sum(1).clamp(min=1).to(wide.dtype)
         per_negative = 1 / negative.sum(1).clamp(min=1).to(wide.dtype)
-    else:
-        per_positive = len(wide) / (positive & (below > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
-        per_negative = len(wide) / (negative & (above > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+    else:  # of the queries that are numbers: a NaN stays with its own
+        sane = ~(wide.isnan() & (positive | negative)).any(1, keepdim=True)
+        per_positive = len(wide) / (sane & positive & (below > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+        per_negative = len(wide) / (sane & negative & (above > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
     losses = [
         low[i].sum() * by_positive + high[j].sum() * by_negative + _nan_if_any(row[i | j])
         for row, low, high, i, j, by_positive, by_negative in zip(

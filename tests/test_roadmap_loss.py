@@ -3,7 +3,11 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -448,6 +452,45 @@ def test_a_nan_stays_with_its_query(normalize_):
     assert gradients(roadmap_loss(dirty, labels, normalize=normalize_), dirty)[0].isnan().any()
 
 
+@pytest.mark.parametrize("where", ["a positive", "a negative", "the query"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_nan_is_not_in_the_counts_of_others(threads, where):
+    """Hinges are averaged over the batch: over those of the queries that are numbers."""
+    torch.set_num_threads(threads)
+    x, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
+    references, ref_labels = torch.randn(20, 3), torch.arange(20) % 4
+    ids, ref_ids = torch.arange(6), torch.full((20,), 9)
+    if where == "the query":
+        x[3] = NAN
+    else:  # one that all other queries leave out
+        references[1] = NAN
+        ref_labels[1], ids, ref_ids[1] = 1 if where == "a positive" else 0, torch.tensor([7, 7, 7, 3, 7, 7]), 7
+    options = {"calibration_reduction": "violating_pairs", "reduction": "none", "negative_margin": 0.0}
+    expected = reference.roadmap_loss(x, labels, references, ref_labels, ids=ids, ref_ids=ref_ids, **options)
+    assert expected.isnan().tolist() == [False] * 3 + [True] + [False] * 2
+    for chunk_size in (None, 1, 4):
+        loss = roadmap_loss(
+            x, labels, references, ref_labels, ids=ids, ref_ids=ref_ids, chunk_size=chunk_size, **options
+        )
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+def test_infinite_similarities():
+    """They act as limits: an infinite hinge makes the loss infinite, not NaN."""
+    x, labels = torch.ones(2, 1), torch.tensor([0, 1])
+    references, ref_labels = torch.tensor([[-math.inf], [0.5], [0.1], [0.2]]), torch.tensor([0, 0, 1, 2])
+    for function in (roadmap_loss, reference.roadmap_loss):
+        loss = function(x, labels, references, ref_labels, normalize=False, calibration_weight=1.0, reduction="none")
+        torch.testing.assert_close(loss, torch.tensor([math.inf, 0.8]))
+
+
+@pytest.mark.parametrize("function", [roadmap_loss, reference.roadmap_loss])
+def test_a_norm_beyond_float32_is_no_zero_vector(function):
+    x, labels = batch(6)
+    assert function(x.detach() * 1e30, labels).isnan()
+    assert function(x.detach().double() * 1e30, labels).isfinite()
+
+
 # --- autograd, compilation, modules ----------------------------------------------------------------------------------
 
 
@@ -510,6 +553,54 @@ def test_transforms_raise():
         torch.func.grad(lambda x: roadmap_loss(x, labels))(x.detach())
     with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
         roadmap_loss(labels=labels, embeddings=torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients_raise(reduction):
+    x, labels = batch()
+    loss = roadmap_loss(x, labels, reduction=reduction)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.autograd.grad(loss, x, torch.ones(3, *loss.shape), is_grads_batched=True)
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        x = torch.randn(4, 3, requires_grad=True)
+        roadmap_loss(x, torch.zeros(4).long()).backward()
+        assert x.grad.shape == (4, 3)
+
+
+def test_the_first_call_does_not_import_the_compiler():
+    code = """if True:
+        import sys, torch, roadmap_ext
+        x = torch.randn(8, 4, requires_grad=True)
+        roadmap_ext.roadmap_loss(x, torch.arange(8) // 4).backward()
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are read from Linux's /proc")
+def test_small_gradients_do_not_split_the_heap():
+    """A process may have some 65,000 mappings, and hints to the system make more of them."""
+    labels, kept = torch.arange(16) % 8, []
+    for calls in range(400):
+        x = torch.randn(16, 256, requires_grad=True)
+        roadmap_loss(x, labels).backward()
+        kept.append(x.grad)
+        if calls == 100:
+            before = len(Path("/proc/self/maps").read_text().splitlines())
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 50
+
+
+def test_the_reference_keeps_its_dtype():
+    x, labels = batch()
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert reference.roadmap_loss(x, labels).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_inside_a_checkpoint():
@@ -747,6 +838,8 @@ class TestBadInput:
         for bad, kind in ((0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)):
             with pytest.raises(kind, match="chunk_size"):
                 roadmap_loss(x, labels, chunk_size=bad)
+        for large in (2**63, numpy.int64(40)):
+            assert torch.equal(roadmap_loss(x, labels, chunk_size=large), roadmap_loss(x, labels, chunk_size=40))
         with pytest.raises(NotImplementedError, match="gather the embeddings"):
             roadmap_loss(x, labels, gather_across_devices=True)
         with pytest.raises(TypeError, match="gather_across_devices"):
@@ -764,6 +857,13 @@ class TestBadInput:
                 ops.count_pairs(torch.tensor(bad), column, *none, -1, 2, 3)
         for columns in ([5, -7, 2**62], [2, 1, 0], [0, 0, 0]):  # nonsense, but not outside
             ops.count_pairs(span, torch.tensor(columns), *none, -1, 2, 3)
+        # Spans that the values would overwrite while they are read.
+        values = torch.zeros(4, 5, dtype=torch.float64)
+        alias = values.view(torch.int64).view(-1)[:8].view(4, 2)
+        alias.copy_(torch.tensor([[0, 3]] * 4))
+        weight, scores = torch.ones(4, 3).double(), torch.randn(4, 10000)
+        objective = (True, True, 0, 0.01, 100.0, 0.05, 0.5, None, 0.9, 0.6, None, None, True)
+        ops.objective_rows_(scores, values, alias, column, *none, 0, weight, *objective)
         with pytest.raises(RuntimeError, match="rows, 2"):
             ops.count_pairs(span, column, *none, -1, 3, 3)
         with pytest.raises(RuntimeError, match="square"):

@@ -53,6 +53,8 @@ void remove_radial(T* gradient, const T* x, int64_t stride, const T* scale, int6
 
 void use_large_pages(void* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
+  // Small memory comes from the heap, which such hints would split into more mappings than a process may have.
+  if (bytes < (int64_t(1) << 22)) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / page * page;

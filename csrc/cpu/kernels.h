@@ -23,7 +23,8 @@ struct KahanSum {
 
   void add(double x) {
     const double part = x - lost, next = sum + part;
-    lost = (next - sum) - part;
+    const double error = (next - sum) - part;
+    lost = error == error ? error : 0;  // an infinite sum has lost nothing
     sum = next;
   }
 };

@@ -5,6 +5,18 @@
 
 namespace roadmap {
 
+namespace {
+
+// MurmurHash3's finaliser: every bit of a label moves every bit of its slot, so that no step between labels is a bad
+// one.
+uint64_t mixed(uint64_t x) {
+  x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCDu;
+  x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53u;
+  return x ^ (x >> 33);
+}
+
+}  // namespace
+
 void equal_lists(const int64_t* values, int64_t rows, const int64_t* references, int64_t columns, int64_t* span,
                  int64_t* column) {
   // A table of classes by their label, open addressing, at most half full.
@@ -15,7 +27,7 @@ void equal_lists(const int64_t* values, int64_t rows, const int64_t* references,
   std::vector<int64_t> slot_class(slots, kFree), label, size, begin;
   // Where a label stands, or where it would.
   const auto find = [&](int64_t value) {
-    int64_t slot = static_cast<int64_t>((static_cast<uint64_t>(value) * 0x9E3779B97F4A7C15u) >> (64 - bits));
+    int64_t slot = static_cast<int64_t>(mixed(static_cast<uint64_t>(value)) >> (64 - bits));
     while (slot_class[slot] != kFree && label[slot_class[slot]] != value) slot = (slot + 1) & (slots - 1);
     return slot;
   };

@@ -108,7 +108,7 @@ class Pass {
       row.nan |= found.score[k] != found.score[k];
     }
     // A NaN has no place in an order; such a row is not computed at all.
-    if (!row.nan) std::sort(row.order.begin(), row.order.end());
+    if (!row.nan && objective_.ap) std::sort(row.order.begin(), row.order.end());
     Positives<T>& p = row.p;
     p.score.resize(size);
     p.exponential.resize(size);
@@ -125,7 +125,7 @@ class Pass {
     row.slope.assign(size, 0.0);
     row.gradient.resize(size);
     p.groups.clear();
-    if (row.nan) return;
+    if (row.nan || !objective_.ap) return;
     // Few positives share their exponentials over all the range there is; with many, pairs count for more, and a narrow
     // group skips more of them.
     const T span = size <= kSparse ? settings_.group_span : settings_.group_span / 2;
@@ -316,8 +316,9 @@ HingeSum positive_hinges(const Row<T>& row, const Objective& objective) {
   HingeSum hinges;
   KahanSum sum;
   const T margin = static_cast<T>(objective.positive_margin);
-  for (int64_t i = 0; !row.nan && i < row.size() && row.p.score[i] < margin; ++i) {
-    sum.add(objective.positive_margin - static_cast<double>(row.p.score[i]));
+  for (const T score : row.p.score) {
+    if (!(score < margin)) continue;
+    sum.add(objective.positive_margin - static_cast<double>(score));
     ++hinges.count;
   }
   hinges.sum = sum.sum;
@@ -545,10 +546,13 @@ void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Ob
         const double nan = std::numeric_limits<double>::quiet_NaN();
         value[0] = objective.ap ? ap_weights(row, pass.smooth()) : row.nan ? nan : 0;
         if (!objective.calibration) return;
-        const HingeSum below = positive_hinges(row, objective), above = negative_hinges(row, objective);
+        // Nothing of a row with a NaN counts: what it has summed depends on where it met the NaN.
+        const HingeSum none = {nan, 0};
+        const HingeSum below = row.nan ? none : positive_hinges(row, objective);
+        const HingeSum above = row.nan ? none : negative_hinges(row, objective);
         row.negative_hinges = above.count;
-        value[1] = row.nan ? nan : below.sum;
-        value[2] = row.nan ? nan : above.sum;
+        value[1] = below.sum;
+        value[2] = above.sum;
         value[3] = static_cast<double>(below.count);
         value[4] = static_cast<double>(above.count);
       },

@@ -16,8 +16,10 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/embeddings.h"
 #include "../../csrc/cpu/half.h"
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/relation.h"
 
 using namespace roadmap;
 
@@ -100,7 +102,7 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
   const Matrix m = {scores.data(), type, rows, columns, columns, masks};
   const bool half = std::is_same_v<S, uint16_t>;
   for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
-    const double taus[] = {0.01, 1e-37, 1e30};
+    const double taus[] = {0.01, 1e-20, 1e30};
     const SurrogateSettings settings = {
         surrogate, taus[seed / 8 % 3], seed % 5 ? 100.0 : 0.0, seed % 7 ? 0.05 : 0.0, 0.5, 1.49};
     std::vector<T> first_loss;
@@ -239,6 +241,49 @@ void check_objective(ScoreType type, int64_t rows, int64_t columns, unsigned see
   }
 }
 
+// What surrounds the matrix products.
+template <typename T>
+void check_embeddings(int64_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(-1, 1)(random); };
+  std::vector<T> original(n * n);
+  for (T& value : original) value = static_cast<T>(uniform());
+  Guarded<T> matrix(n * n), x(n * n), scale(n);
+  for (int workers : {1, 3}) {
+    std::copy(original.begin(), original.end(), matrix.data());
+    symmetrise<T>(matrix.data(), n, threads(workers));
+    for (int64_t i = 0; i < n * n; ++i) {
+      expect(matrix[i] == original[i] + original[i % n * n + i / n], "a matrix and its transpose");
+    }
+    for (int64_t i = 0; i < n; ++i) scale[i] = i % 5 ? static_cast<T>(1.0 / (1 + i)) : T(0);
+    for (int64_t i = 0; i < n * n; ++i) x[i] = static_cast<T>(uniform());
+    std::copy(original.begin(), original.end(), matrix.data());
+    remove_radial<T>(matrix.data(), x.data(), n, scale.data(), n, n, threads(workers));
+    for (int64_t i = 0; i < n; ++i) {
+      double dot = 0;
+      for (int64_t j = 0; j < n; ++j) dot += static_cast<double>(original[i * n + j]) * x[i * n + j];
+      for (int64_t j = 0; j < n; ++j) {
+        const double expected = original[i * n + j] - x[i * n + j] * dot * scale[i] * scale[i];
+        expect(std::fabs(matrix[i * n + j] - expected) < 1e-4, "the radial part is removed");
+      }
+    }
+  }
+  use_large_pages(matrix.data(), static_cast<int64_t>(n * n * sizeof(T)));
+
+  Guarded<int64_t> values(n), references(2 * n), span(2 * n), column(2 * n);
+  const uint64_t steps[] = {1, 102334155, uint64_t(1) << 54, 0x9E3779B97F4A7C15u};
+  for (int64_t i = 0; i < 2 * n; ++i) references[i] = static_cast<int64_t>(random() % (n + 1) * steps[seed % 4]);
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<int64_t>(random() % (n + 1) * steps[seed % 4]);
+  equal_lists(values.data(), n, references.data(), 2 * n, span.data(), column.data());
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t at = span[2 * i];
+    for (int64_t j = 0; j < 2 * n; ++j) {
+      if (references[j] == values[i]) expect(at < span[2 * i + 1] && column[at++] == j, "a list has what is equal");
+    }
+    expect(at == span[2 * i + 1], "and nothing else");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -260,6 +305,11 @@ int main() {
   check_objective<float>(ScoreType::kFloat, 2, 140001, 2);
   check_objective<float>(ScoreType::kFloat, 2, 140001, 10);
   cases += 2;
+  for (int64_t n : {1, 7, 16, 17, 31, 32, 33, 65, 130}) {
+    check_embeddings<float>(n, seed++);
+    check_embeddings<double>(n, seed++);
+    cases += 2;
+  }
   std::printf("%s: %u cases, %d failures\n", instruction_set().name, cases + 2, failures);
   return failures != 0;
 }
