@@ -57,8 +57,10 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
 
 def check_no_transform(*inputs: Tensor) -> None:
     """Raise RuntimeError inside torch.func and forward mode: torch would return derivatives of zero without a word."""
-    if torch._C._are_functorch_transforms_active() or any(
-        forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    if (
+        torch._C._are_functorch_transforms_active()
+        or any(torch._C._functorch.is_legacy_batchedtensor(x) for x in inputs)  # autograd's is_grads_batched
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     ):
         raise RuntimeError(_NO_TRANSFORMS)
 
