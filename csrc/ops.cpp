@@ -338,9 +338,11 @@ void remove_radial(Tensor gradient, Tensor x, Tensor scale) {
   });
 }
 
-void use_large_pages(Tensor memory) {
+void populate(Tensor memory) {
   STD_TORCH_CHECK(memory.is_cpu() && memory.is_contiguous(), "memory must be a contiguous CPU tensor");
-  if (memory.numel()) roadmap::use_large_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+  const int64_t bytes = memory.numel() * memory.element_size();
+  // Smaller memory comes from the heap, mostly with its pages.
+  if (bytes >= int64_t(1) << 22) roadmap::populate(memory.mutable_data_ptr(), bytes, torch_threads(memory.numel()));
 }
 
 std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
@@ -442,7 +444,7 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
-  m.def("use_large_pages_(Tensor(a!) memory) -> ()");
+  m.def("populate_(Tensor(a!) memory) -> ()");
   m.def(
       "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
       "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
@@ -462,7 +464,7 @@ STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("equal_lists", TORCH_BOX(&equal_lists));
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));
   m.impl("remove_radial_", TORCH_BOX(&remove_radial));
-  m.impl("use_large_pages_", TORCH_BOX(&use_large_pages));
+  m.impl("populate_", TORCH_BOX(&populate));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));

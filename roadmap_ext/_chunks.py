@@ -11,6 +11,7 @@ losses, and is one opaque op to torch.compile. What a reduction needs is put tog
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -233,7 +234,7 @@ def sweep(
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
         step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
-        buffer = _memory(others.vectors, (min(step, rows), columns))
+        buffer = _chunk(others.vectors, min(step, rows), columns)
         for begin in range(0, rows, step):
             chunk = slice(begin, min(begin + step, rows))
             vectors = queries.vectors[chunk]
@@ -309,11 +310,30 @@ class _Side:
 
 
 def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of the dtype and on the device of another."""
+    """An uninitialised tensor of the dtype and on the device of another, with its pages."""
     memory = like.new_empty(shape)
     if memory.device.type == "cpu":
-        torch.ops.roadmap_ext.use_large_pages_(memory)
+        torch.ops.roadmap_ext.populate_(memory)
     return memory
+
+
+_kept = threading.local()
+
+
+def _chunk(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for a chunk of scores, [rows, columns]; on the CPU the last one again, if it is large enough.
+
+    The C library gives large memory back to the system each time, and to get it anew costs a tenth of the products.
+    """
+    size = rows * columns
+    if like.device.type != "cpu" or size * like.element_size() > _BUDGET["cpu"]:
+        return _memory(like, (rows, columns))
+    kept = getattr(_kept, "chunk", None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < size:
+        _kept.chunk = None  # before there is another
+        with torch.inference_mode(False):  # which later calls could not write to what it made
+            _kept.chunk = kept = _memory(like, (size,))
+    return kept[:size].view(rows, columns)
 
 
 def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:

@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy
@@ -295,6 +296,34 @@ def test_without_grad_nothing_is_kept():
     assert not loss.requires_grad
     torch.testing.assert_close(loss, roadmap_loss(x, labels).detach())
     assert not roadmap_loss(x.detach(), labels).requires_grad
+
+
+def test_memory_that_is_kept_serves_all_calls():
+    """Of another size, dtype and grad mode; each thread has its own."""
+    x, labels = batch(30, 8)
+    _chunks._kept.__dict__.clear()
+    with torch.inference_mode():
+        expected = roadmap_loss(x, labels)
+    assert _chunks._kept.chunk.numel() == 900
+    assert torch.equal(roadmap_loss(x, labels).detach(), expected)
+    assert torch.equal(
+        roadmap_loss(x.double(), labels).float().detach(), reference.roadmap_loss(x.double(), labels).float()
+    )
+    assert torch.equal(roadmap_loss(x[:7], labels[:7], x, labels).detach(), roadmap_loss(x[:7], labels[:7], x, labels))
+    results = [None] * 4
+
+    def work(i):
+        results[i] = [gradients(roadmap_loss(x, labels, negative_margin=0.1 * i), x)[0] for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, result in enumerate(results):
+        alone = gradients(roadmap_loss(x, labels, negative_margin=0.1 * i), x)[0]
+        for gradient in result:
+            torch.testing.assert_close(gradient, alone, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -681,7 +710,7 @@ def test_opcheck():
         ),
         (ops.symmetrise_, (x @ x.T,)),
         (ops.remove_radial_, (x.clone(), x, scale)),
-        (ops.use_large_pages_, (x.clone(),)),
+        (ops.populate_, (x.clone(),)),
         (ops.sweep, (x, None, *relation.flat(), weight, *objective.for_op(), True, 4, True, False)),
         (ops.sweep, (x, x[:5].clone(), *relation.flat()[:6], False, weight, *objective.for_op(), True, 0, False, True)),
     ]

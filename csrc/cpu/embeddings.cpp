@@ -51,17 +51,21 @@ void remove_radial(T* gradient, const T* x, int64_t stride, const T* scale, int6
   });
 }
 
-void use_large_pages(void* begin, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  // Small memory comes from the heap, which such hints would split into more mappings than a process may have.
-  if (bytes < (int64_t(1) << 22)) return;
+void populate(void* begin, int64_t bytes, const Parallel& parallel) {
+#if defined(__linux__)
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14, which older headers lack
+  constexpr uintptr_t kPiece = uintptr_t(1) << 21;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first >= last) return;
+  parallel.run(static_cast<int64_t>((last - first + kPiece - 1) / kPiece), [&](int64_t piece, int) {
+    const uintptr_t at = first + static_cast<uintptr_t>(piece) * kPiece;
+    // Where the system refuses, pages come one by one as ever.
+    (void)madvise(reinterpret_cast<void*>(at), std::min(kPiece, last - at), kPopulateWrite);
+  });
 #else
-  (void)begin;
-  (void)bytes;
+  (void)begin, (void)bytes, (void)parallel;
 #endif
 }
 
