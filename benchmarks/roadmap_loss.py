@@ -90,7 +90,14 @@ class Plan:
 
 
 PLAN = Plan(
-    speed=[Case(1024, 1024, 512), Case(4096, 4096, 512), Case(512, 16384, 512)],
+    # The goals are for D = 512; the others show what a small batch and a large one take.
+    speed=[
+        Case(128, 128, 128),
+        Case(1024, 1024, 512),
+        Case(4096, 4096, 512),
+        Case(512, 16384, 512),
+        Case(8192, 8192, 128),
+    ],
     settings=Case(1024, 1024, 512),
     peers=[Case(1024, 1024, 512), Case(4096, 4096, 512)],
     memory=Case(8192, 8192, 128),

@@ -42,10 +42,13 @@ def embedding_loss(
         target, ignore = relation.masks(len(tensors[-1]))
         return reference.embedding_loss(embeddings, references, target, ignore, objective)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
+    counts = torch.ops.roadmap_ext.count_pairs(
+        *relation.tensors(), 0 if relation.own else -1, len(embeddings), len(tensors[-1])
+    )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, objective, rows, *relation.flat())
+        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, counts, objective, rows, *relation.flat())
         return loss
-    values, weight, _ = _evaluate(embeddings, references, relation, objective, rows, (False, False))
+    values, weight, _ = _evaluate(embeddings, references, relation, counts, objective, rows, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -57,13 +60,14 @@ class _EmbeddingLoss(torch.autograd.Function):
         ctx: Any,
         embeddings: Tensor,
         references: Tensor | None,
+        counts: Tensor,
         objective: Objective,
         chunk_size: int,
         *relation: Any,
     ) -> Tensor:
         pairs = Relation.from_flat(*relation)
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        values, weight, gradients = _evaluate(embeddings, references, pairs, objective, chunk_size, wants)
+        values, weight, gradients = _evaluate(embeddings, references, pairs, counts, objective, chunk_size, wants)
         ctx.objective, ctx.chunk_size, ctx.own = objective, chunk_size, pairs.own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
         ctx.known = objective.reduction != "none"
@@ -113,40 +117,41 @@ def _evaluate(
     embeddings: Tensor,
     references: Tensor | None,
     relation: Relation,
+    counts: Tensor,
     objective: Objective,
     chunk_size: int,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Values [B, 5] of the rows, their weights [B, 3] in the loss, and the gradients that forward can know."""
-    rows, columns = len(embeddings), len(embeddings if references is None else references)
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0 if relation.own else -1, rows, columns)
     if objective.reduction == "none":
         wants = (False, False)
     if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
-        weight = _weights(counts, counts.clamp(min=1), objective)
+        weight = _weights(counts, None, objective)
         values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
         return values, weight, gradients
-    unknown = counts.new_zeros((rows, 3), dtype=torch.float64)
+    unknown = _weights(counts, None, objective) * 0
     values, *gradients = _sweep(embeddings, references, relation, objective, unknown, chunk_size, (False, False))
-    violating = values[:, 3:].sum(0, keepdim=True).clamp(min=1)
-    weight = _weights(counts, violating / max(rows, 1), objective)
+    weight = _weights(counts, values[:, 3:].sum(0, keepdim=True), objective)
     if any(wants):
         _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
     return values, weight, gradients
 
 
-def _weights(counts: Tensor, hinges: Tensor, objective: Objective) -> Tensor:
+def _weights(counts: Tensor, violating: Tensor | None, objective: Objective) -> Tensor:
     """What a row's AP loss and its sums of positive and negative hinges weigh in the loss, [B, 3] float64.
 
-    counts [B, 2]: positives and negatives of a row. hinges [B or 1, 2]: over how many a row's hinges are averaged.
+    counts [B, 2]: positives and negatives of a row. violating [1, 2]: over how many hinges of the whole batch each kind
+    is averaged; None: over those of each row.
     """
-    rows = len(counts)
+    # Numbers of rows as tensors: torch.compile of 2.11 fails on symbolic ones inside an autograd Function.
+    rows = torch.ones_like(counts[:, :1]).sum().clamp(min=1).double()
     mean = objective.reduction == "mean"
     # AP's mean leaves out queries without a positive, calibration's does not.
-    ranked = (counts[:, :1] > 0).sum().clamp(min=1) if mean else counts.new_ones(())
-    share = objective.calibration_weight / (max(rows, 1) if mean else 1)
-    ap = ((1 - objective.calibration_weight) / ranked.double()).expand(rows, 1)
-    return torch.cat([ap, (share / hinges.double()).expand(rows, 2)], dim=1)
+    ranked = (counts[:, :1] > 0).sum().clamp(min=1) if mean else torch.ones_like(rows)
+    ap = (1 - objective.calibration_weight) / ranked.double()
+    hinges = counts.clamp(min=1).double() if violating is None else violating.clamp(min=1) / rows
+    calibration = objective.calibration_weight / ((rows if mean else 1) * hinges)
+    return torch.cat([ap.expand_as(counts[:, :1]), calibration.expand_as(counts)], dim=1)
 
 
 def _reduced(
@@ -154,7 +159,8 @@ def _reduced(
 ) -> Tensor:
     loss = (values[:, :3] * weight).sum(1)
     loss = loss if objective.reduction == "none" else loss.sum()
-    return loss.to(_compute_dtype(embeddings, references))
+    # A copy in any case: torch.compile of 2.11 loses the gradient of a Function's result that may be returned as it is.
+    return loss.to(_compute_dtype(embeddings, references), copy=True)
 
 
 def _compute_dtype(embeddings: Tensor, references: Tensor | None) -> torch.dtype:

@@ -655,12 +655,11 @@ def test_compile(reduction, calibration_reduction):
     torch._dynamo.reset()  # its limit of recompilations is for all cases of this test
     options = {"reduction": reduction, "calibration_reduction": calibration_reduction}
     compiled = torch.compile(lambda *inputs: roadmap_loss(*inputs, **options), fullgraph=True)
-    for n in (40, 33):
-        x, labels = batch(n)
-        references, ref_labels = batch(50)
-        loss, expected = (
-            f(x, labels, references, ref_labels) for f in (compiled, lambda *i: roadmap_loss(*i, **options))
-        )
+    for n, dtype in ((40, torch.float32), (33, torch.float32), (33, torch.float64)):
+        x, labels = batch(n, dtype=dtype)
+        references, ref_labels = batch(50, dtype=dtype)
+        loss = compiled(x, labels, references, ref_labels)
+        expected = roadmap_loss(x, labels, references, ref_labels, **options)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(gradients(loss, x, references), gradients(expected, x, references))
         loss, expected = compiled(x, labels), roadmap_loss(x, labels, **options)
@@ -688,7 +687,7 @@ def test_opcheck():
     objective = reference.make_objective(
         reference.make_settings("sup", 0.01, 100.0, 0.05, 0.5, None), 0.5, 0.9, 0.6, "per_query", True, "mean"
     )
-    weight = _chunks._weights(counts, counts.clamp(min=1), objective)
+    weight = _chunks._weights(counts, None, objective)
     ops = torch.ops.roadmap_ext
     scale = torch.ones(10)
     cases = [
