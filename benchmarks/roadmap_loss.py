@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,7 @@ def fastap(case: Case) -> Side:
 
 
 def fastap_installed() -> bool:
-    try:
-        import pytorch_metric_learning  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("pytorch_metric_learning") is not None
 
 
 METHODS: dict[str, Callable[[Case], Side]] = {OURS: ours, LOOP: loop, FASTAP: fastap}

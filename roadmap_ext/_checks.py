@@ -126,6 +126,41 @@ def make_objective(
     )
 
 
+def make_embedding_objective(
+    *,
+    calibration_weight: float = 0.5,
+    positive_margin: float = 0.9,
+    negative_margin: float = 0.6,
+    calibration_reduction: str = "per_query",
+    normalize: bool = True,
+    include_self: bool = False,
+    chunk_size: int | None = None,
+    gather_across_devices: bool = False,
+    surrogate: str = "sup",
+    tau: float = 0.01,
+    rho: float = 100.0,
+    delta: float = 0.05,
+    start: float = 0.5,
+    offset: float | None = None,
+    reduction: str = "mean",
+    method: str = "auto",
+) -> Objective:
+    """Check every setting of the embedding losses, and return those that say what is computed."""
+    one_of("method", method, METHODS)
+    check_flag("include_self", include_self)
+    check_chunk_size(chunk_size)
+    check_single_device(gather_across_devices)
+    return make_objective(
+        make_settings(surrogate, tau, rho, delta, start, offset),
+        calibration_weight,
+        positive_margin,
+        negative_margin,
+        calibration_reduction,
+        normalize,
+        reduction,
+    )
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a bool."""
     if not isinstance(value, bool):

@@ -17,12 +17,9 @@ from ._checks import (
     METHODS,
     REDUCTIONS,
     Settings,
-    check_chunk_size,
     check_embeddings,
-    check_flag,
     check_scores,
-    check_single_device,
-    make_objective,
+    make_embedding_objective,
     make_settings,
     one_of,
 )
@@ -299,19 +296,24 @@ def roadmap_loss(
         >>> print(f"{loss.item():.4f}")
         0.3336
     """
-    one_of("method", method, METHODS)
-    objective = make_objective(
-        make_settings(surrogate, tau, rho, delta, start, offset),
-        calibration_weight,
-        positive_margin,
-        negative_margin,
-        calibration_reduction,
-        normalize,
-        reduction,
+    objective = make_embedding_objective(
+        calibration_weight=calibration_weight,
+        positive_margin=positive_margin,
+        negative_margin=negative_margin,
+        calibration_reduction=calibration_reduction,
+        normalize=normalize,
+        include_self=include_self,
+        chunk_size=chunk_size,
+        gather_across_devices=gather_across_devices,
+        surrogate=surrogate,
+        tau=tau,
+        rho=rho,
+        delta=delta,
+        start=start,
+        offset=offset,
+        reduction=reduction,
+        method=method,
     )
-    check_flag("include_self", include_self)
-    check_chunk_size(chunk_size)
-    check_single_device(gather_across_devices)
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     alone = ref_emb is None or ref_emb is embeddings
     relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)

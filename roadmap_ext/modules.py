@@ -8,16 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ._checks import (
-    METHODS,
-    REDUCTIONS,
-    check_chunk_size,
-    check_flag,
-    check_single_device,
-    make_objective,
-    make_settings,
-    one_of,
-)
+from ._checks import METHODS, REDUCTIONS, make_embedding_objective, make_settings, one_of
 from .functional import ap_loss, roadmap_loss
 
 
@@ -94,7 +85,7 @@ class _EmbeddingLoss(nn.Module):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        check_embedding_settings(**self._fixed, **settings)
+        make_embedding_objective(**self._fixed, **settings)  # for what it raises
         self._names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -130,41 +121,6 @@ class _EmbeddingLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, as they were given."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
-
-
-def check_embedding_settings(
-    *,
-    calibration_weight: float = 0.5,
-    positive_margin: float = 0.9,
-    negative_margin: float = 0.6,
-    calibration_reduction: str = "per_query",
-    normalize: bool = True,
-    include_self: bool = False,
-    chunk_size: int | None = None,
-    gather_across_devices: bool = False,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
-    method: str = "auto",
-) -> None:
-    """Raise what :func:`roadmap_ext.roadmap_loss` would raise for these settings."""
-    one_of("method", method, METHODS)
-    make_objective(
-        make_settings(surrogate, tau, rho, delta, start, offset),
-        calibration_weight,
-        positive_margin,
-        negative_margin,
-        calibration_reduction,
-        normalize,
-        reduction,
-    )
-    check_flag("include_self", include_self)
-    check_chunk_size(chunk_size)
-    check_single_device(gather_across_devices)
 
 
 class RoadmapLoss(_EmbeddingLoss):

@@ -15,9 +15,8 @@ from ._checks import (
     Objective,
     Settings,
     check_embeddings,
-    check_flag,
     check_scores,
-    make_objective,
+    make_embedding_objective,
     make_settings,
     one_of,
 )
@@ -161,11 +160,21 @@ def roadmap_loss(
 
     Arguments (but ``method``, ``chunk_size`` and ``gather_across_devices``), result and errors are the same.
     """
-    settings = make_settings(surrogate, tau, rho, delta, start, offset)
-    objective = make_objective(
-        settings, calibration_weight, positive_margin, negative_margin, calibration_reduction, normalize, reduction
+    objective = make_embedding_objective(
+        calibration_weight=calibration_weight,
+        positive_margin=positive_margin,
+        negative_margin=negative_margin,
+        calibration_reduction=calibration_reduction,
+        normalize=normalize,
+        include_self=include_self,
+        surrogate=surrogate,
+        tau=tau,
+        rho=rho,
+        delta=delta,
+        start=start,
+        offset=offset,
+        reduction=reduction,
     )
-    check_flag("include_self", include_self)
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     target = labels.long()[:, None] == (labels if ref_labels is None else ref_labels).long()[None]
     ignore = torch.zeros_like(target)

@@ -259,9 +259,8 @@ def test_trained_and_untrained_embeddings(surrogate, noise):
 @given(data=st.data())
 def test_any_structure(data):
     """float64 against the reference, whatever labels, ids, settings and chunks."""
-    integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    n, references = integers(1, 12), data.draw(st.none() | st.integers(0, 20))
-    torch.manual_seed(integers(0, 1000))
+    n, references = data.draw(st.integers(1, 12)), data.draw(st.none() | st.integers(0, 20))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
     label = st.integers(-3, 3)
     count = n if references is None else references
     problem = Problem(

@@ -1,6 +1,7 @@
 """What roadmap_loss and its modules promise beyond accuracy: relations, dtypes, memory, autograd, compiling, errors."""
 
 import copy
+import inspect
 import math
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from roadmap_ext import (
     RoadmapLoss,
     SmoothAPLoss,
     SupAPLoss,
+    _checks,
     _chunks,
     _relation,
     reference,
@@ -526,18 +528,15 @@ def test_a_norm_beyond_float32_is_no_zero_vector(function):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("calibration_reduction", CALIBRATIONS)
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-def test_gradcheck(surrogate, calibration_reduction, reduction):
+@pytest.mark.parametrize("normalize_", [True, False])
+def test_gradcheck(normalize_, surrogate, calibration_reduction, reduction):
     x, labels = batch(9, 4, 3, torch.float64)
     references, ref_labels = batch(7, 4, 3, torch.float64)
     options = {"surrogate": surrogate, "calibration_reduction": calibration_reduction, "reduction": reduction}
-    # A wide temperature: the reduction of finite differences is 1e-6.
-    options |= {"tau": 0.5, "rho": 2.0, "delta": 0.3, "negative_margin": 0.1}
-    for normalize_ in (True, False):
-        assert gradcheck(lambda x: roadmap_loss(x, labels, normalize=normalize_, **options), x)  # noqa: B023
-        assert gradcheck(
-            lambda x, r: roadmap_loss(x, labels, r, ref_labels, normalize=normalize_, chunk_size=4, **options),  # noqa: B023
-            (x, references),
-        )
+    # A wide temperature: finite differences of 1e-6 see no curvature.
+    options |= {"tau": 0.5, "rho": 2.0, "delta": 0.3, "negative_margin": 0.1, "normalize": normalize_}
+    assert gradcheck(lambda x: roadmap_loss(x, labels, **options), x)
+    assert gradcheck(lambda x, r: roadmap_loss(x, labels, r, ref_labels, chunk_size=4, **options), (x, references))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -684,9 +683,7 @@ def test_opcheck():
     x = x.detach()
     relation = _relation.from_labels(labels, labels, labels, labels + 1, True, False)
     counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0, 10, 10)
-    objective = reference.make_objective(
-        reference.make_settings("sup", 0.01, 100.0, 0.05, 0.5, None), 0.5, 0.9, 0.6, "per_query", True, "mean"
-    )
+    objective = _checks.make_embedding_objective()
     weight = _chunks._weights(counts, None, objective)
     ops = torch.ops.roadmap_ext
     scale = torch.ones(10)
@@ -715,6 +712,21 @@ def test_opcheck():
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_defaults_agree():
+    """They are spelled out at each function and module, for help() and type checkers, and are the same everywhere."""
+    defaults = inspect.signature(roadmap_loss).parameters
+    surrogate = inspect.signature(roadmap_ext.ap_loss).parameters
+    others = [*MODULES, reference.roadmap_loss, _checks.make_embedding_objective]
+    for other in others:
+        own = inspect.signature(other).parameters
+        assert {name: own[name].default for name in own} == {name: defaults[name].default for name in own}, other
+    for name in ("surrogate", "tau", "rho", "delta", "start", "offset", "reduction", "method"):
+        assert surrogate[name].default == defaults[name].default
+    assert set(inspect.signature(RoadmapLoss).parameters) == set(defaults) - {
+        "embeddings", "labels", "ref_emb", "ref_labels", "ids", "ref_ids"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

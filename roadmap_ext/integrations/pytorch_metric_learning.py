@@ -41,11 +41,11 @@ except ModuleNotFoundError as error:
     if error.name != "pytorch_metric_learning":
         raise
     _check_version(None)
-_check_version(pytorch_metric_learning.__version__)
-
-from pytorch_metric_learning import losses  # noqa: E402
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity  # noqa: E402
-from pytorch_metric_learning.reducers import DivisorReducer, MeanReducer, MultipleReducers  # noqa: E402
+else:
+    _check_version(pytorch_metric_learning.__version__)
+    from pytorch_metric_learning import losses
+    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+    from pytorch_metric_learning.reducers import DivisorReducer, MeanReducer, MultipleReducers
 
 __all__ = ["CalibrationLoss", "CrossBatchMemory", "RoadmapLoss", "SmoothAPLoss", "SupAPLoss"]
 
@@ -326,12 +326,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         self,
         embeddings: Tensor,
         labels: Tensor,
-        E_mem: Tensor,  # noqa: N803
-        L_mem: Tensor,  # noqa: N803
+        memory: Tensor,
+        known: Tensor,
         input_indices_tuple: Indices | None,
         do_remove_self_comparisons: bool,
     ) -> Indices | _AllButCopies | None:
-        """What the loss gets as its indices_tuple.
+        """What the loss gets as its indices_tuple, for a memory [M, D] of known labels [M].
 
         Raises:
             ValueError: the caller's ``indices_tuple``, which as in the library holds places in the memory, is out of
@@ -339,15 +339,15 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """
         if not isinstance(self.loss, _PairLoss):
             pairs: Indices = super().create_indices_tuple(
-                embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+                embeddings, labels, memory, known, input_indices_tuple, do_remove_self_comparisons
             )
             return pairs
         if input_indices_tuple is not None:
-            _check_labels_agree(input_indices_tuple, embeddings, labels, E_mem, L_mem)
+            _check_labels_agree(input_indices_tuple, embeddings, labels, memory, known)
         copy = self.curr_batch_idx if do_remove_self_comparisons else None
         if self.miner is None:  # every pair, so that the caller's are among them
             return None if copy is None else _AllButCopies(copy)
-        pairs = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, False)
+        pairs = super().create_indices_tuple(embeddings, labels, memory, known, input_indices_tuple, False)
         return pairs if copy is None else _without_copies(pairs, copy)
 
 
