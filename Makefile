@@ -33,7 +33,8 @@ endif
 PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
-TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3'
+TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
+TOOLS_train := scikit-learn matplotlib tqdm pillow
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_bench := matplotlib
 TOOLS_lint := ruff mypy clang-format
@@ -43,12 +44,13 @@ export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
 
-.PHONY: help build test demo bench lint asan clean FORCE
+.PHONY: help build test demo train bench lint asan clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make demo     train an embedding with the loss and draw what comes of it"
+	@echo "make train    train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
 	@echo "make test     the tests, with their coverage"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make bench    time and memory against plain PyTorch"
@@ -59,7 +61,7 @@ help:
 	@echo "PYTHON=python3.12     the Python, 3.10 or newer, that .venv is made with"
 	@echo "VENV=path             use this environment and its torch, 2.11 or newer, instead of .venv"
 	@echo "TORCH_ARGS='...'      options for pip when it installs torch into .venv, such as --index-url"
-	@echo "ARGS='...'            options for what demo, test and bench run"
+	@echo "ARGS='...'            options for what demo, train, test and bench run"
 	@echo "FORCE_CUDA=1 or 0     demand the CUDA kernels, or leave them out"
 
 build: $(BUILT)
@@ -70,6 +72,9 @@ test: $(BUILT) $(MADE)/test
 
 demo: $(BUILT) $(MADE)/demo
 	@$(PY) examples/digits.py $(ARGS)
+
+train: $(BUILT) $(MADE)/train
+	@$(PY) examples/train_retrieval.py $(ARGS)
 
 bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)

@@ -1,0 +1,116 @@
+"""Which images a step trains on, and how they are distorted: functions of the seed and the step alone.
+
+Nothing here remembers anything, so a run that goes on from step 1,000 needs to know no more than that number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import InputError
+from .images import Images
+
+
+def seed_of(purpose: str, seed: int, step: int) -> int:
+    """A seed for one purpose at one step, unlike those of all others."""
+    digest = hashlib.blake2b(f"{purpose}, {seed}, {step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(purpose: str, seed: int, step: int) -> torch.Generator:
+    """Random numbers for one purpose at one step; on the CPU, so that they are the same for every device."""
+    return torch.Generator().manual_seed(seed_of(purpose, seed, step))
+
+
+class PerClassBatches:
+    """Batches of ``per_class`` images of each of some classes; the last class of a batch may have fewer, but not one.
+
+    Classes are drawn without repetition, and so are the images of a class as far as it has enough; from then on they
+    come again.
+
+    Args:
+        labels: [n] int64, 0 to the number of classes.
+        per_class: None for 4, or as many as it takes to fill a batch from all classes.
+
+    Raises:
+        InputError: a batch cannot be filled so.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, per_class: int | None, seed: int) -> None:
+        self._images = [(labels == label).nonzero().flatten() for label in range(int(labels.max()) + 1)]
+        classes = len(self._images)
+        self.per_class = max(4, -(-batch_size // classes)) if per_class is None else per_class
+        self.batch_size, self._seed = batch_size, seed
+        self._classes = -(-batch_size // self.per_class)
+        if self._classes > classes:
+            raise InputError(
+                f"a batch of {batch_size:,} with {self.per_class} images a class takes {self._classes:,} classes, and "
+                f"there are {classes:,} to train on: --per-class {-(-batch_size // classes)}, or a --batch-size of at "
+                f"most {classes * self.per_class:,}"
+            )
+        if batch_size % self.per_class == 1:
+            raise InputError(
+                f"a batch of {batch_size:,} with {self.per_class} images a class leaves one image alone, without a "
+                f"positive: choose a --batch-size that --per-class {self.per_class} divides"
+            )
+
+    def __call__(self, step: int) -> Tensor:
+        """Image numbers [batch_size] of a step."""
+        random = generator("batch", self._seed, step)
+        classes = torch.randperm(len(self._images), generator=random)[: self._classes]
+        drawn = [self._draw(self._images[label], random) for label in classes.tolist()]
+        return torch.cat(drawn)[: self.batch_size]
+
+    def _draw(self, images: Tensor, random: torch.Generator) -> Tensor:
+        rounds = -(-self.per_class // len(images))
+        order = [torch.randperm(len(images), generator=random) for _ in range(rounds)]
+        return images[torch.cat(order)[: self.per_class]]
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How far training images are turned, resized and shifted, each at random, and whether they are mirrored."""
+
+    rotate: float  # degrees, either way
+    resize: float  # share of the size, either way
+    shift: float  # share of the size, in each direction
+    flip: bool
+
+    def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
+        """Distorted copies of images [b, C, S, S] float; what lies outside an image goes on as its border."""
+        draw = torch.rand(len(images), 5, generator=random).to(images.device) * 2 - 1
+        if not (self.rotate or self.resize or self.shift or self.flip):
+            return images
+        angle, size = draw[:, 0] * math.radians(self.rotate), 1 + draw[:, 1] * self.resize
+        mirror = torch.where(draw[:, 4] < 0, -1.0, 1.0) if self.flip else torch.ones_like(angle)
+        cosine, sine = angle.cos() * size, angle.sin() * size
+        shift = draw[:, 2:4] * 2 * self.shift  # the grid is two wide
+        rows = [cosine * mirror, -sine, shift[:, 0], sine * mirror, cosine, shift[:, 1]]
+        grid = functional.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+
+
+class Feed:
+    """Images and labels of a step; images that do not lie in memory are decoded while the step before is trained."""
+
+    def __init__(self, images: Images, batches: PerClassBatches) -> None:
+        self._images, self._batches = images, batches
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """[B, C, S, S] uint8 and [B] int64."""
+        here = self._ahead.pop(step, None)
+        self._ahead = {step + 1: self._pool.submit(self._read, step + 1)}
+        return here.result() if here is not None else self._read(step)
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        index = self._batches(step)
+        return self._images.pixels(index), self._images.labels[index]

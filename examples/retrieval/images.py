@@ -1,0 +1,269 @@
+"""Images with a class each: from a folder, a zip, or scikit-learn's digits. Everything is read, and checked, once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import InputError, reason
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MIB = 1 << 20
+_AT_A_TIME = 256  # images that are decoded ahead of where they are wanted
+_LISTED = 10  # names in an error
+
+
+class Images:
+    """Square images of one size, with a class each.
+
+    Attributes:
+        names: [n] the path of each image within its root.
+        classes: the names of the classes.
+        labels: [n] int64, into ``classes``.
+        channels, size: of an image.
+        digest: of all that the bits of a run depend on.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        classes: Sequence[str],
+        labels: Tensor,
+        pixels: Tensor | Callable[[int], np.ndarray],  # [n, C, S, S] uint8, or how to get one, [C, S, S]
+        channels: int,
+        size: int,
+        digest: str,
+    ) -> None:
+        self.names, self.classes, self.labels = list(names), list(classes), labels
+        self.channels, self.size, self.digest = channels, size, digest
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """[b, C, S, S] uint8 for image numbers [b]."""
+        if isinstance(self._pixels, Tensor):
+            return self._pixels[index]
+        out = torch.empty(len(index), self.channels, self.size, self.size, dtype=torch.uint8)
+        for place, image in enumerate(_in_threads(self._pixels, index.tolist())):
+            out[place] = torch.from_numpy(image)
+        return out
+
+    def take(self, index: Tensor) -> Images:
+        """These images alone, and the classes that are left, in their order."""
+        labels = self.labels[index]
+        left = labels.unique()
+        numbers = index.tolist()
+        held = self._pixels
+        return Images(
+            [self.names[i] for i in numbers],
+            [self.classes[c] for c in left.tolist()],
+            torch.searchsorted(left, labels),
+            held[index] if isinstance(held, Tensor) else lambda i: held(numbers[i]),
+            self.channels,
+            self.size,
+            _digest([self.digest, *map(str, numbers)]),
+        )
+
+
+def digits() -> Images:
+    """scikit-learn's 1,797 scanned digits of 8 x 8 pixels: they come with it."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(data.target).long()
+    names = [f"{label}/{number}" for number, label in enumerate(labels.tolist())]
+    return Images(names, [str(d) for d in range(10)], labels, pixels, 1, 8, _digest([pixels.numpy().tobytes()]))
+
+
+def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 4096) -> Images:
+    """The images of a folder or zip in which each folder that holds images is a class.
+
+    Images are turned upright, laid on white where they are transparent, cut to their middle square and resized. Up to
+    ``hold_mib`` of them stay in memory; more are decoded again whenever they are wanted.
+
+    Args:
+        size: of the images' sides, in pixels.
+        channels: 1 or 3; None for 1 if all are gray and else 3.
+
+    Raises:
+        InputError: there are no images, some lie in no class's folder, or are damaged (each is named).
+    """
+    source = _Zip(root) if root.is_file() else _Folder(root)
+    names = sorted(name for name in source.names() if _is_image(name))
+    if not names:
+        raise InputError(
+            f"{root} holds no images ({', '.join(sorted(SUFFIXES))}): it has to be a folder or a zip with a folder of "
+            "images for each class"
+        )
+    top = _common_folder(names)
+    names_within = [str(PurePosixPath(name).relative_to(top)) for name in names]
+    folders = [str(PurePosixPath(name).parent) for name in names_within]
+    if "." in folders:
+        astray = [name for name, folder in zip(names, folders, strict=True) if folder == "."]
+        raise InputError(
+            f"{root}: {some(astray)} {'lies' if len(astray) == 1 else 'lie'} in no class's folder: give each class a "
+            "folder of its own"
+        )
+    classes = sorted(set(folders))
+    place = {name: number for number, name in enumerate(classes)}
+
+    if channels is None:
+        gray = _checked(f"{root.name}: headers", lambda name: _is_gray(source.read(name)), names)
+        channels = 1 if all(gray) else 3
+    held = None
+    if len(names) * channels * size * size <= hold_mib * MIB:
+        held = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
+
+    def look_at(number: int) -> bytes:
+        data = source.read(names[number])
+        pixels = _decode(data, channels, size)
+        if held is not None:
+            held[number] = torch.from_numpy(pixels)
+        return hashlib.blake2b(data, digest_size=16).digest()
+
+    numbers = range(len(names))
+    contents = _checked(f"{root.name}: images", look_at, numbers, names)
+    return Images(
+        names_within,
+        classes,
+        torch.tensor([place[folder] for folder in folders]),
+        held if held is not None else lambda number: _decode(source.read(names[number]), channels, size),
+        channels,
+        size,
+        _digest([*names_within, *contents, f"{channels} x {size}"]),
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED:,} more"
+
+
+# --- where files are -------------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise InputError(f"{root}: there is no such folder or zip")
+        self._root = root
+
+    def names(self) -> Iterator[str]:
+        seen = set()  # links may lead in circles
+        for folder, folders, files in os.walk(self._root, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
+            for file in files:
+                yield Path(folder, file).relative_to(self._root).as_posix()
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is no folder, and cannot be read as a zip: {error}") from error
+
+    def names(self) -> Iterator[str]:
+        return (entry.filename for entry in self._zip.infolist() if not entry.is_dir())
+
+    def read(self, name: str) -> bytes:
+        return self._zip.read(name)
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def _common_folder(names: Sequence[str]) -> PurePosixPath:
+    """The folder that holds the folders of all classes, which may lie deeper than the root."""
+    folders = [PurePosixPath("/", name).parent for name in names]
+    common = PurePosixPath(os.path.commonpath(folders))
+    if common in folders:  # is a class itself
+        common = common.parent
+    return common.relative_to("/")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _is_gray(data: bytes) -> bool:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
+
+
+def _decode(data: bytes, channels: int, size: int) -> np.ndarray:
+    """[C, S, S] uint8."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        pixels = np.array(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _in_threads(work: Callable, items: Sequence) -> Iterator:
+    """work(item) for each, in order, a bounded number ahead: decoding releases the interpreter's lock."""
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
+        for begin in range(0, len(items), _AT_A_TIME):
+            yield from pool.map(work, items[begin : begin + _AT_A_TIME])
+
+
+def _checked(title: str, work: Callable, items: Sequence, names: Sequence[str] | None = None) -> list:
+    """work(item) for each item; one error names all those that failed."""
+
+    def attempt(item: object) -> tuple[object, Exception | None]:
+        try:
+            return work(item), None
+        except Exception as error:  # Pillow raises whatever a file's format leads it into
+            return None, error
+
+    done, damaged = [], []
+    with tqdm(total=len(items), desc=title, unit="image", disable=None, leave=False) as progress:
+        for number, (result, error) in enumerate(_in_threads(attempt, items)):
+            done.append(result)
+            progress.update()
+            if isinstance(error, ImportError | MemoryError):
+                raise error
+            if error is not None:
+                damaged.append(f"{(names or items)[number]} ({reason(error)})")
+    if damaged:
+        many = f"{len(damaged):,} images are" if len(damaged) > 1 else "an image is"
+        raise InputError(f"{title.split(':')[0]}: {many} damaged: {some(damaged)}: replace or delete what is named")
+    return done
+
+
+def _digest(parts: Sequence[str | bytes]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()

@@ -1,0 +1,128 @@
+"""The losses by name, and every setting of theirs as an option of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import roadmap_ext
+
+from .errors import InputError
+
+# What each is made of, and what it is fixed to.
+LOSSES: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
+    "roadmap": (roadmap_ext.RoadmapLoss, {}),
+    "sup-ap": (roadmap_ext.SupAPLoss, {}),
+    "smooth-ap": (roadmap_ext.SmoothAPLoss, {}),
+    "reference": (roadmap_ext.RoadmapLoss, {"method": "reference"}),
+}
+_CHOICES = {
+    "surrogate": ("sup", "smooth"),
+    "reduction": ("mean", "sum"),
+    "calibration_reduction": ("per_query", "violating_pairs"),
+    "method": ("auto", "tiled", "sorted", "reference"),
+}
+_TYPES = {"float": float, "float | None": float, "int | None": int, "str": str}
+_ELSEWHERE = {"gather_across_devices"}  # not a matter of the loss alone
+
+
+def _settings(name: str) -> dict[str, inspect.Parameter]:
+    made, fixed = LOSSES[name]
+    parameters = inspect.signature(made).parameters
+    return {key: value for key, value in parameters.items() if key not in fixed and key not in _ELSEWHERE}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--loss, and an option for each setting of any loss; one that is not given is None."""
+    group = parser.add_argument_group("loss", "what the settings mean: docs/roadmap-loss.md")
+    group.add_argument("--loss", choices=LOSSES, default="roadmap", help="reference: roadmap in plain PyTorch")
+    for name, parameter in _settings("roadmap").items():
+        option, about = "--" + name.replace("_", "-"), f"default {parameter.default}"
+        if parameter.annotation == "bool":
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=about)
+        elif name in _CHOICES:
+            group.add_argument(option, choices=_CHOICES[name], help=about)
+        else:
+            kind = _TYPES[parameter.annotation]
+            group.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=about)
+
+
+def make(options: argparse.Namespace) -> nn.Module:
+    """The loss that the options ask for.
+
+    Raises:
+        InputError: a setting that this loss does not have, or a value that it does not take.
+    """
+    made, fixed = LOSSES[options.loss]
+    own = _settings(options.loss)
+    given = {name: getattr(options, name) for name in _settings("roadmap") if getattr(options, name) is not None}
+    foreign = [name for name in given if name not in own]
+    if foreign:
+        listed = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise InputError(f"--{foreign[0].replace('_', '-')} is no setting of --loss {options.loss}, which has {listed}")
+    try:
+        return made(**fixed, **given)
+    except ValueError as error:
+        raise InputError(f"--loss {options.loss}: {error}") from error
+
+
+class Meter:
+    """Runs loss and gradient of a batch of embeddings, and keeps the time and memory that they took.
+
+    Attributes:
+        seconds: of the last call.
+        bytes: by which the device's memory in use rose in the last call, at the most: on the CPU the resident memory
+            of the process, where the system is Linux and lets it be asked; else None.
+    """
+
+    def __init__(self, loss: nn.Module, device: torch.device) -> None:
+        self.loss, self._device = loss, device
+        self.seconds, self.bytes = 0.0, None
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, scaler: torch.amp.GradScaler) -> tuple[Tensor, Tensor]:
+        """The loss of embeddings [B, D], and its gradient times the scaler's factor, [B, D]."""
+        leaf = embeddings.detach().requires_grad_()
+        before = self._mark()
+        begin = time.perf_counter()
+        loss = self.loss(leaf, labels)
+        scaler.scale(loss).backward()
+        self._wait()
+        self.seconds = time.perf_counter() - begin
+        peak = self._peak()
+        self.bytes = None if before is None or peak is None else max(0, peak - before)
+        return loss.detach(), leaf.grad
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _mark(self) -> int | None:
+        """Bytes in use, from where the peak counts."""
+        self._wait()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's mark, lowered to the present
+        except OSError:
+            return None
+        return _status("VmRSS")
+
+    def _peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":")), None)

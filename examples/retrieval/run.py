@@ -1,0 +1,168 @@
+"""The folder of a run: its settings, checkpoint and tables; what it takes to go on to the same bits.
+
+A run's state at a step is its checkpoint and the rows of its tables up to that step. A checkpoint is replaced in one
+move, and rows beyond it are dropped when a run goes on, so it may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError, reason
+
+FORMAT = 1
+
+
+class Table:
+    """Rows of numbers with a step each, in memory and in a CSV; a row reaches the disk before ``add`` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []
+        self.rows: list[dict[str, Any]]
+
+    def load(self, last_step: int) -> None:
+        """The rows up to a step; later ones, and one that was cut off, are dropped."""
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        rows = list(csv.DictReader(io.StringIO(whole)))
+        self.rows = [_numbers(row) for row in rows if int(row["step"]) <= last_step]
+        kept = io.StringIO()
+        if self.rows:
+            writer = csv.DictWriter(kept, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        replace(self.path, kept.getvalue().encode())
+
+    def add(self, row: dict[str, Any], *, sync: bool = False) -> None:
+        """One row more, with the columns of the first."""
+        self.rows.append(row)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
+            if len(self.rows) == 1:
+                writer.writeheader()
+            writer.writerow(row)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def column(self, name: str, after: int = -1) -> list[Any]:
+        """A column's values of the steps after one, those that are there."""
+        return [row[name] for row in self.rows if row["step"] > after and row[name] is not None]
+
+
+class Run:
+    """A run in its folder.
+
+    Args:
+        settings: all that the bits of the run depend on; what a checkpoint was made with has to be the same.
+        about: what they may depend on (machine, versions); a difference is told, not refused.
+
+    Attributes:
+        metrics, steps: the tables, a row an evaluation and a row a step.
+        state: what the checkpoint holds, or None where there is none.
+        notes: differences in ``about``.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], about: dict[str, Any], *, resume: bool) -> None:
+        self.folder, self._settings, self._about = folder, settings, about
+        self.metrics, self.steps = Table(folder / "metrics.csv"), Table(folder / "steps.csv")
+        self.state, self.notes = None, []
+        self.state: dict[str, Any] | None
+        self._checkpoint = folder / "checkpoint.pt"
+        begun = [file.name for file in (self._checkpoint, self.metrics.path, self.steps.path) if file.exists()]
+        if begun and not resume:
+            raise InputError(
+                f"{folder} holds a run already ({', '.join(begun)}): go on with it by --resume, or name another --out"
+            )
+        if self._checkpoint.exists():
+            self.state = self._load()
+
+    def begin(self) -> None:
+        """Makes the folder, or brings its tables to the step of the checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps({"settings": self._settings, "about": self._about}, indent=2, default=str)
+        replace(self.folder / "settings.json", settings.encode())
+        for table in (self.metrics, self.steps):
+            table.load(self.state["step"] if self.state else -1)
+
+    def save(self, **state: Any) -> None:
+        """Replaces the checkpoint."""
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, "settings": self._settings, "about": self._about, **state}, buffer)
+        replace(self._checkpoint, buffer.getbuffer())
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            made_with, about = state["settings"], state["about"]
+        except Exception as error:  # whatever unpickling a foreign file leads to
+            raise InputError(
+                f"{self._checkpoint} cannot be read ({reason(error)}): remove it to begin again"
+            ) from error
+        if state["format"] != FORMAT:
+            raise InputError(f"{self._checkpoint} is of format {state['format']}, and this program's is {FORMAT}")
+        names = list(self._settings | made_with)
+        changed = [
+            f"{name} was {made_with.get(name)!r} and is {self._settings.get(name)!r}"
+            for name in names
+            if made_with.get(name) != self._settings.get(name)
+        ]
+        if changed:
+            raise InputError(
+                f"{self._checkpoint} was made with other settings: {'; '.join(changed)}: give those it was made with, "
+                "or name another --out"
+            )
+        self.notes = [
+            f"{name} was {about.get(name)} and is {value}"
+            for name, value in self._about.items()
+            if about.get(name) != value
+        ]
+        return state
+
+
+class Board:
+    """TensorBoard's log, if it was asked for; when a run goes on, it drops what came after the checkpoint."""
+
+    def __init__(self, folder: Path | None, first_step: int) -> None:
+        self._writer = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError(f"--tensorboard takes the package: pip install tensorboard ({error})") from error
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def add(self, row: dict[str, Any], group: str) -> None:
+        """A row's values under their names."""
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file whole or not at all, whenever the process or the machine stops."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _numbers(row: dict[str, str]) -> dict[str, Any]:
+    return {
+        name: None if value == "" else int(value) if name == "step" else float(value) for name, value in row.items()
+    }

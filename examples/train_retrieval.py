@@ -1,0 +1,244 @@
+"""Train a network for retrieval with the losses of roadmap_ext, and measure how well it retrieves.
+
+Without --data-root it takes scikit-learn's handwritten digits. With it, any folder or zip of images in which each
+folder that holds images is a class; the classes are split, so that those retrieved are classes never trained on.
+Writes into --out, all along: metrics.csv (a row an evaluation), steps.csv (a row a step), checkpoint.pt, settings.json;
+and at the end curves.png and neighbours.png. Ctrl-C leaves a checkpoint; --resume goes on from it, and from a run that
+was killed, to the same bits. docs/training.md goes through it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from retrieval import pictures
+from retrieval.data import load
+from retrieval.errors import InputError, reason
+from retrieval.images import Images
+from retrieval.options import complete, parse
+from retrieval.run import Board, Run
+from retrieval.training import Training
+from tqdm import tqdm
+
+import roadmap_ext
+from roadmap_ext.metrics import retrieval_metrics
+
+
+class StopRequest(BaseException):
+    """A signal asked to stop. Not an Exception: no handler of errors may take it for one."""
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a wish that is looked at between steps; the second Ctrl-C stops at once."""
+
+    def __enter__(self) -> Interrupt:
+        self.signal: int | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def check(self) -> None:
+        """Raises StopRequest if a signal has come."""
+        if self.signal is not None:
+            raise StopRequest
+
+
+def evaluate(training: Training, test: Images, run: Run, step: int, check: Callable[[], None]) -> None:
+    """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
+    begin = time.perf_counter()
+    embeddings, options = training.embed(test, check), training.options
+    measured = retrieval_metrics(
+        embeddings,
+        test.labels.to(embeddings.device),
+        k=options.k,
+        normalize=options.normalize is not False,
+        progress=lambda queries: check(),
+    )
+    since = run.metrics.rows[-1]["step"] if run.metrics.rows else 0
+    recent = {name: run.steps.column(name, since) for name in ("loss", "step_ms", "loss_ms", "loss_mib")}
+    row = {
+        "step": step,
+        "epoch": step / options.epoch,
+        "loss": statistics.fmean(recent["loss"]) if recent["loss"] else None,
+        **measured,
+        "step_ms": statistics.median(recent["step_ms"]) if recent["step_ms"] else None,
+        "loss_ms": statistics.median(recent["loss_ms"]) if recent["loss_ms"] else None,
+        "loss_mib": max(recent["loss_mib"], default=None),
+        "evaluation_s": time.perf_counter() - begin,
+    }
+    run.metrics.add(row, sync=True)
+
+
+def train(training: Training, test: Images, run: Run, interrupt: Interrupt, board: Board) -> None:
+    """From where the run stands to its last step, with a checkpoint whenever it stops."""
+    options = training.options
+    step = run.state["step"] if run.state else 0
+    print(heading(options.k))
+    for row in run.metrics.rows:
+        print(line(row))
+    try:
+        with tqdm(total=options.steps, initial=step, desc="training", unit="step", disable=None) as progress:
+            while True:
+                due = step % options.evaluate_every == 0 or step == options.steps
+                if due and step not in run.metrics.column("step"):
+                    evaluate(training, test, run, step, interrupt.check)
+                    board.add(run.metrics.rows[-1], "retrieval")
+                    progress.write(line(run.metrics.rows[-1]))
+                if step == options.steps:
+                    break
+                if step and step % options.checkpoint_every == 0:
+                    run.save(step=step, **training.state())
+                interrupt.check()
+                run.steps.add(training.step(step))
+                step += 1
+                row = run.steps.rows[-1]
+                board.add(row, "training")
+                progress.set_postfix_str(
+                    f"loss {row['loss']:.4f}, {row['loss_ms']:.1f} of {row['step_ms']:.0f} ms", False
+                )
+                progress.update()
+    finally:
+        # A step that was cut short, by a second Ctrl-C or an error, is no state to go on from.
+        if sys.exc_info()[0] in (None, StopRequest):
+            run.save(step=step, **training.state())
+
+
+def heading(k: list[int]) -> str:
+    """The names above line()."""
+    names = ["step", "epoch", "loss", "mAP", "mAP@R", "R-prec", *(f"R@{count}" for count in k)]
+    return "".join(f"{name:>9}" for name in names) + f"{'step':>11}{'its loss took':>24}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the metrics for the screen."""
+    text = f"{row['step']:>9,}{row['epoch']:>9.1f}" + (" " * 9 if row["loss"] is None else f"{row['loss']:>9.4f}")
+    text += "".join(
+        f"{v:>9.4f}" for name, v in row.items() if name in ("mAP", "mAP@R", "R-precision") or name.startswith("R@")
+    )
+    if row["step_ms"] is None:
+        return text
+    memory = "" if row["loss_mib"] is None else f"{row['loss_mib']:.0f} MiB"
+    return text + f"{row['step_ms']:>8.0f} ms{row['loss_ms']:>11.1f} ms{memory:>10}"
+
+
+def draw(training: Training, test: Images, run: Run, check: Callable[[], None]) -> None:
+    """The pictures of a run that is over."""
+    shown = ["mAP", "mAP@R", "R-precision", *(f"R@{count}" for count in training.options.k[:1])]
+    title = f"{training.options.loss}, batches of {training.options.batch_size:,}"
+    pictures.curves(run.steps, run.metrics, shown, title, run.folder / "curves.png")
+    title = f"test images and their nearest others after {training.options.steps:,} steps"
+    pictures.neighbours(training.embed(test, check), test, run.folder / "neighbours.png", title)
+
+
+def usable(device: torch.device) -> torch.device:
+    """The device, if it is there."""
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"--device {device} cannot be used: {reason(error)}") from error
+    return device
+
+
+def settings(options: argparse.Namespace, training: Training, train_on: Images, test: Images) -> dict[str, Any]:
+    """All that the bits of a run depend on."""
+    of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "skip_small_classes"}
+    free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard"}
+    given = {name: value for name, value in vars(options).items() if name not in of_the_data | free}
+    if options.schedule == "constant":
+        del given["steps"]  # such a run may be made longer
+    chosen = {
+        **training.loss.settings,
+        "per_class": training.per_class,
+        "training images": train_on.digest,  # which hold all that the options of the data say
+        "test images": test.digest,
+        "device": training.device.type,
+        "weights": options.weights and options.weights.name,
+    }
+    return given | chosen
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What the bits may depend on, too."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "roadmap_ext": roadmap_ext.__version__,
+        "machine": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(__doc__, arguments)
+    # A resumed run has to come to the same bits.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would add to the time of all that is measured
+    torch.backends.cudnn.benchmark = False
+    try:
+        device = usable(options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        train_on, test = load(options)
+        complete(options, len(train_on))
+        training = Training(options, train_on, device)
+        training.probe()
+        name = "digits" if options.data_root is None else options.data_root.resolve().stem
+        folder = options.out or Path("runs") / f"{name}-{options.loss}"
+        run = Run(folder, settings(options, training, train_on, test), about(device), resume=options.resume)
+        board = Board(folder / "tensorboard" if options.tensorboard else None, run.state["step"] if run.state else 0)
+        run.begin()
+        if run.state:
+            training.load(run.state)
+    except InputError as error:
+        print(f"train_retrieval.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped before training began.", file=sys.stderr)
+        return 130
+
+    for name, what in (("Train", train_on), ("Test", test)):
+        shape = f"{what.channels} x {what.size} x {what.size}"
+        print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
+    parameters = sum(p.numel() for p in training.network.parameters())
+    print(f"Network: {options.backbone}, {parameters:,} parameters, on {device}. Loss: {training.loss}")
+    print(f"Batches: {options.batch_size:,} images, {training.per_class} a class; {options.epoch:,} an epoch")
+    for note in run.notes:
+        print(f"Since the checkpoint, {note}: the bits may differ")
+    with Interrupt() as interrupt:
+        try:
+            train(training, test, run, interrupt, board)
+            draw(training, test, run, interrupt.check)
+        except StopRequest:
+            print(f"\nStopped. {folder} has a checkpoint: the same command with --resume goes on from it.")
+            return 128 + (interrupt.signal or 0)
+        except KeyboardInterrupt:
+            print(f"\nStopped at once. --resume goes on from the last checkpoint in {folder}, if there is one.")
+            return 130
+        except InputError as error:
+            print(f"\ntrain_retrieval.py: error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            board.close()
+    print(f"\nWrote {folder}: metrics.csv, steps.csv, checkpoint.pt, curves.png, neighbours.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

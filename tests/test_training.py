@@ -1,0 +1,757 @@
+"""The training program: what it reads, draws, keeps and refuses; that a run goes on to the same bits."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_retrieval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from retrieval import images, losses
+from retrieval.batches import Distortion, Feed, PerClassBatches, generator
+from retrieval.data import load
+from retrieval.errors import InputError
+from retrieval.options import parse
+from retrieval.run import Run, Table
+
+ROOT = Path(__file__).parents[1]
+# A net and batches as small as they may be, 8 steps, an evaluation every 4.
+TINY = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "20", "--per-class", "4", "--steps", "8"]
+TINY += ["--evaluate-every", "4", "--checkpoint-every", "2", "--lr", "0.01", "--warmup", "2", "--k", "1", "5"]
+
+
+@pytest.fixture(autouse=True)
+def _global_settings():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def png(seed, size=(12, 10), mode="L"):
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,), "LA": (2,)}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels, mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(root, files):
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def some_classes(classes=6, each=4, mode="L"):
+    return {f"kind{c % 2}/class{c}/{i}.png": png(100 * c + i, mode=mode) for c in range(classes) for i in range(each)}
+
+
+def options(*arguments):
+    return parse(None, [str(argument) for argument in arguments])
+
+
+def program(*arguments):
+    return train_retrieval.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The message of a run that ends before training starts."""
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
+    before = sorted(out.rglob("*")) if out and out.exists() else []
+    capsys.readouterr()
+    assert program(*arguments) == 2
+    captured = capsys.readouterr()
+    assert "step" not in captured.out  # the table's heading: training had not begun
+    assert (sorted(out.rglob("*")) if out and out.exists() else []) == before
+    return captured.err
+
+
+class TestImages:
+    def test_each_folder_of_images_is_a_class(self, tmp_path):
+        files = some_classes(4, 2) | {
+            "kind0/1.png": png(1),  # a folder that holds images and folders
+            "kind0/2.PNG": png(2),
+            "kind0/class0/.hidden.png": b"",
+            "__MACOSX/kind0/3.png": b"",
+            "kind1/notes.txt": b"of no matter",
+        }
+        found = images.read(write(tmp_path, files), 8)
+        assert found.classes == ["kind0", "kind0/class0", "kind0/class2", "kind1/class1", "kind1/class3"]
+        assert [found.classes[label] for label in found.labels] == [str(Path(name).parent) for name in found.names]
+        assert found.labels.bincount().tolist() == [2] * 5
+        assert (found.channels, found.size, len(found)) == (1, 8, 10)
+
+    def test_a_zip_is_its_folder(self, tmp_path):
+        files = some_classes()
+        folder = images.read(write(tmp_path / "folder", files), 8)
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            archive.writestr("top/", "")
+            for name, data in files.items():
+                archive.writestr("top/" + name, data)
+        packed = images.read(tmp_path / "images.zip", 8)
+        every = torch.arange(len(folder))
+        assert torch.equal(folder.pixels(every), packed.pixels(every))
+        assert (folder.names, folder.classes, folder.digest) == (packed.names, packed.classes, packed.digest)
+
+    def test_images_that_are_not_held_are_the_same(self, tmp_path):
+        root = write(tmp_path, some_classes(mode="RGB"))
+        held, decoded = images.read(root, 8), images.read(root, 8, hold_mib=0)
+        index = torch.tensor([5, 0, 5, 17])
+        assert torch.equal(held.pixels(index), decoded.pixels(index))
+        part = torch.tensor([20, 3, 1])
+        assert torch.equal(held.take(part).pixels(torch.tensor([2, 0])), held.pixels(torch.tensor([1, 20])))
+        assert torch.equal(decoded.take(part).pixels(torch.tensor([2, 0])), held.pixels(torch.tensor([1, 20])))
+        assert held.take(part).labels.tolist() == [1, 0, 0]
+        assert held.digest == decoded.digest != held.take(part).digest
+
+    def test_the_digest_is_of_the_pixels(self, tmp_path):
+        files = some_classes()
+        first = images.read(write(tmp_path / "a", files), 8).digest
+        assert images.read(tmp_path / "a", 9).digest != first
+        name = next(iter(files))
+        assert images.read(write(tmp_path / "b", files | {name: png(9999)}), 8).digest != first
+
+    @pytest.mark.parametrize(
+        ("made", "channels", "expected"),
+        [
+            (Image.new("L", (30, 20), 70), 1, [70]),
+            (Image.new("RGB", (30, 20), (10, 20, 30)), 3, [10, 20, 30]),
+            (Image.new("RGBA", (30, 20), (10, 20, 30, 0)), 3, [255, 255, 255]),
+            (Image.new("LA", (30, 20), (10, 0)), 1, [255]),
+            (Image.new("1", (30, 20), 1), 1, [255]),
+            (Image.new("P", (30, 20), 0), 3, [0, 0, 0]),
+            (Image.fromarray(np.full((20, 30), 0x4000, dtype=np.uint16)), 1, [0x40]),
+        ],
+        ids=["gray", "rgb", "transparent", "gray transparent", "bits", "palette", "16 bits"],
+    )
+    def test_modes(self, tmp_path, made, channels, expected):
+        (tmp_path / "a").mkdir()
+        made.save(tmp_path / "a" / "1.png")
+        found = images.read(tmp_path, 5)
+        assert found.channels == channels
+        assert found.pixels(torch.tensor([0]))[0, :, 2, 2].tolist() == expected
+        assert images.read(tmp_path, 5, channels=3).pixels(torch.tensor([0])).shape == (1, 3, 5, 5)
+
+    def test_the_middle_square_is_taken_upright(self, tmp_path):
+        pixels = np.zeros((10, 30), dtype=np.uint8)
+        pixels[:5, 10:20] = 200  # the upper half of the middle
+        image = Image.fromarray(pixels)
+        turned = image.getexif()
+        turned[0x0112] = 3  # upside down
+        (tmp_path / "a").mkdir()
+        image.save(tmp_path / "a" / "1.png")
+        image.save(tmp_path / "a" / "2.png", exif=turned)
+        upright, flipped = images.read(tmp_path, 10).pixels(torch.tensor([0, 1]))
+        assert (upright[0, :4] > 150).all()
+        assert (upright[0, 6:] < 50).all()
+        assert torch.equal(flipped, upright.flip(1, 2))
+
+    def test_links_in_a_circle(self, tmp_path):
+        write(tmp_path / "data", some_classes())
+        (tmp_path / "data" / "kind0" / "again").symlink_to(tmp_path / "data")
+        (tmp_path / "data" / "linked").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1), "2.png": png(2)}))
+        found = images.read(tmp_path / "data", 8)
+        assert found.classes == [f"kind{c % 2}/class{c}" for c in (0, 2, 4, 1, 3, 5)] + ["linked"]
+
+    def test_digits(self):
+        found = images.digits()
+        assert (len(found), found.channels, found.size, len(found.classes)) == (1797, 1, 8, 10)
+        assert found.pixels(torch.arange(1797)).max() == 255
+
+    @pytest.mark.parametrize("which", ["held", "decoded"])
+    def test_every_damaged_image_is_named(self, tmp_path, which):
+        files = some_classes()
+        whole = files["kind0/class2/1.png"]
+        files["kind0/class2/1.png"] = whole[: len(whole) // 2]
+        files["kind1/class3/0.png"] = b"no image at all"
+        files["kind1/class5/0.png"] = b""
+        with pytest.raises(InputError) as caught:
+            images.read(write(tmp_path, files), 8, 1, 4096 if which == "held" else 0)
+        message = str(caught.value)
+        assert "3 images are damaged" in message
+        for name in ("kind0/class2/1.png", "kind1/class3/0.png", "kind1/class5/0.png"):
+            assert name in message
+        assert "class0" not in message
+
+    def test_many_damaged_images(self, tmp_path):
+        with pytest.raises(InputError, match=r"40 images are damaged: .* and 30 more"):
+            images.read(write(tmp_path, {f"a/{i:02}.png": b"" for i in range(40)}), 8)
+
+    def test_a_damaged_entry_of_a_zip(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            for name, data in some_classes().items():
+                archive.writestr(name, data)
+        data = bytearray((tmp_path / "images.zip").read_bytes())
+        place = data.index(b"kind1/class1/2.png") + 100
+        data[place] ^= 255
+        (tmp_path / "images.zip").write_bytes(data)
+        with pytest.raises(InputError, match=r"an image is damaged: kind1/class1/2\.png \(Bad CRC-32"):
+            images.read(tmp_path / "images.zip", 8)
+
+    def test_roots_that_are_none(self, tmp_path):
+        with pytest.raises(InputError, match="nowhere: there is no such folder or zip"):
+            images.read(tmp_path / "nowhere", 8)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(InputError, match=r"empty holds no images .*a folder of images for each class"):
+            images.read(tmp_path / "empty", 8)
+        (tmp_path / "file.tar").write_bytes(b"not a zip")
+        with pytest.raises(InputError, match=r"file\.tar is no folder, and cannot be read as a zip"):
+            images.read(tmp_path / "file.tar", 8)
+        flat = write(tmp_path / "flat", some_classes() | {"astray.png": png(0)})
+        with pytest.raises(InputError, match=r"astray\.png lies in no class's folder"):
+            images.read(flat, 8)
+
+
+class TestSplit:
+    def test_classes(self, tmp_path):
+        root = write(tmp_path, some_classes(6))
+        train, test = load(options("--data-root", root))
+        assert not set(train.classes) & set(test.classes)
+        assert (len(train.classes), len(test.classes)) == (3, 3)
+        assert train.labels.bincount().tolist() == [4] * 3
+        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 1
+        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 1
+        others = {tuple(load(options("--data-root", root, "--seed", seed))[0].classes) for seed in range(9)}
+        assert len(others) > 3
+
+    def test_images(self, tmp_path):
+        train, test = load(options("--data-root", write(tmp_path, some_classes(3, 6)), "--split", "images"))
+        assert train.classes == test.classes
+        assert train.labels.bincount().tolist() == [4] * 3
+        assert not set(train.names) & set(test.names)
+
+    def test_digits_hold_out_images(self):
+        train, test = load(options())
+        assert (len(train.classes), len(test.classes)) == (10, 10)
+        assert len(train) + len(test) == 1797
+        assert abs(len(test) - 599) <= 5
+
+    def test_another_root_without_what_is_trained_on(self, tmp_path, capsys):
+        first = write(tmp_path / "a", some_classes(4))
+        second = write(tmp_path / "b", some_classes(6))
+        train, test = load(options("--data-root", first, "--test-root", second))
+        assert len(train.classes) == 4
+        assert test.classes == ["kind0/class4", "kind1/class5"]
+        assert "Left out of the test: 4 classes" in capsys.readouterr().out
+        with pytest.raises(InputError, match="nothing is left to test on"):
+            load(options("--data-root", second, "--test-root", first))
+
+    def test_a_class_of_one_image(self, tmp_path, capsys):
+        root = write(tmp_path, some_classes(4) | {"alone/1.png": png(1)})
+        with pytest.raises(InputError, match=r"a class has a single image.*: alone: add images"):
+            load(options("--data-root", root))
+        train, test = load(options("--data-root", root, "--skip-small-classes"))
+        assert "alone" not in train.classes + test.classes
+        only = write(tmp_path / "only", {"a/1.png": png(1), "b/1.png": png(2)})
+        with pytest.raises(InputError, match="every class has a single image"):
+            load(options("--data-root", only, "--skip-small-classes"))
+
+    def test_too_little_to_split(self, tmp_path):
+        root = write(tmp_path, {"a/1.png": png(1), "a/2.png": png(2), "a/3.png": png(3)})
+        with pytest.raises(InputError, match="only the class 'a'"):
+            load(options("--data-root", root))
+        with pytest.raises(InputError, match=r"class 'a' has 3 images.*--split classes"):
+            load(options("--data-root", root, "--split", "images"))
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("--test-root", "a"), ("--image-size", 8), ("--data-root", "a", "--test-root", "b", "--split", "images")],
+    )
+    def test_options_that_do_not_apply(self, arguments, tmp_path, monkeypatch):
+        write(tmp_path / "a", some_classes())
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="do not apply"):
+            load(options(*arguments))
+
+
+class TestBatches:
+    @given(st.data())
+    @settings(max_examples=100, deadline=None)
+    def test_per_class(self, data):
+        sizes = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=8))
+        labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        labels = labels[torch.randperm(len(labels))]
+        each = data.draw(st.integers(2, 6))
+        batch_size = data.draw(st.integers(2, each * len(sizes)).filter(lambda size: size % each != 1))
+        sampler = PerClassBatches(labels, batch_size, each, seed=data.draw(st.integers(0, 3)))
+        batch = sampler(data.draw(st.integers(0, 1000)))
+        assert len(batch) == batch_size
+        drawn = labels[batch]
+        assert (
+            drawn == drawn.unique_consecutive().repeat_interleave(drawn.unique_consecutive(return_counts=True)[1])
+        ).all()
+        counts = drawn.bincount(minlength=len(sizes))
+        present = counts[counts > 0].sort().values.tolist()
+        left = batch_size % each
+        assert present == sorted([each] * (batch_size // each) + ([left] if left else []))
+        for label in drawn.unique().tolist():
+            times = batch[drawn == label].unique(return_counts=True)[1]
+            assert times.max() <= -(-each // sizes[label])
+
+    def test_a_step_says_it_all(self):
+        labels = torch.arange(100) % 20
+        first, second = (PerClassBatches(labels, 16, 4, seed=0) for _ in range(2))
+        ahead = [first(step) for step in range(50)]
+        for step in (49, 3, 20):
+            assert torch.equal(second(step), ahead[step])
+        assert len({tuple(batch.tolist()) for batch in ahead}) == 50
+        assert not torch.equal(PerClassBatches(labels, 16, 4, seed=1)(0), ahead[0])
+        # Every image has its turn.
+        assert torch.cat([first(step) for step in range(100)]).unique().numel() == 100
+
+    def test_defaults_fill_the_batch(self):
+        labels = torch.arange(1000) % 10
+        assert PerClassBatches(labels, 16, None, 0).per_class == 4
+        sampler = PerClassBatches(labels, 16384, None, 0)
+        assert sampler.per_class == 1639
+        assert len(sampler(0)) == 16384
+
+    def test_batches_that_cannot_be_filled(self):
+        labels = torch.arange(100) % 10
+        with pytest.raises(
+            InputError, match=r"takes 11 classes, and there are 10 .*--per-class 5, or a --batch-size of at most 40"
+        ):
+            PerClassBatches(labels, 44, 4, 0)
+        with pytest.raises(InputError, match="leaves one image alone"):
+            PerClassBatches(labels, 33, 4, 0)
+
+    def test_distortion(self):
+        whole = torch.rand(5, 2, 9, 9)
+        assert torch.equal(Distortion(0, 0, 0, False)(whole, generator("d", 0, 0)), whole)
+        mirrored = Distortion(0, 0, 0, True)(whole, generator("d", 0, 0))
+        for before, after in zip(whole, mirrored, strict=True):
+            assert torch.allclose(after, before, atol=1e-5) or torch.allclose(after, before.flip(2), atol=1e-5)
+        moved = Distortion(20, 0.2, 0.1, False)
+        assert torch.equal(moved(whole, generator("d", 0, 7)), moved(whole, generator("d", 0, 7)))
+        assert not torch.equal(moved(whole, generator("d", 0, 7)), moved(whole, generator("d", 0, 8)))
+        assert torch.allclose(moved(torch.full((3, 1, 9, 9), 7.0), generator("d", 0, 0)), torch.tensor(7.0))
+        # To the right by a pixel of nine; the border goes on.
+        shifted = Distortion(0, 0, 0.5, False)(torch.arange(9.0).expand(400, 1, 9, 9), generator("d", 0, 0))
+        centre = shifted[:, 0, 4, 4] - 4
+        assert centre.abs().max() <= 4
+        assert centre.max() > 3.5
+        assert centre.min() < -3.5
+
+    def test_feed(self, tmp_path):
+        found = images.read(write(tmp_path, some_classes()), 8, hold_mib=0)
+        sampler = PerClassBatches(found.labels, 8, 4, 0)
+        feed = Feed(found, sampler)
+        for step in (0, 1, 2, 7, 8, 3):
+            pixels, labels = feed(step)
+            assert torch.equal(pixels, found.pixels(sampler(step)))
+            assert torch.equal(labels, found.labels[sampler(step)])
+
+
+class TestLosses:
+    def test_every_setting_is_an_option(self):
+        given = ["--calibration-weight", 0.25, "--positive-margin", 0.8, "--negative-margin", 0.3, "--tau", 0.02]
+        given += ["--calibration-reduction", "violating_pairs", "--no-normalize", "--include-self", "--chunk-size", 9]
+        given += ["--surrogate", "smooth", "--rho", 50, "--delta", 0.1, "--start", 0.0, "--offset", 1.44]
+        given += ["--reduction", "sum", "--method", "tiled"]
+        made = losses.make(options(*given))
+        assert type(made).__name__ == "RoadmapLoss"
+        assert dict(made.settings) == {
+            "calibration_weight": 0.25, "positive_margin": 0.8, "negative_margin": 0.3, "tau": 0.02,
+            "calibration_reduction": "violating_pairs", "normalize": False, "include_self": True, "chunk_size": 9,
+            "surrogate": "smooth", "rho": 50.0, "delta": 0.1, "start": 0.0, "offset": 1.44, "reduction": "sum",
+            "method": "tiled", "gather_across_devices": False,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("roadmap", "RoadmapLoss"),
+            ("sup-ap", "SupAPLoss"),
+            ("smooth-ap", "SmoothAPLoss"),
+            ("reference", "RoadmapLoss"),
+        ],
+    )
+    def test_kinds(self, name, kind):
+        made = losses.make(options("--loss", name))
+        assert type(made).__name__ == kind
+        assert made.settings["method"] == ("reference" if name == "reference" else "auto")
+
+    def test_settings_of_another_loss(self):
+        with pytest.raises(
+            InputError, match=r"--rho is no setting of --loss smooth-ap, which has --normalize, .*--tau"
+        ):
+            losses.make(options("--loss", "smooth-ap", "--rho", 3))
+        with pytest.raises(InputError, match="--loss sup-ap: tau"):
+            losses.make(options("--loss", "sup-ap", "--tau", -1))
+
+    def test_meter(self):
+        meter = losses.Meter(losses.make(options()), torch.device("cpu"))
+        embeddings = torch.randn(2048, 8, requires_grad=True)
+        labels = torch.arange(2048) % 512
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss, gradient = meter(embeddings, labels, scaler)
+        expected = meter.loss(embeddings, labels)
+        expected.backward()
+        assert torch.equal(loss, expected.detach())
+        assert torch.equal(gradient, embeddings.grad)
+        assert 0 < meter.seconds < 10
+        if sys.platform == "linux" and meter.bytes is not None:
+            assert meter.bytes < 64 << 20
+
+
+class TestTable:
+    def test_rows_come_back(self, tmp_path):
+        table = Table(tmp_path / "t.csv")
+        rows = [{"step": i, "loss": None if i == 0 else 0.1 / 3 * i, "tiny": 1e-300 * i} for i in range(4)]
+        for row in rows:
+            table.add(row)
+        again = Table(tmp_path / "t.csv")
+        again.load(2)
+        assert again.rows == rows[:3]
+        assert again.column("loss", after=1) == [0.2 / 3]
+        assert again.column("loss") == [0.1 / 3, 0.2 / 3]
+        again.add(rows[3])
+        third = Table(tmp_path / "t.csv")
+        third.load(99)
+        assert third.rows == rows
+
+    @pytest.mark.parametrize("cut", range(1, 9))
+    def test_a_row_that_was_cut_off(self, tmp_path, cut):
+        table = Table(tmp_path / "t.csv")
+        table.add({"step": 1, "loss": 0.125})
+        table.add({"step": 2, "loss": 0.0625})
+        text = table.path.read_text()
+        table.path.write_text(text[:-cut])
+        again = Table(table.path)
+        again.load(2)
+        assert [row["step"] for row in again.rows] == [1]
+        again.add({"step": 2, "loss": 0.0625})
+        assert table.path.read_text() == text
+
+    def test_nothing_but_a_heading_cut_off(self, tmp_path):
+        (tmp_path / "t.csv").write_text("step,lo")
+        table = Table(tmp_path / "t.csv")
+        table.load(5)
+        table.add({"step": 1, "loss": 0.5})
+        assert (tmp_path / "t.csv").read_text() == "step,loss\n1,0.5\n"
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+TIMED = {"step_ms", "loss_ms", "loss_mib", "evaluation_s"}
+
+
+def outcome(folder):
+    """All of a run that has to be the same bits: its checkpoint, and its tables but for what was timed."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tables = []
+    for name in ("metrics.csv", "steps.csv"):
+        with (folder / name).open(newline="") as file:
+            tables.append([{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)])
+    return state, tables
+
+
+def same(first, second):
+    """Whether two nested states hold the same bits."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert program(*TINY, "--out", folder) == 0
+    return folder
+
+
+class TestRuns:
+    def test_what_it_leaves(self, unbroken, capsys):
+        state, (metrics, steps) = outcome(unbroken)
+        assert state["step"] == 8
+        assert [int(row["step"]) for row in metrics] == [0, 4, 8]
+        assert [int(row["step"]) for row in steps] == list(range(1, 9))
+        assert list(metrics[0]) == ["step", "epoch", "loss", "mAP", "mAP@R", "R-precision", "R@1", "R@5"]
+        of_steps = [float(row["loss"]) for row in steps]
+        assert float(metrics[2]["loss"]) == pytest.approx(sum(of_steps[4:]) / 4)
+        for name in ("curves.png", "neighbours.png"):
+            with Image.open(unbroken / name) as picture:
+                assert min(picture.size) > 300
+        with (unbroken / "steps.csv").open(newline="") as file:
+            assert all(0 < float(row["loss_ms"]) < float(row["step_ms"]) for row in csv.DictReader(file))
+
+    def test_again_to_the_same_bits(self, unbroken, tmp_path):
+        assert program(*TINY, "--out", tmp_path / "run") == 0
+        assert same(outcome(tmp_path / "run"), outcome(unbroken))
+        assert program(*TINY, "--out", tmp_path / "other", "--seed", 1) == 0
+        assert not same(outcome(tmp_path / "other")[0]["network"], outcome(unbroken)[0]["network"])
+
+    def test_it_learns(self, tmp_path):
+        assert program("--epochs", 2, "--out", tmp_path / "run", "--batch-size", 100) == 0
+        metrics = outcome(tmp_path / "run")[1][0]
+        first, last = (float(metrics[i]["mAP@R"]) for i in (0, -1))
+        assert first < 0.5
+        assert last > 0.8
+
+    def test_killed_at_every_moment(self, tmp_path, monkeypatch):
+        """Stops dead before or after everything that a run writes, or midway, and goes on."""
+
+        class Killed(BaseException):
+            pass
+
+        short = [*TINY, "--steps", 4, "--evaluate-every", 2]
+        assert program(*short, "--out", tmp_path / "whole") == 0
+        expected = outcome(tmp_path / "whole")
+        every, moments = images.digits(), 0
+
+        def moment():
+            nonlocal moments
+            moments += 1
+            if moments == last:
+                raise Killed
+
+        def replace(path, data, whole=os.replace):
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(data[: len(data) // 2])
+            moment()
+            partial.write_bytes(data)
+            moment()
+            whole(partial, path)
+            moment()
+
+        def add(self, row, whole=Table.add, **keywords):
+            moment()
+            whole(self, row, **keywords)
+            moment()
+            text = self.path.read_bytes()
+            self.path.write_bytes(text[:-3])
+            moment()
+            self.path.write_bytes(text)
+
+        monkeypatch.setattr("retrieval.run.replace", replace)
+        monkeypatch.setattr(Table, "add", add)
+        monkeypatch.setattr("train_retrieval.draw", lambda *arguments: None)
+        monkeypatch.setattr(images, "digits", lambda: every)
+        for kill in range(1, 100):
+            folder, last, moments = tmp_path / str(kill), kill, 0
+            try:
+                program(*short, "--out", folder)
+            except Killed:
+                pass
+            else:
+                break
+            last = -1
+            assert program(*short, "--out", folder, "--resume") == 0
+            assert same(outcome(folder), expected), f"killed at moment {kill}"
+            shutil.rmtree(folder)
+        assert 30 < kill < 99  # it went through all of them
+
+    @pytest.mark.parametrize(
+        ("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)], ids=str
+    )
+    def test_stopped_from_outside(self, tmp_path, stop, code):
+        long = [*TINY, "--steps", "60"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, ROOT / "examples" / "train_retrieval.py", *long, "--out"]
+        process = subprocess.Popen([*command, tmp_path / "run"], env=environment, stdout=subprocess.PIPE, text=True)
+        rows = tmp_path / "run" / "steps.csv"
+        deadline = time.monotonic() + 60
+        while not rows.exists() or rows.read_text().count("\n") < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(stop)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == code
+        state, (_, steps) = outcome(tmp_path / "run")
+        if stop != signal.SIGKILL:
+            assert "--resume goes on from it" in text
+            assert state["step"] == int(steps[-1]["step"])
+        assert state["step"] < 60
+        assert program(*long, "--out", tmp_path / "run", "--resume") == 0
+        assert program(*long, "--out", tmp_path / "whole") == 0
+        assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+    def test_resume_of_what_is_finished(self, unbroken):
+        before, picture = outcome(unbroken), (unbroken / "curves.png").stat().st_mtime_ns
+        assert program(*TINY, "--out", unbroken, "--resume") == 0
+        assert same(outcome(unbroken), before)
+        assert (unbroken / "curves.png").stat().st_mtime_ns > picture
+
+    def test_a_longer_run_of_constant_rate(self, tmp_path):
+        constant = [*TINY, "--schedule", "constant", "--out"]
+        assert program(*constant, tmp_path / "a") == 0
+        assert program(*constant, tmp_path / "a", "--steps", 12, "--resume") == 0
+        assert program(*constant, tmp_path / "b", "--steps", 12) == 0
+        assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+    @pytest.mark.parametrize("loss", losses.LOSSES)
+    def test_losses(self, loss, tmp_path, unbroken):
+        assert program(*TINY, "--loss", loss, "--out", tmp_path / "run") == 0
+        differs = [row["loss"] for row in outcome(tmp_path / "run")[1][1]]
+        ours = [row["loss"] for row in outcome(unbroken)[1][1]]
+        assert (differs == ours) == (loss == "roadmap")
+        if loss == "reference":
+            assert [float(loss) for loss in differs] == pytest.approx([float(loss) for loss in ours], rel=1e-3)
+
+    @pytest.mark.parametrize("amp", ["bf16", "fp16"])
+    def test_autocast(self, amp, tmp_path):
+        halved = [*TINY, "--amp", amp]
+        assert program(*halved, "--out", tmp_path / "a") == 0
+        assert program(*halved, "--steps", 8, "--out", tmp_path / "b") == 0
+        assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+        assert (outcome(tmp_path / "a")[0]["scaler"] != {}) == (amp == "fp16")
+
+    def test_a_folder_of_colour_images(self, tmp_path):
+        root = write(tmp_path / "data", some_classes(10, 4, mode="RGB"))
+        code = program(
+            *TINY, "--data-root", root, "--image-size", 16, "--hold-mib", 0, "--flip", "--out", tmp_path / "run"
+        )
+        assert code == 0
+        assert (tmp_path / "run" / "neighbours.png").exists()
+
+    def test_a_network_of_timm(self, tmp_path, monkeypatch, capsys):
+        made = []
+
+        def create_model(name, **keywords):
+            made.append((name, keywords))
+            body = torch.nn.Sequential(
+                torch.nn.Conv2d(keywords["in_chans"], 6, 3), torch.nn.Dropout(0.5), torch.nn.AdaptiveAvgPool2d(1),
+                torch.nn.Flatten(),
+            )  # fmt: skip
+            body.num_features = 6
+            return body
+
+        stub = types.ModuleType("timm")
+        stub.list_models = lambda pattern="*": (
+            [n for n in ("resnet18", "resnet50") if pattern in ("*", n)]
+            or (["resnet18", "resnet50"] if pattern.startswith("*") else [])
+        )
+        stub.create_model = create_model
+        stub.data = types.SimpleNamespace(
+            resolve_model_data_config=lambda body: {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        )
+        monkeypatch.setitem(sys.modules, "timm", stub)
+        (tmp_path / "weights.pt").write_bytes(b"")
+        arguments = [*TINY, "--backbone", "resnet50", "--weights", tmp_path / "weights.pt"]
+        assert program(*arguments, "--out", tmp_path / "a") == 0
+        overlay = {"file": str(tmp_path / "weights.pt")}
+        expected = {"pretrained": True, "num_classes": 0, "in_chans": 1, "pretrained_cfg_overlay": overlay}
+        assert made == [("resnet50", expected)]
+        # Dropout draws from the step's own seed: a resumed run has the same.
+        assert program(*arguments, "--out", tmp_path / "b", "--schedule", "constant", "--steps", 3) == 0
+        assert program(*arguments, "--out", tmp_path / "b", "--schedule", "constant", "--resume") == 0
+        assert program(*arguments, "--out", tmp_path / "c", "--schedule", "constant") == 0
+        assert same(outcome(tmp_path / "b")[0]["network"], outcome(tmp_path / "c")[0]["network"])
+        assert "timm has no model 'resnot'; it has resnet18" in refused(capsys, "--backbone", "resnot")
+
+    def test_tensorboard(self, tmp_path):
+        event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        assert program(*TINY, "--out", tmp_path / "run", "--tensorboard") == 0
+        log = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        log.Reload()
+        assert [event.step for event in log.Scalars("training/loss")] == list(range(1, 9))
+        assert [event.step for event in log.Scalars("retrieval/mAP@R")] == [0, 4, 8]
+
+    def test_a_loss_that_is_not_finite(self, tmp_path, capsys):
+        assert program(*TINY, "--lr", 1e30, "--checkpoint-every", 1, "--out", tmp_path / "run") == 1
+        assert "lower --lr" in capsys.readouterr().err
+        state, (_, steps) = outcome(tmp_path / "run")
+        assert state["step"] == len(steps) < 8
+
+
+class TestBadInput:
+    def test_a_root_that_is_none(self, tmp_path, capsys):
+        assert "there is no such folder or zip" in refused(
+            capsys, "--data-root", tmp_path / "no", "--out", tmp_path / "run"
+        )
+
+    def test_a_damaged_image(self, tmp_path, capsys):
+        root = write(tmp_path / "data", some_classes() | {"kind0/class0/1.png": png(1)[:60]})
+        assert "kind0/class0/1.png" in refused(capsys, "--data-root", root, "--out", tmp_path / "run")
+
+    def test_a_single_image(self, tmp_path, capsys):
+        root = write(tmp_path / "data", some_classes() | {"alone/1.png": png(1)})
+        assert "alone" in refused(capsys, "--data-root", root, "--out", tmp_path / "run")
+
+    def test_a_batch_that_cannot_be_filled(self, tmp_path, capsys):
+        message = refused(capsys, "--batch-size", 100, "--per-class", 4, "--out", tmp_path / "run")
+        assert "--per-class 10, or a --batch-size of at most 40" in message
+
+    def test_a_folder_that_holds_a_run(self, unbroken, capsys):
+        assert "holds a run already" in refused(capsys, *TINY, "--out", unbroken)
+
+    def test_a_checkpoint_of_other_settings(self, unbroken, capsys):
+        message = refused(capsys, *TINY, "--out", unbroken, "--resume", "--tau", 0.02, "--dim", 16)
+        assert "tau was 0.01 and is 0.02" in message
+        assert "dim was 8 and is 16" in message
+        assert "rho" not in message
+
+    def test_a_checkpoint_of_another_loss(self, unbroken, capsys):
+        message = refused(capsys, *TINY, "--out", unbroken, "--resume", "--loss", "smooth-ap")
+        assert "loss was 'roadmap' and is 'smooth-ap'" in message
+
+    def test_a_checkpoint_of_other_data(self, unbroken, capsys):
+        message = refused(capsys, *TINY, "--out", unbroken, "--resume", "--test-fraction", 0.4)
+        assert "training images was" in message
+
+    def test_a_checkpoint_that_is_none(self, unbroken, tmp_path, capsys):
+        shutil.copytree(unbroken, tmp_path / "run")
+        whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+        for data in (b"", b"text", whole[: len(whole) // 2]):
+            (tmp_path / "run" / "checkpoint.pt").write_bytes(data)
+            assert "cannot be read" in refused(capsys, *TINY, "--out", tmp_path / "run", "--resume")
+
+    def test_settings(self, tmp_path, capsys):
+        assert "--rho is no setting" in refused(capsys, "--loss", "smooth-ap", "--rho", 3, "--out", tmp_path / "run")
+        assert "tau" in refused(capsys, "--tau", -3, "--out", tmp_path / "run")
+        assert "cannot be halved 4 times" in refused(capsys, "--blocks", 4, "--out", tmp_path / "run")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    def test_a_device_that_is_not_there(self, tmp_path, capsys):
+        assert "--device cuda cannot be used" in refused(capsys, "--device", "cuda", "--out", tmp_path / "run")
+
+    def test_packages_that_are_missing(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "timm", None)
+        assert "pip install timm" in refused(capsys, "--backbone", "resnet50", "--out", tmp_path / "run")
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert "pip install tensorboard" in refused(capsys, *TINY, "--tensorboard", "--out", tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--batch-size", "0"], ["--per-class", "1"], ["--test-fraction", "1"], ["--k", "0"], ["--loss", "none"],
+         ["--steps", "3", "--epochs", "2"], ["--pretrained"], ["--batch", "3"], ["--weights", "nowhere"]],
+        ids=str,
+    )  # fmt: skip
+    def test_options_by_themselves(self, arguments):
+        with pytest.raises(SystemExit) as caught:
+            options(*arguments)
+        assert caught.value.code == 2
+
+
+def test_settings_of_a_run_are_json(unbroken):
+    written = json.loads((unbroken / "settings.json").read_text())
+    assert written["settings"]["tau"] == 0.01
+    assert written["about"]["torch"] == torch.__version__
+
+
+def test_a_run_in_a_folder_that_is_new(tmp_path):
+    run = Run(tmp_path / "a" / "b", {}, {}, resume=True)
+    run.begin()
+    assert run.state is None
+    run.save(step=3)
+    again = Run(tmp_path / "a" / "b", {}, {"torch": "other"}, resume=True)
+    assert again.state["step"] == 3
+    assert again.notes == ["torch was None and is other"]
