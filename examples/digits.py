@@ -12,18 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
-from sklearn.datasets import load_digits
+from retrieval import images as image_files
+from retrieval import pictures
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 import roadmap_ext
+from roadmap_ext.metrics import retrieval_metrics
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the yardstick below is not part of the package
 from benchmarks.loop import torch_loop
@@ -68,20 +66,6 @@ def train(net: Embedding, images: Tensor, labels: Tensor, steps: int, batch_size
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-@torch.no_grad()
-def evaluate(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
-    """mAP@R and R@1, each image a query against all others; a tie counts against the ranking."""
-    scores, target, itself = batch_scores(embeddings, labels)
-    precisions, firsts = [], []
-    for row, positive, self_ in zip(scores, target, itself, strict=True):
-        others, positives = row[~self_], row[positive & ~self_]
-        rank = (others[None] >= positives[:, None]).sum(1)
-        rank_positive = (positives[None] >= positives[:, None]).sum(1)
-        precisions.append((rank_positive / rank)[rank <= len(positives)].sum() / len(positives))
-        firsts.append(rank.min() == 1)
-    return torch.stack(precisions).mean().item(), torch.stack(firsts).float().mean().item()
-
-
 def compare_speed(embeddings: Tensor, labels: Tensor) -> None:
     """What the AP loss takes of a training step, beside the loop one would write by hand."""
     scores, target, itself = batch_scores(embeddings.detach(), labels)
@@ -94,37 +78,9 @@ def compare_speed(embeddings: Tensor, labels: Tensor) -> None:
     print(f"The same in plain PyTorch, one query at a time:  {loop:.0f} ms a step ({ratio:.0f} times as long)")
 
 
-def one_a_digit(images: Tensor, labels: Tensor) -> list[int]:
-    """The first of the given image numbers for each digit among them."""
-    return [int(images[labels[images] == digit][0]) for digit in labels[images].unique()]
-
-
-@torch.no_grad()
-def draw(embeddings: Tensor, labels: Tensor, images: Tensor, path: Path, queries: int = 8, neighbours: int = 8) -> None:
-    """Queries and their nearest held-out images; up to half of the queries have a wrong one among these."""
-    scores, target, itself = batch_scores(embeddings.cpu(), labels.cpu())
-    labels, images = labels.cpu(), images.cpu()
-    nearest = scores.masked_fill(itself, -torch.inf).topk(neighbours, dim=1).indices
-    right = target.gather(1, nearest)
-    flawed = one_a_digit((~right).any(1).nonzero().flatten(), labels)[: queries // 2]
-    flawless = one_a_digit(right.all(1).nonzero().flatten(), labels)[len(flawed) - queries :]
-
-    figure, axes = pyplot.subplots(queries, neighbours + 1, figsize=(neighbours + 1, queries + 0.7), squeeze=False)
-    for query, line in zip(flawless + flawed, axes, strict=False):
-        for column, (image, axis) in enumerate(zip([query, *nearest[query].tolist()], line, strict=True)):
-            correct = bool(labels[image] == labels[query])
-            axis.imshow(images[image, 0], cmap="gray_r")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(color="black" if column == 0 else "tab:green" if correct else "tab:red", linewidth=3)
-            if not correct:  # a mark that does not need colour
-                mark = {"transform": axis.transAxes, "ha": "right", "va": "top", "fontsize": 15, "fontweight": "bold"}
-                axis.text(0.98, 1.0, "\N{MULTIPLICATION X}", color="tab:red", **mark)
-                axis.set_xlabel(f"a {labels[image]}", fontsize=8, labelpad=2)
-        line[0].set_ylabel(str(labels[query].item()), rotation=0, labelpad=10, va="center", fontsize=13)
-    axes[0, 0].set_title("query", fontsize=10)
-    figure.tight_layout(pad=0.4, h_pad=0.9, rect=(0, 0, 1, 0.97))
-    figure.suptitle("Held-out digits and their nearest others; a cross and a red frame mark another digit", fontsize=11)
-    figure.savefig(path, dpi=100)
+def every(data: image_files.Images) -> Tensor:
+    """All its images, [n, 1, 8, 8] uint8."""
+    return data.pixels(torch.arange(len(data)))
 
 
 def main() -> None:
@@ -141,10 +97,11 @@ def main() -> None:
     print("CUDA kernels: built" if build["cuda"] else f"CUDA kernels: not built because {build['cuda_reason']}")
 
     torch.manual_seed(arguments.seed)
-    data = load_digits()
-    split = train_test_split(data.images / 16, data.target, test_size=600, random_state=0, stratify=data.target)
-    train_images, held_images = (torch.tensor(x, dtype=torch.float32, device=device)[:, None] for x in split[:2])
-    train_labels, held_labels = (torch.tensor(x, device=device) for x in split[2:])
+    data = image_files.digits()
+    split = train_test_split(range(len(data)), test_size=600, random_state=0, stratify=data.labels)
+    train_data, held = (data.take(torch.tensor(numbers)) for numbers in split)
+    train_images, held_images = (every(part).to(device) / 255 for part in (train_data, held))
+    train_labels, held_labels = train_data.labels.to(device), held.labels.to(device)
 
     net = Embedding().to(device)
     embeddings = {
@@ -156,15 +113,18 @@ def main() -> None:
 
     print(f"\n{len(held_labels)} held-out images   mAP@R     R@1")
     for name, points in embeddings.items():
-        map_at_r, recall = evaluate(points, held_labels)
-        print(f"{name:<20}{map_at_r:>8.3f}{recall:>8.3f}")
+        measured = retrieval_metrics(points, held_labels, k=[1])
+        print(f"{name:<20}{measured['mAP@R']:>8.3f}{measured['R@1']:>8.3f}")
 
     batch = slice(0, arguments.batch_size)
     compare_speed(net(train_images[batch]), train_labels[batch])
-    draw(embeddings["trained net"], held_labels, held_images, arguments.out)
+    title = "held-out digits and their nearest others"
+    pictures.neighbours(embeddings["trained net"], held, arguments.out, title)
     print(f"\nWrote {arguments.out}: some queries and what the net finds nearest to them")
-    if map_at_r < GOAL:
-        sys.exit(f"mAP@R of the trained net is {map_at_r:.3f}, below {GOAL}: the training, or this build, is broken.")
+    if measured["mAP@R"] < GOAL:
+        sys.exit(
+            f"mAP@R of the trained net is {measured['mAP@R']:.3f}, below {GOAL}: the training or this build is broken."
+        )
 
 
 if __name__ == "__main__":

@@ -135,15 +135,21 @@ def line(row: dict[str, Any]) -> str:
     )
     if row["step_ms"] is None:
         return text
-    memory = "" if row["loss_mib"] is None else f"{row['loss_mib']:.0f} MiB"
+    mib = row["loss_mib"]
+    memory = "" if mib is None else f"{mib:.0f} MiB" if mib >= 1 else "< 1 MiB"
     return text + f"{row['step_ms']:>8.0f} ms{row['loss_ms']:>11.1f} ms{memory:>10}"
 
 
-def draw(training: Training, test: Images, run: Run, check: Callable[[], None]) -> None:
-    """The pictures of a run that is over."""
-    shown = ["mAP", "mAP@R", "R-precision", *(f"R@{count}" for count in training.options.k[:1])]
-    title = f"{training.options.loss}, batches of {training.options.batch_size:,}"
-    pictures.curves(run.steps, run.metrics, shown, title, run.folder / "curves.png")
+def draw_curves(training: Training, run: Run) -> None:
+    """How the run went, as far as it did."""
+    if run.steps.rows:
+        shown = ["mAP", "mAP@R", "R-precision", *(f"R@{count}" for count in training.options.k[:1])]
+        title = f"{training.options.loss}, batches of {training.options.batch_size:,}"
+        pictures.curves(run.steps, run.metrics, shown, title, run.folder / "curves.png")
+
+
+def draw_neighbours(training: Training, test: Images, run: Run, check: Callable[[], None]) -> None:
+    """What the network of a run that is over retrieves."""
     title = f"test images and their nearest others after {training.options.steps:,} steps"
     pictures.neighbours(training.embed(test, check), test, run.folder / "neighbours.png", title)
 
@@ -224,8 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
     with Interrupt() as interrupt:
         try:
             train(training, test, run, interrupt, board)
-            draw(training, test, run, interrupt.check)
+            draw_curves(training, run)
+            draw_neighbours(training, test, run, interrupt.check)
         except StopRequest:
+            draw_curves(training, run)
             print(f"\nStopped. {folder} has a checkpoint: the same command with --resume goes on from it.")
             return 128 + (interrupt.signal or 0)
         except KeyboardInterrupt:

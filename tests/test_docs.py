@@ -1,8 +1,9 @@
-"""Code in the README and on the page of the loss runs, and what is called equivalent is."""
+"""Code on the pages runs, what is called equivalent is, and commands have the options that they are given."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
@@ -50,3 +51,24 @@ def test_the_page_of_the_loss():
     assert 0 < names["mean_ap"] < 1
     index = next(names["batches"](torch.arange(1000) % 50, items=4, size=64))
     assert torch.equal((index % 50).bincount(minlength=50).sort().values, torch.tensor([0] * 34 + [4] * 16))
+
+
+def test_the_page_of_training():
+    names = {}
+    (block,) = blocks("docs/training.md")
+    exec(block, names)
+    assert 0 < names["measured"]["mAP@R"] < names["measured"]["R@10"] < 1
+    assert names["each"].shape == (1000,)
+
+
+def test_commands_of_training(capsys):
+    options = pytest.importorskip("retrieval.options")  # it takes packages that are not the library's
+    page = (ROOT / "docs/training.md").read_text()
+    commands = re.findall(r'^    make train ARGS="(.*)"$', page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        options.parse(None, command.split())
+    with pytest.raises(SystemExit):
+        options.parse(None, ["--help"])
+    there = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= there

@@ -543,7 +543,8 @@ class TestRuns:
 
         monkeypatch.setattr("retrieval.run.replace", replace)
         monkeypatch.setattr(Table, "add", add)
-        monkeypatch.setattr("train_retrieval.draw", lambda *arguments: None)
+        monkeypatch.setattr("train_retrieval.draw_curves", lambda *arguments: None)
+        monkeypatch.setattr("train_retrieval.draw_neighbours", lambda *arguments: None)
         monkeypatch.setattr(images, "digits", lambda: every)
         for kill in range(1, 100):
             folder, last, moments = tmp_path / str(kill), kill, 0
@@ -579,6 +580,7 @@ class TestRuns:
         if stop != signal.SIGKILL:
             assert "--resume goes on from it" in text
             assert state["step"] == int(steps[-1]["step"])
+            assert (tmp_path / "run" / "curves.png").exists()
         assert state["step"] < 60
         assert program(*long, "--out", tmp_path / "run", "--resume") == 0
         assert program(*long, "--out", tmp_path / "whole") == 0

@@ -39,41 +39,44 @@ class Images:
         names: Sequence[str],
         classes: Sequence[str],
         labels: Tensor,
-        pixels: Tensor | Callable[[int], np.ndarray],  # [n, C, S, S] uint8, or how to get one, [C, S, S]
+        pixels: Tensor | Callable[[int], np.ndarray],  # [m, C, S, S] uint8, or how to get one, [C, S, S]
         channels: int,
         size: int,
         digest: str,
+        places: Tensor | None = None,  # [n] where in ``pixels`` each image is; None: in their order
     ) -> None:
         self.names, self.classes, self.labels = list(names), list(classes), labels
         self.channels, self.size, self.digest = channels, size, digest
         self._pixels = pixels
+        self._places = torch.arange(len(self.names)) if places is None else places
 
     def __len__(self) -> int:
         return len(self.names)
 
     def pixels(self, index: Tensor) -> Tensor:
         """[b, C, S, S] uint8 for image numbers [b]."""
+        places = self._places[index]
         if isinstance(self._pixels, Tensor):
-            return self._pixels[index]
+            return self._pixels[places]
         out = torch.empty(len(index), self.channels, self.size, self.size, dtype=torch.uint8)
-        for place, image in enumerate(_in_threads(self._pixels, index.tolist())):
-            out[place] = torch.from_numpy(image)
+        for row, image in zip(out, _in_threads(self._pixels, places.tolist()), strict=True):
+            row.copy_(torch.from_numpy(image))
         return out
 
     def take(self, index: Tensor) -> Images:
-        """These images alone, and the classes that are left, in their order."""
+        """These images alone, of the same memory, and the classes that are left, in their order."""
         labels = self.labels[index]
         left = labels.unique()
         numbers = index.tolist()
-        held = self._pixels
         return Images(
             [self.names[i] for i in numbers],
             [self.classes[c] for c in left.tolist()],
             torch.searchsorted(left, labels),
-            held[index] if isinstance(held, Tensor) else lambda i: held(numbers[i]),
+            self._pixels,
             self.channels,
             self.size,
             _digest([self.digest, *map(str, numbers)]),
+            self._places[index],
         )
 
 
