@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/embeddings.h"
+#include "cpu/ranking.h"
 #include "cpu/relation.h"
 #include "cpu/rows.h"
 
@@ -429,6 +430,38 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
   return gradient;
 }
 
+void check_rankable(const Tensor& scores) {
+  STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() &&
+                      (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
+                  "scores must be a 2-D CPU tensor of float32 or float64");
+  STD_TORCH_CHECK(scores.size(1) < (int64_t(1) << 31), "scores must have less than 2^31 columns");
+}
+
+Tensor rank_rows(const Tensor& scores, const Matrix& m) {
+  Tensor values = empty(scores, {m.rows, roadmap::kRankValues}, ScalarType::Double);
+  dispatch(scores, [&](auto zero) {
+    roadmap::rank_metrics<decltype(zero)>(m, torch_threads(m.rows * m.columns), data<double>(values));
+  });
+  return values;
+}
+
+Tensor rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
+                    std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
+                    std::optional<Tensor> negative_column, int64_t own) {
+  check_rankable(scores);
+  const Listed listed(scores.size(0), positive_span, positive_column, left_out_span, left_out_column, negative_span,
+                      negative_column, own);
+  const Tensor dense = dense_columns(scores);
+  return rank_rows(dense, {dense.const_data_ptr(), score_type(dense), dense.size(0), dense.size(1), dense.stride(0),
+                           listed.relation});
+}
+
+Tensor rank_metrics_masked(Tensor scores, Tensor target, std::optional<Tensor> ignore) {
+  check_rankable(scores);
+  const Input input(scores, target, ignore);
+  return rank_rows(input.scores, input.matrix);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
@@ -454,6 +487,10 @@ STABLE_TORCH_LIBRARY(roadmap_ext, m) {
       "float start, float? offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "
       "Tensor negative_rank, Tensor slope)");
   m.def(
+      "rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? "
+      "left_out_column, Tensor? negative_span, Tensor? negative_column, int own) -> Tensor");
+  m.def("rank_metrics_masked(Tensor scores, Tensor target, Tensor? ignore) -> Tensor");
+  m.def(
       "smooth_rank_backward(Tensor scores, Tensor target, Tensor? ignore, Tensor slope, Tensor? positive_grad, "
       "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset) -> Tensor");
 }
@@ -468,5 +505,7 @@ STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));
+  m.impl("rank_metrics", TORCH_BOX(&rank_metrics));
+  m.impl("rank_metrics_masked", TORCH_BOX(&rank_metrics_masked));
   m.impl("smooth_rank_backward", TORCH_BOX(&smooth_rank_backward));
 }

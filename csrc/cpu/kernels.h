@@ -1,5 +1,5 @@
-// What the vector kernels take and give: the interface between the schedule (rows.h) and the kernels (tiled_body.h),
-// which are compiled once for each instruction set.
+// What the vector kernels take and give: the interface between the schedules (rows.h, ranking.h) and the kernels
+// (tiled_body.h, counting_body.h), which are compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -179,6 +179,40 @@ struct Kernels {
                              double* out);
 };
 
+// The positives of one row in ascending order, and where many, a table that leads any score to its place among them. A
+// score is in bucket floor((score - low) * scale), cut to those there are. This never falls where the score rises, so
+// what lies in lower buckets is lower, and only the positives of its own bucket have to be compared with it.
+template <typename T>
+struct Ladder {
+  // Rows with up to so many positives compare each score with each of them.
+  static constexpr int64_t kFew = 32;
+  // NaN at the end, which no score reaches.
+  static constexpr int64_t kEnd = 3;
+
+  std::vector<T> score;  // [P + kEnd]
+  bool many = false;
+  std::vector<int32_t> first;  // [buckets + 1] at least  how many positives lie in lower buckets
+  T low = 0, scale = 0, last = 0;
+
+  int64_t size() const { return static_cast<int64_t>(score.size()) - kEnd; }
+};
+
+// How many references reach a positive: kernels of the retrieval metrics.
+template <typename T>
+struct Counting {
+  // The scores of a block that count and are at least `lowest`, packed, with NaN after them. Returns how many. `nan` is
+  // set if one that counts is NaN.
+  int (*pack)(const T* score, const uint64_t* ignored, int count, T lowest, T* packed, bool& nan);
+  // The lowest and the highest of n packed scores.
+  void (*range)(const T* packed, int64_t n, T& low, T& high);
+  // The buckets of n scores.
+  void (*place)(const T* score, int n, const Ladder<T>&, int32_t* bucket);
+  // reached[i + 1] += how many packed scores are at least positive i.
+  void (*count_few)(const T* packed, int n, const Ladder<T>&, uint32_t* reached);
+  // reached[i] += how many packed scores are at least i of the positives and no more. `bucket` [n] is workspace.
+  void (*count_many)(const T* packed, int n, const Ladder<T>&, int32_t* bucket, uint32_t* reached);
+};
+
 struct Conversions {
   void (*mask_bits)(const uint8_t* bytes, int count, uint64_t* bits);  // a bit a byte: not zero
   void (*widen_half)(const uint16_t*, float*, int64_t);
@@ -189,6 +223,8 @@ struct InstructionSet {
   const char* name;
   Kernels<float> kernels_float;
   Kernels<double> kernels_double;
+  Counting<float> counting_float;
+  Counting<double> counting_double;
   Conversions conversions;
 
   template <typename T>
@@ -197,6 +233,14 @@ struct InstructionSet {
       return kernels_float;
     } else {
       return kernels_double;
+    }
+  }
+  template <typename T>
+  const Counting<T>& counting() const {
+    if constexpr (sizeof(T) == 4) {
+      return counting_float;
+    } else {
+      return counting_double;
     }
   }
 };

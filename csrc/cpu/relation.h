@@ -37,11 +37,23 @@ class Roles {
     } else {
       fill_listed(row, begin, count, words, bits);
     }
-    if (count % 64) bits.ignored[words - 1] |= ~uint64_t(0) << (count % 64);  // past the end
+    close(count, words, bits.ignored);
     for (int w = 0; w < words; ++w) {
       bits.positive[w] &= ~bits.ignored[w];
       bits.negative[w] = ~(bits.positive[w] | bits.ignored[w]);
     }
+  }
+
+  // The ignored ones alone: all that a pass needs which has met the positives.
+  void fill_ignored(int64_t row, int64_t begin, int count, RoleBits& bits) const {
+    if (r_.target ? r_.ignore != nullptr : r_.negative.column != nullptr) {
+      fill(row, begin, count, bits);
+      return;
+    }
+    const int words = static_cast<int>(divide_up(count, 64));
+    std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
+    if (!r_.target) mark_left_out(row, begin, count, bits);
+    close(count, words, bits.ignored);
   }
 
  private:
@@ -55,9 +67,18 @@ class Roles {
     } else {
       std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
     }
+    mark_left_out(row, begin, count, bits);
+  }
+
+  void mark_left_out(int64_t row, int64_t begin, int count, RoleBits& bits) const {
     if (r_.left_out.column) mark(r_.left_out, row, begin, count, bits.ignored);
     const int64_t own = r_.own < 0 ? -1 : r_.own + row - begin;
     if (own >= 0 && own < count) bits.ignored[own / 64] |= uint64_t(1) << (own % 64);
+  }
+
+  // Past the end all are ignored.
+  static void close(int count, int words, uint64_t* ignored) {
+    if (count % 64) ignored[words - 1] |= ~uint64_t(0) << (count % 64);
   }
 
   // Sets the bits of a row's listed columns. No order of them, nor any value, leads outside the block.

@@ -24,6 +24,8 @@ namespace avx2 {
 #include "vector_avx2.h"
 //
 #include "tiled_body.h"
+//
+#include "counting_body.h"
 }  // namespace avx2
 }  // namespace roadmap
 
@@ -38,6 +40,8 @@ namespace roadmap {
 const InstructionSet kAvx2 = {"avx2",
                               avx2::make_kernels<float>(),
                               avx2::make_kernels<double>(),
+                              avx2::make_counting<float>(),
+                              avx2::make_counting<double>(),
                               {avx2::mask_bits, avx2::widen_half, avx2::narrow_half}};
 
 }  // namespace roadmap

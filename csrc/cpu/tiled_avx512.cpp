@@ -31,6 +31,8 @@ namespace avx512 {
 #include "vector_avx512.h"
 //
 #include "tiled_body.h"
+//
+#include "counting_body.h"
 }  // namespace avx512
 }  // namespace roadmap
 
@@ -45,6 +47,8 @@ namespace roadmap {
 const InstructionSet kAvx512 = {"avx512",
                                 avx512::make_kernels<float>(),
                                 avx512::make_kernels<double>(),
+                                avx512::make_counting<float>(),
+                                avx512::make_counting<double>(),
                                 {avx512::mask_bits, avx512::widen_half, avx512::narrow_half}};
 
 }  // namespace roadmap

@@ -13,11 +13,15 @@ namespace baseline {
 #include "vector_baseline.h"
 //
 #include "tiled_body.h"
+//
+#include "counting_body.h"
 }  // namespace baseline
 
 const InstructionSet kBaseline = {"baseline",
                                   baseline::make_kernels<float>(),
                                   baseline::make_kernels<double>(),
+                                  baseline::make_counting<float>(),
+                                  baseline::make_counting<double>(),
                                   {baseline::mask_bits, baseline::widen_half, baseline::narrow_half}};
 
 }  // namespace roadmap
