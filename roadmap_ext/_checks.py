@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -185,6 +186,28 @@ def check_chunk_size(value: object) -> None:
         raise TypeError(f"chunk_size must be None or an integer, a number of queries, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"chunk_size must be at least 1, got {value}: leave it out to have it chosen")
+
+
+def check_ks(value: object) -> tuple[int, ...]:
+    """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"k must be integers, such as (1, 10, 100), got {value!r}: one of them is ({value},)")
+    ks = tuple(value)
+    for k in ks:
+        if isinstance(k, bool) or not isinstance(k, Integral):
+            raise TypeError(f"k must be integers, such as (1, 10, 100), got {k!r} among them")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, for ranks begin there, got {k}")
+    return tuple(int(k) for k in ks)
+
+
+def check_progress(value: object) -> None:
+    """Raise TypeError unless ``value``, which cannot be called, says whether a bar is wanted."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(
+            "progress must be None, True (a bar) or a function that takes a number of queries, got "
+            f"{type(value).__name__}"
+        )
 
 
 def check_embeddings(

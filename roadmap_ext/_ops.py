@@ -45,6 +45,10 @@ def _count_pairs(positive_span: Tensor, *arguments: Any) -> Tensor:
     return positive_span.new_empty((positive_span.shape[0], 2))
 
 
+def _rank_metrics(scores: Tensor, *arguments: Any) -> Tensor:
+    return scores.new_empty((scores.shape[0], 4), dtype=torch.float64)
+
+
 def _equal_lists(values: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_empty((values.shape[0], 2)), references.new_empty(references.shape)
 
@@ -62,6 +66,8 @@ if _C is not None:
     torch.library.register_fake("roadmap_ext::smooth_rank", _smooth_rank)
     torch.library.register_fake("roadmap_ext::count_pairs", _count_pairs)
     torch.library.register_fake("roadmap_ext::objective_rows_", _nothing)
+    torch.library.register_fake("roadmap_ext::rank_metrics", _rank_metrics)
+    torch.library.register_fake("roadmap_ext::rank_metrics_masked", _rank_metrics)
     torch.library.register_fake("roadmap_ext::equal_lists", _equal_lists)
     torch.library.register_fake("roadmap_ext::symmetrise_", _nothing)
     torch.library.register_fake("roadmap_ext::remove_radial_", _nothing)

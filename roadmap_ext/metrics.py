@@ -1,14 +1,41 @@
-"""Exact retrieval metrics, for evaluation: no surrogate, no gradient."""
+"""Exact retrieval metrics, for evaluation: no surrogate, no gradient.
+
+Each query's metrics follow from the ranks of its positives. On the CPU a kernel counts them (csrc/cpu/ranking.h); on
+other devices, and where there are no kernels, plain PyTorch sorts. Both give the same ranks.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._checks import check_scores
+from ._checks import (
+    SMALLEST_NORM,
+    check_chunk_size,
+    check_embeddings,
+    check_flag,
+    check_ks,
+    check_progress,
+    check_scores,
+    one_of,
+)
+from ._chunks import _chunk
+from ._extension import _REFERENCE_ONLY
+from ._relation import from_labels
 
-# Scores that are sorted at a time: bounds the memory beyond the input to a few such tensors.
-_CHUNK_ELEMENTS = 1 << 20
+# Scores that are worked on at a time: bounds the memory beyond the input to a few such tensors where they are sorted or
+# widened.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+# Bytes of a chunk of scores for the kernel. A smaller one would be nearer to the caches, but the products would lose
+# more than this gains.
+_BUDGET = 64 << 20
+
+_REDUCTIONS = ("mean", "none")
 
 
 @torch.no_grad()
@@ -34,28 +61,284 @@ def average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None = No
     check_scores(scores, target, ignore)
     rows, columns = scores.shape
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    kernel = _has_kernel(scores)
+    if kernel and scores.dtype == dtype:
+        return _masked(scores, target, ignore)[:, 0].to(dtype)
     out = scores.new_empty(rows, dtype=dtype)
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    step = max(1, _CHUNK_ELEMENTS.get(scores.device.type, 1 << 20) // max(1, columns))
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        out[part] = _sorted_average_precision(scores[part], target[part], None if ignore is None else ignore[part])
+        masks = target[part], None if ignore is None else ignore[part]
+        values = _masked(scores[part].to(dtype), *masks) if kernel else _sorted(scores[part], *masks)
+        out[part] = values[:, 0]
     return out
 
 
-def _sorted_average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
+@overload
+def retrieval_metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    k: Iterable[int] = (1, 10, 100),
+    normalize: bool = True,
+    reduction: Literal["mean"] = "mean",
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> dict[str, float]: ...
+
+
+@overload
+def retrieval_metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    k: Iterable[int] = (1, 10, 100),
+    normalize: bool = True,
+    reduction: Literal["none"],
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> dict[str, Tensor]: ...
+
+
+@torch.no_grad()
+def retrieval_metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    k: Iterable[int] = (1, 10, 100),
+    normalize: bool = True,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> dict[str, float] | dict[str, Tensor]:
+    """Exact mAP, mAP@R, R-precision and R@k of embeddings, over any number of references in the memory of a chunk.
+
+    With rank(i) and rank+(i) of a positive i as in :func:`average_precision` and R the number of positives:
+
+        mAP           the mean over queries of AP = 1/R * sum over positives of rank+ / rank
+        mAP@R         the same sum over the positives of rank <= R alone (Musgrave et al., "A Metric Learning Reality
+                      Check", ECCV 2020)
+        R-precision   the share of positives of rank <= R
+        R@k           1 if some positive has rank <= k, else 0
+
+    Ties count against the ranking. The query itself is left out: by index where the batch is its own reference, by ids
+    where these are given, and never by its place in the ranking, which a duplicate may hold.
+
+    Args:
+        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
+        labels: [B] the class of each, any integer dtype.
+        ref_emb: [N, D] what to rank; any float dtype. None, or the very tensor that ``embeddings`` is: the batch
+            itself.
+        ref_labels: [N] its classes; given if and only if ``ref_emb`` is.
+        ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out.
+        k: the k of R@k: integers of at least 1, in the order in which they are to be returned; may be empty.
+        normalize: rank by cosine similarity, where a row of norm below 1e-12 has similarity 0 to all; else by plain
+            products.
+        reduction: ``"mean"`` over the queries that have a positive; or ``"none"``, each query's own.
+        chunk_size: queries a chunk; None takes as many as fit in 64 MiB of scores (8 Mi scores on a GPU, where sorting
+            takes ten times their memory).
+        progress: True shows a bar (which needs tqdm); or what is called after each chunk with the number of queries in
+            it, such as ``tqdm(total=len(embeddings)).update``. None and False for neither.
+
+    Returns:
+        "mAP", "mAP@R", "R-precision" and "R@1", ... in this order. With ``reduction="mean"`` floats; NaN if no query
+        has a positive, or one that has meets a NaN among its scores. With ``"none"`` [B] float64 tensors on the device
+        of the embeddings; NaN for a query without positives, or with a NaN among its scores.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices differ, only one of two arguments that belong together was given, a setting is out
+            of range.
+        ImportError: ``progress=True`` without tqdm.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, -0.4]])
+        >>> retrieval_metrics(embeddings, torch.tensor([7, 7, 3]), k=(1, 2))
+        {'mAP': 0.75, 'mAP@R': 0.5, 'R-precision': 0.5, 'R@1': 0.5, 'R@2': 1.0}
+    """
+    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    ks = check_ks(k)
+    check_flag("normalize", normalize)
+    one_of("reduction", reduction, _REDUCTIONS)
+    check_chunk_size(chunk_size)
+    report, close = _reporter(progress, len(embeddings))
+    alone = ref_emb is None or ref_emb is embeddings
+    ref_labels = labels if ref_labels is None else ref_labels
+    dtype = _scores_dtype(embeddings, ref_emb)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        queries = _vectors(embeddings, dtype, normalize)
+        references = queries if ref_emb is None or alone else _vectors(ref_emb, dtype, normalize)
+        evaluate = _by_kernel if _has_kernel(queries) else _by_sorting
+        try:
+            values = evaluate(queries, references, labels, ref_labels, ids, ref_ids, alone, chunk_size, report)
+        finally:
+            close()
+    metrics = dict(zip(("mAP", "mAP@R", "R-precision"), values.unbind(1), strict=False))
+    smallest = values[:, 3]
+    # No positive: an infinite rank. NaN stays NaN.
+    undefined = ~smallest.isfinite()
+    metrics |= {f"R@{each}": (smallest <= float(each)).double().masked_fill(undefined, math.nan) for each in ks}
+    if reduction == "none":
+        return metrics
+    counted = smallest != math.inf
+    rows = torch.stack([*metrics.values()], dim=1)[counted].T.tolist()
+    # Summed exactly: the result depends on no order, and so on no number of threads.
+    return {name: math.fsum(row) / len(row) if row else math.nan for name, row in zip(metrics, rows, strict=True)}
+
+
+def _by_kernel(
+    queries: Tensor,
+    references: Tensor,
+    labels: Tensor,
+    ref_labels: Tensor,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    alone: bool,
+    chunk_size: int | None,
+    report: Callable[[int], object],
+) -> Tensor:
+    """AP, mAP@R, R-precision and the smallest rank of a positive, [B, 4] float64; without positives NaN, the last inf.
+
+    Queries and references come normalised, [B, D] and [N, D].
+    """
+    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self=False)
+    rows, columns = len(queries), len(references)
+    values = queries.new_empty((rows, 4), dtype=torch.float64)
+    step = _chunk_rows(rows, _BUDGET // max(1, columns * queries.element_size()), chunk_size)
+    buffer = _chunk(references, min(step, rows), columns)
+    positive, left_out = relation.positive, relation.left_out
+    for begin in range(0, rows, step):
+        part = slice(begin, min(begin + step, rows))
+        vectors = queries[part]
+        values[part] = torch.ops.roadmap_ext.rank_metrics(
+            torch.mm(vectors, references.T, out=buffer[: len(vectors)]),
+            positive.span[part],
+            positive.column,
+            None if left_out is None else left_out.span[part],
+            None if left_out is None else left_out.column,
+            None,
+            None,
+            begin if alone else -1,
+        )
+        report(len(vectors))
+    return values
+
+
+def _by_sorting(
+    queries: Tensor,
+    references: Tensor,
+    labels: Tensor,
+    ref_labels: Tensor,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    alone: bool,
+    chunk_size: int | None,
+    report: Callable[[int], object],
+) -> Tensor:
+    """The same in plain PyTorch on any device, without waiting for it."""
+    rows, columns = len(queries), len(references)
+    values = queries.new_empty((rows, 4), dtype=torch.float64)
+    largest = _CHUNK_ELEMENTS.get(queries.device.type, _CHUNK_ELEMENTS["cuda"])
+    step = _chunk_rows(rows, largest // max(1, columns), chunk_size)
+    index = torch.arange(columns, device=queries.device)
+    labels, ref_labels = labels.long(), ref_labels.long()
+    for begin in range(0, rows, step):
+        part = slice(begin, min(begin + step, rows))
+        target = labels[part, None] == ref_labels
+        ignore = (
+            torch.zeros_like(target) if ids is None or ref_ids is None else ids[part, None].long() == ref_ids.long()
+        )
+        if alone:
+            ignore |= index[part, None] == index
+        values[part] = _sorted(queries[part] @ references.T, target, ignore)
+        report(len(target))
+    return values
+
+
+def _masked(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
+    values: Tensor = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
+    return values
+
+
+def _sorted(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
+    """What the kernel computes, by sorting: [B, 4] as of :func:`_by_kernel`."""
+    rows, columns = scores.shape
+    if not columns:
+        return torch.tensor([math.nan] * 3 + [math.inf], dtype=torch.float64, device=scores.device).expand(rows, 4)
     counted = torch.ones_like(target) if ignore is None else ~ignore
     positive = target & counted
+    nan = (scores.isnan() & counted).any(1)
     # Ignored pairs stay where they are and weigh nothing.
     ordered, order = scores.sort(dim=1, descending=True)
-    positive, weight = positive.gather(1, order), counted.gather(1, order)
+    positive, counted = positive.gather(1, order), counted.gather(1, order)
+    del order
     # Each rank is read at the end of its run of equal scores.
-    columns = scores.shape[1]
     index = torch.arange(columns, device=scores.device).expand_as(ordered)
     ends = torch.ones_like(positive)
     ends[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
-    end = torch.where(ends, index, columns - 1).flip(1).cummin(1).values.flip(1) if columns else index
-    rank = weight.cumsum(1).gather(1, end).double()
-    rank_positive = positive.cumsum(1).gather(1, end).double()
-    precision = (torch.where(positive, rank_positive / rank, 0.0)).sum(1) / positive.sum(1)
-    nan = (scores.isnan() & counted).any(1)
-    return torch.where(nan, torch.nan, precision)
+    end = torch.where(ends, index, columns - 1).flip(1).cummin(1).values.flip(1)
+    rank = counted.cumsum(1).gather(1, end)
+    precision = torch.where(positive, positive.cumsum(1).gather(1, end).double() / rank, 0.0)
+    size = positive.sum(1)
+    near = positive & (rank <= size[:, None])
+    smallest = torch.where(positive, rank.double(), math.inf).amin(1)
+    sums = torch.stack([precision.sum(1), (precision * near).sum(1), near.sum(1).double()], dim=1)
+    values = torch.cat([sums / size[:, None], smallest[:, None]], dim=1)
+    return torch.where((nan & (size > 0))[:, None], math.nan, values)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not _REFERENCE_ONLY
+
+
+def _scores_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> torch.dtype:
+    double = embeddings.dtype == torch.float64 or (ref_emb is not None and ref_emb.dtype == torch.float64)
+    return torch.float64 if double else torch.float32
+
+
+def _vectors(given: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    """Rows in ``dtype``, of norm 1 if ``normalize``; a row without direction becomes 0."""
+    given = given.detach().to(dtype)
+    if not normalize:
+        return given
+    norm = torch.linalg.vector_norm(given, dim=1, keepdim=True)
+    norm.masked_fill_(norm == math.inf, math.nan)  # must not pass for a vector without direction
+    vectors: Tensor = given / norm.masked_fill_(norm < SMALLEST_NORM, math.inf)
+    return vectors
+
+
+def _chunk_rows(rows: int, largest: int, chunk_size: int | None) -> int:
+    """Queries a chunk: those asked for, or ``largest`` at the most, in chunks as equal as can be."""
+    if chunk_size is not None:
+        return int(chunk_size)
+    chunks = -(-max(1, rows) // max(1, largest))
+    return -(-max(1, rows) // chunks)
+
+
+def _reporter(progress: object, total: int) -> tuple[Callable[[int], object], Callable[[], object]]:
+    """What to call with the number of queries of each chunk, and what at the end."""
+    if callable(progress):
+        return progress, lambda: None
+    check_progress(progress)
+    if not progress:
+        return lambda _: None, lambda: None
+    try:
+        bar = import_module("tqdm").tqdm(total=total, desc="retrieval metrics", unit=" queries")
+    except ImportError as error:
+        raise ImportError(
+            "progress=True draws its bar with tqdm, which is not installed: pip install tqdm, or pass a function that "
+            "takes the number of queries done since its last call"
+        ) from error
+    return bar.update, bar.close
