@@ -208,6 +208,9 @@ class TestImages:
         (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match=r"empty holds no images .*a folder of images for each class"):
             images.read(tmp_path / "empty", 8)
+        write(tmp_path / "zips", {"a.zip": b""})
+        with pytest.raises(InputError, match=r"zips holds no images .* name one of them: a\.zip"):
+            images.read(tmp_path / "zips", 8)
         (tmp_path / "file.tar").write_bytes(b"not a zip")
         with pytest.raises(InputError, match=r"file\.tar is no folder, and cannot be read as a zip"):
             images.read(tmp_path / "file.tar", 8)

@@ -105,11 +105,13 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
         InputError: there are no images, some lie in no class's folder, or are damaged (each is named).
     """
     source = _Zip(root) if root.is_file() else _Folder(root)
-    names = sorted(name for name in source.names() if _is_image(name))
+    there = list(source.names())
+    names = sorted(name for name in there if _is_image(name))
     if not names:
+        zips = [name for name in there if name.lower().endswith(".zip")]
         raise InputError(
             f"{root} holds no images ({', '.join(sorted(SUFFIXES))}): it has to be a folder or a zip with a folder of "
-            "images for each class"
+            "images for each class" + (f"; there are zips in it, name one of them: {some(zips)}" if zips else "")
         )
     top = _common_folder(names)
     names_within = [str(PurePosixPath(name).relative_to(top)) for name in names]
