@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         train_on, test = load(options)
         complete(options, len(train_on))
         training = Training(options, train_on, device)
-        training.probe()
+        training.probe(train_on)
         name = "digits" if options.data_root is None else options.data_root.resolve().stem
         folder = options.out or Path("runs") / f"{name}-{options.loss}"
         run = Run(folder, settings(options, training, train_on, test), about(device), resume=options.resume)

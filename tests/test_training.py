@@ -630,7 +630,15 @@ class TestRuns:
     def test_a_network_of_timm(self, tmp_path, monkeypatch, capsys):
         made = []
 
+        class Refuses(torch.nn.Module):
+            num_features = 8
+
+            def forward(self, images):
+                raise AssertionError("this one is for others")
+
         def create_model(name, **keywords):
+            if name == "vit_small":
+                return Refuses()
             made.append((name, keywords))
             body = torch.nn.Sequential(
                 torch.nn.Conv2d(keywords["in_chans"], 6, 3), torch.nn.Dropout(0.5), torch.nn.AdaptiveAvgPool2d(1),
@@ -640,10 +648,7 @@ class TestRuns:
             return body
 
         stub = types.ModuleType("timm")
-        stub.list_models = lambda pattern="*": (
-            [n for n in ("resnet18", "resnet50") if pattern in ("*", n)]
-            or (["resnet18", "resnet50"] if pattern.startswith("*") else [])
-        )
+        stub.list_models = lambda: ["resnet18", "resnet50", "vit_small"]
         stub.create_model = create_model
         stub.data = types.SimpleNamespace(
             resolve_model_data_config=lambda body: {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -660,7 +665,11 @@ class TestRuns:
         assert program(*arguments, "--out", tmp_path / "b", "--schedule", "constant", "--resume") == 0
         assert program(*arguments, "--out", tmp_path / "c", "--schedule", "constant") == 0
         assert same(outcome(tmp_path / "b")[0]["network"], outcome(tmp_path / "c")[0]["network"])
-        assert "timm has no model 'resnot'; it has resnet18" in refused(capsys, "--backbone", "resnot")
+        message = refused(capsys, "--backbone", "resnet80")
+        assert "timm has no model 'resnet80'; near to it are resnet50, resnet18" in message
+        assert "does not take images of 1 x 8 x 8: this one" in refused(capsys, *TINY, "--backbone", "vit_small")
+        stub.create_model = lambda name, **keywords: {}["some weight"]
+        assert "timm cannot make it: 'some weight'" in refused(capsys, *TINY, "--backbone", "resnet18")
 
     def test_tensorboard(self, tmp_path):
         event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, reason
 
 _LAST = 4  # the side, in places, at which the small net stops to look at where things are
 
@@ -51,14 +52,17 @@ def from_timm(name: str, channels: int, dim: int, pretrained: bool, weights: Pat
         import timm
     except ImportError as error:
         raise InputError(f"--backbone {name} takes timm and torchvision: pip install timm ({error})") from error
-    if name not in timm.list_models() and not timm.list_models(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:8]
-        raise InputError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    known = timm.list_models()
+    if name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, 5)
+        raise InputError(f"timm has no model {name!r}" + (f"; near to it are {', '.join(near)}" if near else ""))
     # A local file takes the place of the hub's.
     extra = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    body = timm.create_model(
-        name, pretrained=pretrained or weights is not None, num_classes=0, in_chans=channels, **extra
-    )
+    wanted = pretrained or weights is not None
+    try:
+        body = timm.create_model(name, pretrained=wanted, num_classes=0, in_chans=channels, **extra)
+    except Exception as error:  # a download that fails, a file of other weights: each has errors of its own
+        raise InputError(f"--backbone {name}: timm cannot make it: {reason(error)}") from error
     pixels = timm.data.resolve_model_data_config(body)
     mean, std = list(pixels["mean"]), list(pixels["std"])
     if channels != len(mean):

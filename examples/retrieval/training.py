@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import batches, losses, networks
-from .errors import InputError
+from .errors import InputError, reason
 from .images import MIB, Images
 from .options import AMP
 
@@ -36,8 +36,16 @@ class Training:
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self._autocast = torch.autocast(device.type, AMP[options.amp], enabled=options.amp != "none")
 
-    def probe(self) -> None:
-        """Runs the loss once on two classes of two, for its errors: no kernel for this device, no such method."""
+    def probe(self, train: Images) -> None:
+        """Runs network and loss once, for their errors: an image size they do not take, no kernel for this device."""
+        with torch.no_grad(), self._autocast:
+            try:
+                self.network.eval()(train.pixels(torch.arange(2)).to(self.device).float())
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise InputError(
+                    f"--backbone {self.options.backbone} does not take images of {train.channels} x {train.size} x "
+                    f"{train.size}: {reason(error)}"
+                ) from error
         embeddings, labels = torch.eye(4, self.options.dim), torch.tensor([0, 0, 1, 1])
         try:
             self._meter(embeddings.to(self.device), labels.to(self.device), self._scaler)
