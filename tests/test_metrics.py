@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy
 import pytest
@@ -308,12 +309,18 @@ class TestRetrievalMetrics:
     def test_chunks_agree(self):
         x, labels = points(100)
         references, ref_labels = points(70)
+        ids = torch.randperm(100)
         whole = retrieval_metrics(x, labels)
         apart = retrieval_metrics(x, labels, references, ref_labels)
         for chunk_size in (1, 7, 99, 100, 1000):
             assert retrieval_metrics(x, labels, chunk_size=chunk_size) == pytest.approx(whole, rel=1e-14)
             result = retrieval_metrics(x, labels, references, ref_labels, chunk_size=chunk_size)
             assert result == pytest.approx(apart, rel=1e-14)
+            # Each query has its own copy among the references, and it alone is left out.
+            result = retrieval_metrics(
+                x, labels, x.flip(0), labels.flip(0), ids=ids, ref_ids=ids.flip(0), chunk_size=chunk_size
+            )
+            assert result == pytest.approx(whole, rel=1e-14)
 
     def test_dimension_one(self):
         x, labels = points(40, 4, 1)
@@ -490,6 +497,16 @@ def test_lists_and_masks_agree():
             expected = of.rank_metrics_masked(scores[part], target, ignore)
             assert torch.equal(of.rank_metrics(scores[part], *tensors, own).nan_to_num(-1), expected.nan_to_num(-1))
             check_rows(scores[part], target, ignore)
+
+
+def test_crowded_buckets_stay_fast():
+    """Two far ends leave all other positives to one bucket: comparing each with each would take half a minute."""
+    scores = 1e-6 * torch.rand(1, 400_000)
+    scores[0, 0], scores[0, 1] = -1, 1
+    begin = time.perf_counter()
+    rows = torch.ops.roadmap_ext.rank_metrics_masked(scores, torch.ones(1, 400_000, dtype=torch.bool), None)
+    assert time.perf_counter() - begin < 5
+    torch.testing.assert_close(rows, torch.ones(1, 4, dtype=torch.float64), rtol=0, atol=0)
 
 
 def test_strided_scores():

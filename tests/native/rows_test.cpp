@@ -19,6 +19,7 @@
 #include "../../csrc/cpu/embeddings.h"
 #include "../../csrc/cpu/half.h"
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/ranking.h"
 #include "../../csrc/cpu/relation.h"
 
 using namespace roadmap;
@@ -284,10 +285,72 @@ void check_embeddings(int64_t n, unsigned seed) {
   }
 }
 
+// The metrics: lists give what masks give, on one thread as on three; the smallest rank is what a count gives; nonsense
+// leads nowhere outside.
+template <typename T>
+void check_ranking(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(0, 1)(random); };
+  const double special[] = {INFINITY, -INFINITY, 3e38, -3e38, 1e-40, -1e-40, 0.0, -0.0};
+  const double density[] = {0.0, 0.01, 0.2, 1.0};
+  Guarded<T> scores(rows * columns);
+  Guarded<uint8_t> target(rows * columns), ignore(rows * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    // Ties; nearly all in one bucket; or spread out.
+    const double value = uniform() - 0.5;
+    scores[i] = static_cast<T>(seed % 3 == 0 ? std::round(value * 64) : seed % 3 == 1 ? 0.5 + value * 1e-6 : value);
+    if (seed % 2 && uniform() < 0.02) scores[i] = static_cast<T>(special[random() % 8]);
+    if (seed % 5 == 4 && uniform() < 0.5 / static_cast<double>(columns)) scores[i] = static_cast<T>(NAN);
+    target[i] = uniform() < density[seed / 2 % 4];
+    ignore[i] = uniform() < 0.1;
+  }
+  const auto at = [&](int64_t row, int64_t j) { return row * columns + j; };
+  GuardedLists positive(rows, columns, [&](int64_t row, int64_t j) { return target[at(row, j)] != 0; });
+  GuardedLists left_out(rows, columns, [&](int64_t row, int64_t j) { return ignore[at(row, j)] != 0; });
+  Relation listed, masks;
+  listed.positive = positive.lists();
+  listed.left_out = left_out.lists();
+  listed.own = seed % 2 ? 1 : -1;
+  for (int64_t row = 0; seed % 2 && row < rows && row + 1 < columns; ++row) ignore[at(row, row + 1)] = 1;
+  masks.target = target.data();
+  masks.ignore = ignore.data();
+  masks.target_stride = masks.ignore_stride = columns;
+  Relation nonsense = listed;
+  GuardedLists wild(rows, columns, [&](int64_t row, int64_t j) { return (row * 7 + j) % 3 == 0; });
+  const int64_t values[] = {INT64_MIN, INT64_MAX, -1, columns, columns + 1, -4096, 0, columns - 1};
+  for (size_t i = 0; i < wild.column.size(); ++i) wild.column[i] = values[random() % 8];
+  nonsense.positive = nonsense.left_out = wild.lists();
+  std::vector<double> first;
+  for (const Relation* relation : {&masks, &listed, &nonsense}) {
+    for (int workers : {1, 3}) {
+      Guarded<double> out(kRankValues * rows);
+      rank_metrics<T>({scores.data(), type, rows, columns, columns, *relation}, threads(workers), out.data());
+      if (relation == &nonsense) continue;
+      if (first.empty()) first.assign(out.data(), out.data() + kRankValues * rows);
+      expect(std::memcmp(first.data(), out.data(), first.size() * sizeof(double)) == 0,
+             "metrics of masks and lists, or of one thread and three, differ");
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    double best = -INFINITY, rank = 0;
+    bool any = false, nan = false;
+    for (int64_t j = 0; j < columns; ++j) {
+      if (ignore[at(row, j)]) continue;
+      nan |= scores[at(row, j)] != scores[at(row, j)];
+      if (!target[at(row, j)]) continue;
+      any = true;
+      best = std::max(best, static_cast<double>(scores[at(row, j)]));
+    }
+    for (int64_t j = 0; j < columns; ++j) rank += !ignore[at(row, j)] && scores[at(row, j)] >= best;
+    const double found = first[kRankValues * row + 3];
+    expect(!any ? std::isinf(found) : nan ? std::isnan(found) : found == rank, "the smallest rank of a positive");
+  }
+}
+
 }  // namespace
 
 int main() {
-  unsigned seed = 0, cases = 0;
+  unsigned seed = 0, ranking = 0, cases = 0;  // seeds apart: each kind of check meets all its kinds of data
   for (int round = 0; round < 6; ++round) {
     for (int64_t columns : {1, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 129, 300, 4095, 4096, 4097, 4128, 8193}) {
       const int64_t rows = columns > 1000 ? 2 : 5;
@@ -297,14 +360,17 @@ int main() {
       check<uint16_t, float>(ScoreType::kBFloat16, rows, columns, seed++);
       check_objective<float>(ScoreType::kFloat, rows, columns, seed++);
       check_objective<double>(ScoreType::kDouble, rows, columns, seed++);
-      cases += 6;
+      check_ranking<float>(ScoreType::kFloat, rows, columns, ranking);
+      check_ranking<double>(ScoreType::kDouble, rows, columns, ranking++);
+      cases += 8;
     }
   }
   check<float, float>(ScoreType::kFloat, 1, 140001, 2);  // spans of columns; 1 % positives
   check<float, float>(ScoreType::kFloat, 1, 140001, 3);
   check_objective<float>(ScoreType::kFloat, 2, 140001, 2);
   check_objective<float>(ScoreType::kFloat, 2, 140001, 10);
-  cases += 2;
+  for (unsigned own : {2, 3, 4, 5, 6, 7, 11}) check_ranking<float>(ScoreType::kFloat, 2, 140001, own);
+  cases += 9;
   for (int64_t n : {1, 7, 16, 17, 31, 32, 33, 65, 130}) {
     check_embeddings<float>(n, seed++);
     check_embeddings<double>(n, seed++);
