@@ -173,12 +173,15 @@ def test_a_single_row_is_shared_by_threads():
     torch.set_num_threads(2)
     check_rows(scores, target, ignore)
     two = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
-    scores[1, 70_000], ignore[1, 70_000] = NAN, False
-    assert torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)[1].isnan().all()
     torch.set_num_threads(1)
-    scores[1, 70_000] = 0.5
-    again = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
-    assert torch.equal(again[0], two[0])
+    assert torch.equal(torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore), two)
+    torch.set_num_threads(2)
+    for column in (0, 30_000, 70_000):
+        bad = scores.clone()
+        bad[1, column], ignore[1, column] = NAN, False
+        rows = torch.ops.roadmap_ext.rank_metrics_masked(bad, target, ignore)
+        assert torch.equal(rows[0], two[0])
+        assert rows[1].isnan().all()
 
 
 @pytest.mark.parametrize("name", [n for n in INFO["cpu_available"] if n != INFO["cpu"]] or [None])

@@ -118,12 +118,11 @@ class Ranking {
     const int64_t size = ladder.size(), buckets = std::min(kBuckets * size, kMostBuckets);
     T low, high;
     counting_.range(w.found.data(), size, low, high);
-    const T span = high - low;
-    // With no span or an infinite one all are in the first bucket, where they are found by bisection.
-    const bool spread = span > 0 && std::isfinite(span);
-    ladder.low = spread ? low : T(0);
-    ladder.scale = spread ? static_cast<T>(buckets) / span : T(0);
+    ladder.low = low;
     ladder.last = static_cast<T>(buckets - 1);
+    // Where there is no span, or an infinite one, NaN leads all to the first bucket, in which they are found by
+    // bisection.
+    ladder.scale = static_cast<T>(buckets) / (high - low);
     w.found_in.resize(size);
     for (int64_t i = 0; i < size; i += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, size - i));
