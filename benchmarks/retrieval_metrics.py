@@ -179,25 +179,25 @@ def measure_memory(case: Case, threads: int) -> list[Row]:
 
 def print_tables(rows: list[Row]) -> None:
     print("\nAgainst its bare matrix products; the ratio is our time to theirs.")
-    print(f"  {'':<58}{'ours':<29}{'products':<29}ratio")
+    print(f"  {'':<66}{'ours':<29}{'products':<29}ratio")
     for row in rows:
         if row.what == "time" and row.method == OURS:
             cells = [interval(row.value, duration), interval(row.other, duration), interval(row.ratio, hundredths)]
             name = f"{row.case}{'' if row.against == FLOOR else ' [1]'}"
-            print(f"  {name:<58}{cells[0]:<29}{cells[1]:<29}{cells[2]}")
+            print(f"  {name:<66}{cells[0]:<29}{cells[1]:<29}{cells[2]}")
     print("  [1] Against products that take new memory for each chunk.")
     print("\nThe peer, asked for the same; the ratio is its time to ours.")
-    print(f"  {'':<58}{'peer':<29}{'ours':<29}ratio")
+    print(f"  {'':<66}{'peer':<29}{'ours':<29}ratio")
     for row in rows:
         if row.what == "time" and row.method == PEER:
             cells = [interval(row.value, duration), interval(row.other, duration), interval(row.ratio, multiple)]
-            print(f"  {f'{row.method}, {row.case}':<58}{cells[0]:<29}{cells[1]:<29}{cells[2]}")
+            print(f"  {f'{row.method}, {row.case}':<66}{cells[0]:<29}{cells[1]:<29}{cells[2]}")
     print("\nPeak memory of the whole process, embeddings and torch included, and what came with the call")
     for row in rows:
         if row.what == "resident":
             beyond = next(other for other in rows if other.case == row.case and other.what == "memory")
             sizes = f"{mebibytes(row.value.median):<14}{mebibytes(beyond.value.median)}"
-            print(f"  {f'{row.case}':<58}{sizes}")
+            print(f"  {f'{row.case}':<66}{sizes}")
 
 
 def print_goals(rows: list[Row], about: dict[str, str]) -> None:
