@@ -19,7 +19,7 @@ def test_accuracy(name):
         pytest.skip(f"this processor runs {INFO['cpu']} alone")
     modules = ("test_accuracy", "test_smooth_rank", "test_ap_loss", "test_embedding_accuracy")
     files = [HERE / f"{module}.py" for module in modules]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-cov", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
     # What torch.compile makes of the ops has nothing to do with the instruction set, and takes long.
     command += ["-k", "not compile and not opcheck"]
     result = subprocess.run(

@@ -189,7 +189,7 @@ def test_every_instruction_set(name):
     """What looks at rows passes on those that are not in use, too."""
     if name is None:
         pytest.skip(f"this processor runs {INFO['cpu']} alone")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-cov", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "rows_against or positives or special_scores or shared_by_threads or lists or strided"]
     result = subprocess.run(command, env=os.environ | {"ROADMAP_EXT_CPU": name}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
