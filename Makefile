@@ -79,6 +79,7 @@ train: $(BUILT) $(MADE)/train
 bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)
 	@$(PY) -m benchmarks.roadmap_loss $(ARGS)
+	@$(PY) -m benchmarks.retrieval_metrics $(ARGS)
 
 # Needs no build: mypy reads roadmap_ext/_C.pyi, and torch is there for its types.
 lint: $(MADE)/lint
