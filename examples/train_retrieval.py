@@ -2,18 +2,20 @@
 
 Without --data-root it takes scikit-learn's handwritten digits. With it, any folder or zip of images in which each
 folder that holds images is a class; the classes are split, so that those retrieved are classes never trained on.
-Writes into --out, all along: metrics.csv (a row an evaluation), steps.csv (a row a step), checkpoint.pt, settings.json;
-and at the end curves.png and neighbours.png. Ctrl-C leaves a checkpoint; --resume goes on from it, and from a run that
-was killed, to the same bits. docs/training.md goes through it all.
+Writes into --out, all along: metrics.csv (a row an evaluation), steps.csv (a row a step), checkpoint.pt, best.pt and
+settings.json; and at the end curves.png and neighbours.png. Ctrl-C leaves a checkpoint; --resume goes on from it, and
+from a run that was killed, to the same bits. docs/training.md goes through it all.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +23,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from retrieval import pictures
+from retrieval import losses, pictures
 from retrieval.data import load
 from retrieval.errors import InputError, reason
 from retrieval.images import Images
 from retrieval.options import complete, parse
-from retrieval.run import Board, Run
+from retrieval.run import WRITTEN, Board, Run
 from retrieval.training import Training
 from tqdm import tqdm
 
@@ -39,26 +41,45 @@ class StopRequest(BaseException):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a wish that is looked at between steps; the second Ctrl-C stops at once."""
+    """Turns Ctrl-C and SIGTERM into a wish that is looked at between steps; the second stops the process at once.
+
+    A thread takes note: Python's own handlers wait for the call into a library that is under way, which may be long.
+    """
 
     def __enter__(self) -> Interrupt:
         self.signal: int | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        self._before = {number: signal.signal(number, _noted) for number in (signal.SIGINT, signal.SIGTERM)}
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._writer)  # which ends the thread
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+    def _watch(self, reader: int) -> None:
+        while number := os.read(reader, 1):
+            if number[0] not in self._before:
+                continue
+            if self.signal is not None:
+                print("\nStopped at once: --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+            self.signal = number[0]
+            print("\nStopping when this step is done; once more stops at once.", file=sys.stderr, flush=True)
+        os.close(reader)
 
     def check(self) -> None:
         """Raises StopRequest if a signal has come."""
         if self.signal is not None:
             raise StopRequest
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The handler: what there is to do the thread does."""
 
 
 def evaluate(training: Training, test: Images, run: Run, step: int, check: Callable[[], None]) -> None:
@@ -72,6 +93,11 @@ def evaluate(training: Training, test: Images, run: Run, step: int, check: Calla
         normalize=options.normalize is not False,
         progress=lambda queries: check(),
     )
+    if not all(map(math.isfinite, measured.values())):
+        raise InputError(f"the embeddings of step {step} are not finite: lower --lr, or train with --amp none")
+    best = max(run.metrics.column("mAP@R"), default=-1.0)
+    if step and measured["mAP@R"] > best:
+        run.save_best(training.state()["network"])
     since = run.metrics.rows[-1]["step"] if run.metrics.rows else 0
     recent = {name: run.steps.column(name, since) for name in ("loss", "step_ms", "loss_ms", "loss_mib")}
     row = {
@@ -91,6 +117,8 @@ def train(training: Training, test: Images, run: Run, interrupt: Interrupt, boar
     """From where the run stands to its last step, with a checkpoint whenever it stops."""
     options = training.options
     step = run.state["step"] if run.state else 0
+    if step:
+        print("Finished already." if step == options.steps else f"Going on from step {step:,} of {options.steps:,}.")
     print(heading(options.k))
     for row in run.metrics.rows:
         print(line(row))
@@ -129,7 +157,9 @@ def heading(k: list[int]) -> str:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the metrics for the screen."""
-    text = f"{row['step']:>9,}{row['epoch']:>9.1f}" + (" " * 9 if row["loss"] is None else f"{row['loss']:>9.4f}")
+    loss = row["loss"]
+    text = f"{row['step']:>9,}{row['epoch']:>9.1f}"
+    text += " " * 9 if loss is None else f"{loss:>9.4f}" if loss >= 1e-3 else f"{loss:>9.1e}"
     text += "".join(
         f"{v:>9.4f}" for name, v in row.items() if name in ("mAP", "mAP@R", "R-precision") or name.startswith("R@")
     )
@@ -154,12 +184,13 @@ def draw_neighbours(training: Training, test: Images, run: Run, check: Callable[
     pictures.neighbours(training.embed(test, check), test, run.folder / "neighbours.png", title)
 
 
-def usable(device: torch.device) -> torch.device:
+def usable(name: str | None) -> torch.device:
     """The device, if it is there."""
     try:
-        torch.zeros(1, device=device)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"--device {device} cannot be used: {reason(error)}") from error
+        raise InputError(f"--device {name} cannot be used: {reason(error)}") from error
     return device
 
 
@@ -167,11 +198,13 @@ def settings(options: argparse.Namespace, training: Training, train_on: Images, 
     """All that the bits of a run depend on."""
     of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "skip_small_classes"}
     free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard"}
-    given = {name: value for name, value in vars(options).items() if name not in of_the_data | free}
+    given = {
+        name: value for name, value in vars(options).items() if name not in of_the_data | free | losses.setting_names()
+    }
     if options.schedule == "constant":
         del given["steps"]  # such a run may be made longer
     chosen = {
-        **training.loss.settings,
+        "loss settings": dict(training.loss.settings),
         "per_class": training.per_class,
         "training images": train_on.digest,  # which hold all that the options of the data say
         "test images": test.digest,
@@ -200,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would add to the time of all that is measured
     torch.backends.cudnn.benchmark = False
     try:
-        device = usable(options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable(options.device)
         train_on, test = load(options)
         complete(options, len(train_on))
         training = Training(options, train_on, device)
@@ -212,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.begin()
         if run.state:
             training.load(run.state)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train_retrieval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -223,8 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
         shape = f"{what.channels} x {what.size} x {what.size}"
         print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
     parameters = sum(p.numel() for p in training.network.parameters())
-    print(f"Network: {options.backbone}, {parameters:,} parameters, on {device}. Loss: {training.loss}")
+    print(
+        f"Network: {options.backbone}, {parameters:,} parameters, on {device}. Loss: {losses.describe(training.loss)}"
+    )
     print(f"Batches: {options.batch_size:,} images, {training.per_class} a class; {options.epoch:,} an epoch")
+    if training.repeating:
+        few = f"{training.repeating:,} of the {len(train_on.classes):,} classes to train on have less"
+        print(f"  {few} than {training.per_class} images: theirs come more than once in a batch")
     for note in run.notes:
         print(f"Since the checkpoint, {note}: the bits may differ")
     with Interrupt() as interrupt:
@@ -236,15 +274,15 @@ def main(arguments: list[str] | None = None) -> int:
             draw_curves(training, run)
             print(f"\nStopped. {folder} has a checkpoint: the same command with --resume goes on from it.")
             return 128 + (interrupt.signal or 0)
-        except KeyboardInterrupt:
-            print(f"\nStopped at once. --resume goes on from the last checkpoint in {folder}, if there is one.")
-            return 130
-        except InputError as error:
+        except (InputError, OSError) as error:
             print(f"\ntrain_retrieval.py: error: {error}", file=sys.stderr)
             return 1
         finally:
             board.close()
-    print(f"\nWrote {folder}: metrics.csv, steps.csv, checkpoint.pt, curves.png, neighbours.png")
+    best = max(run.metrics.rows, key=lambda row: row["mAP@R"])
+    last = run.metrics.rows[-1]
+    print(f"\nmAP@R {last['mAP@R']:.4f} at the end; the best was {best['mAP@R']:.4f}, after {best['step']:,} steps.")
+    print(f"Wrote {folder}: {', '.join(name for name in WRITTEN if (folder / name).exists())}")
     return 0
 
 

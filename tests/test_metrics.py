@@ -591,8 +591,12 @@ def test_progress_bar(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"k": 10}, TypeError, r"k must be integers, such as \(1, 10, 100\), got 10: one of them is \(10,\)"),
-        ({"k": "10"}, TypeError, "k must be integers, such as"),
+        (
+            {"k": 10},
+            TypeError,
+            r"k must be a sequence of integers, such as \(1, 10, 100\), got 10: for one alone, \(10,\)",
+        ),
+        ({"k": "10"}, TypeError, "k must be a sequence of integers, such as"),
         ({"k": (1, 2.5)}, TypeError, "got 2.5 among them"),
         ({"k": (True,)}, TypeError, "got True among them"),
         ({"k": (1, 0)}, ValueError, "k must be at least 1, for ranks begin there, got 0"),

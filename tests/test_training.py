@@ -20,7 +20,7 @@ import train_retrieval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from retrieval import images, losses
+from retrieval import images, losses, pictures
 from retrieval.batches import Distortion, Feed, PerClassBatches, generator
 from retrieval.data import load
 from retrieval.errors import InputError
@@ -183,6 +183,7 @@ class TestImages:
             images.read(write(tmp_path, files), 8, 1, 4096 if which == "held" else 0)
         message = str(caught.value)
         assert "3 images are damaged" in message
+        assert " at 0x" not in message
         for name in ("kind0/class2/1.png", "kind1/class3/0.png", "kind1/class5/0.png"):
             assert name in message
         assert "class0" not in message
@@ -679,11 +680,46 @@ class TestRuns:
         assert [event.step for event in log.Scalars("training/loss")] == list(range(1, 9))
         assert [event.step for event in log.Scalars("retrieval/mAP@R")] == [0, 4, 8]
 
+    def test_the_best_network_is_kept(self, unbroken):
+        _, (metrics, _) = outcome(unbroken)
+        best = torch.load(unbroken / "best.pt", weights_only=True)["network"]
+        last = torch.load(unbroken / "checkpoint.pt", weights_only=True)["network"]
+        assert same(best, last) == (float(metrics[2]["mAP@R"]) > float(metrics[1]["mAP@R"]))
+        assert best.keys() == last.keys()
+
+    def test_the_second_signal_stops_at_once(self, tmp_path):
+        """Though a call into a library is under way that takes longer than anyone waits."""
+        long = "torch.linalg.matrix_power(torch.eye(4000), 1 << 60)"
+        script = f"import torch, train_retrieval\nwith train_retrieval.Interrupt():\n print(1, flush=True)\n {long}"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+        command = [sys.executable, "-c", script]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            assert process.stdout.readline() == "1\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "\n"
+            assert "once more stops at once" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 130
+            assert "--resume goes on from the last checkpoint" in process.stderr.read()
+
     def test_a_loss_that_is_not_finite(self, tmp_path, capsys):
         assert program(*TINY, "--lr", 1e30, "--checkpoint-every", 1, "--out", tmp_path / "run") == 1
         assert "lower --lr" in capsys.readouterr().err
         state, (_, steps) = outcome(tmp_path / "run")
         assert state["step"] == len(steps) < 8
+
+
+def test_names_are_drawn_as_they_are(tmp_path, recwarn):
+    files = {
+        f"{name}/{i}.png": png(i)
+        for name in (r"$\frac{1$ x", "x$^2$", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
+        for i in range(3)
+    }
+    found = images.read(write(tmp_path, files), 8)
+    pictures.neighbours(torch.randn(9, 4), found, tmp_path / "n.png", "a title with $")
+    assert Image.open(tmp_path / "n.png").size[0] > 300
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 class TestBadInput:
@@ -715,11 +751,11 @@ class TestBadInput:
 
     def test_a_checkpoint_of_another_loss(self, unbroken, capsys):
         message = refused(capsys, *TINY, "--out", unbroken, "--resume", "--loss", "smooth-ap")
-        assert "loss was 'roadmap' and is 'smooth-ap'" in message
+        assert "other settings: loss was 'roadmap' and is 'smooth-ap': give" in message
 
     def test_a_checkpoint_of_other_data(self, unbroken, capsys):
         message = refused(capsys, *TINY, "--out", unbroken, "--resume", "--test-fraction", 0.4)
-        assert "training images was" in message
+        assert "the training images differ; the test images differ" in message
 
     def test_a_checkpoint_that_is_none(self, unbroken, tmp_path, capsys):
         shutil.copytree(unbroken, tmp_path / "run")
@@ -733,6 +769,18 @@ class TestBadInput:
         assert "tau" in refused(capsys, "--tau", -3, "--out", tmp_path / "run")
         assert "cannot be halved 4 times" in refused(capsys, "--blocks", 4, "--out", tmp_path / "run")
 
+    def test_a_folder_that_cannot_be(self, tmp_path, capsys):
+        (tmp_path / "file").write_bytes(b"")
+        assert "file" in refused(capsys, *TINY, "--out", tmp_path / "file")
+        assert "file" in refused(capsys, *TINY, "--out", tmp_path / "file" / "below")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "curves.png").write_bytes(b"of someone's")
+        assert "holds a run already (curves.png)" in refused(capsys, *TINY, "--out", tmp_path / "mine")
+
+    def test_devices_that_are_none(self, tmp_path, capsys):
+        for name in ("nothing", "cpu:x", "meta"):
+            assert f"--device {name} cannot be used" in refused(capsys, "--device", name, "--out", tmp_path / "run")
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
     def test_a_device_that_is_not_there(self, tmp_path, capsys):
         assert "--device cuda cannot be used" in refused(capsys, "--device", "cuda", "--out", tmp_path / "run")
@@ -745,7 +793,9 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         "arguments",
-        [["--batch-size", "0"], ["--per-class", "1"], ["--test-fraction", "1"], ["--k", "0"], ["--loss", "none"],
+        [["--batch-size", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--weight-decay", "inf"],
+         ["--warmup", "-1"], ["--resize", "1"], ["--image-size", "60000"], ["--hold-mib", "-1"],
+         ["--per-class", "1"], ["--test-fraction", "1"], ["--k", "0"], ["--loss", "none"],
          ["--steps", "3", "--epochs", "2"], ["--pretrained"], ["--batch", "3"], ["--weights", "nowhere"]],
         ids=str,
     )  # fmt: skip
@@ -757,7 +807,7 @@ class TestBadInput:
 
 def test_settings_of_a_run_are_json(unbroken):
     written = json.loads((unbroken / "settings.json").read_text())
-    assert written["settings"]["tau"] == 0.01
+    assert written["settings"]["loss settings"]["tau"] == 0.01
     assert written["about"]["torch"] == torch.__version__
 
 

@@ -61,6 +61,11 @@ class PerClassBatches:
                 f"positive: choose a --batch-size that --per-class {self.per_class} divides"
             )
 
+    @property
+    def repeating(self) -> int:
+        """How many classes have too few images for a batch, so that these come again."""
+        return sum(len(images) < self.per_class for images in self._images)
+
     def __call__(self, step: int) -> Tensor:
         """Image numbers [batch_size] of a step."""
         random = generator("batch", self._seed, step)

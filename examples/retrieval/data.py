@@ -33,7 +33,7 @@ def load(options: argparse.Namespace) -> tuple[Images, Images]:
     test = images.read(options.test_root, every.size, every.channels, options.hold_mib)
     shared = sorted(set(test.classes) & set(every.classes))
     if shared:
-        print(f"Left out of the test: {len(shared):,} classes that are trained on ({images.some(shared[:3])}, ...)")
+        print(f"Left out of the test: {len(shared):,} classes that are trained on ({images.some(shared, 3)})")
         test = _without_classes(test, shared)
     if not len(test):
         raise InputError(

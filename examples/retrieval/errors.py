@@ -8,4 +8,5 @@ class InputError(Exception):
 def reason(error: BaseException) -> str:
     """What an error of another library's says, in a line."""
     lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    said = lines[0][:200] if lines else ""
+    return said if " " in said else f"{type(error).__name__} {said}".strip()

@@ -20,7 +20,6 @@ from .errors import InputError, reason
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MIB = 1 << 20
 _AT_A_TIME = 256  # images that are decoded ahead of where they are wanted
-_LISTED = 10  # names in an error
 
 
 class Images:
@@ -126,21 +125,21 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
     place = {name: number for number, name in enumerate(classes)}
 
     if channels is None:
-        gray = _checked(f"{root.name}: headers", lambda name: _is_gray(source.read(name)), names)
-        channels = 1 if all(gray) else 3
+        channels = 1 if all(_in_threads(lambda name: _is_gray(source.read, name), names)) else 3
     held = None
     if len(names) * channels * size * size <= hold_mib * MIB:
         held = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
 
-    def look_at(number: int) -> bytes:
-        data = source.read(names[number])
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def look_at(name: str) -> bytes:
+        data = source.read(name)
         pixels = _decode(data, channels, size)
         if held is not None:
-            held[number] = torch.from_numpy(pixels)
+            held[numbers[name]] = torch.from_numpy(pixels)
         return hashlib.blake2b(data, digest_size=16).digest()
 
-    numbers = range(len(names))
-    contents = _checked(f"{root.name}: images", look_at, numbers, names)
+    contents = _checked(root.name, look_at, names)
     return Images(
         names_within,
         classes,
@@ -152,10 +151,10 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
     )
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], shown: int = 10) -> str:
     """The first few of some names, and how many more there are."""
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED:,} more"
+    first = ", ".join(names[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown:,} more"
 
 
 # --- where files are -------------------------------------------------------------------------------------------------
@@ -211,11 +210,15 @@ def _common_folder(names: Sequence[str]) -> PurePosixPath:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _is_gray(data: bytes) -> bool:
+def _is_gray(read: Callable[[str], bytes], name: str) -> bool:
+    """Whether it has no colour; so has what is no image, which is told of when all are decoded."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
+    try:
+        with Image.open(io.BytesIO(read(name))) as image:
+            return image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
+    except Exception:  # Pillow raises whatever a file's format leads it into
+        return True
 
 
 def _decode(data: bytes, channels: int, size: int) -> np.ndarray:
@@ -242,27 +245,31 @@ def _in_threads(work: Callable, items: Sequence) -> Iterator:
             yield from pool.map(work, items[begin : begin + _AT_A_TIME])
 
 
-def _checked(title: str, work: Callable, items: Sequence, names: Sequence[str] | None = None) -> list:
-    """work(item) for each item; one error names all those that failed."""
+def _checked(title: str, work: Callable[[str], bytes], names: Sequence[str]) -> list[bytes]:
+    """work(name) of each image; one error names all those that failed."""
+    from PIL import UnidentifiedImageError
 
-    def attempt(item: object) -> tuple[object, Exception | None]:
+    def attempt(name: str) -> bytes | Exception:
         try:
-            return work(item), None
+            return work(name)
         except Exception as error:  # Pillow raises whatever a file's format leads it into
-            return None, error
+            return error
 
     done, damaged = [], []
-    with tqdm(total=len(items), desc=title, unit="image", disable=None, leave=False) as progress:
-        for number, (result, error) in enumerate(_in_threads(attempt, items)):
-            done.append(result)
+    with tqdm(total=len(names), desc=f"reading {title}", unit="image", disable=None, leave=False) as progress:
+        for name, result in zip(names, _in_threads(attempt, names), strict=True):
             progress.update()
-            if isinstance(error, ImportError | MemoryError):
-                raise error
-            if error is not None:
-                damaged.append(f"{(names or items)[number]} ({reason(error)})")
+            if isinstance(result, ImportError | MemoryError):
+                raise result
+            if isinstance(result, UnidentifiedImageError):
+                damaged.append(f"{name} (no image of a kind that Pillow knows)")
+            elif isinstance(result, Exception):
+                damaged.append(f"{name} ({reason(result)})")
+            else:
+                done.append(result)
     if damaged:
         many = f"{len(damaged):,} images are" if len(damaged) > 1 else "an image is"
-        raise InputError(f"{title.split(':')[0]}: {many} damaged: {some(damaged)}: replace or delete what is named")
+        raise InputError(f"{title}: {many} damaged: {some(damaged)}: replace or delete what is named")
     return done
 
 

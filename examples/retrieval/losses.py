@@ -28,6 +28,23 @@ _CHOICES = {
     "calibration_reduction": ("per_query", "violating_pairs"),
     "method": ("auto", "tiled", "sorted", "reference"),
 }
+_ABOUT = {
+    "calibration_weight": "share of the calibration loss, 0 to 1",
+    "positive_margin": "similarity below which positives cost, in the calibration loss",
+    "negative_margin": "similarity above which negatives cost, in the calibration loss",
+    "calibration_reduction": "what its means are over",
+    "normalize": "rank by cosine similarity; else by plain products",
+    "include_self": "leave a query in its own ranking",
+    "chunk_size": "queries at a time; None chooses",
+    "surrogate": "of the steps of the rank: SupAP's or a sigmoid",
+    "tau": "temperature, in units of similarity",
+    "rho": "SupAP: slope beyond delta",
+    "delta": "SupAP: similarity above a positive from which the surrogate is linear",
+    "start": "SupAP: jump at a tie",
+    "offset": "SupAP: value at delta; None makes it continuous",
+    "reduction": "of the queries' losses",
+    "method": "which kernels",
+}
 _TYPES = {"float": float, "float | None": float, "int | None": int, "str": str}
 _ELSEWHERE = {"gather_across_devices"}  # not a matter of the loss alone
 
@@ -43,14 +60,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loss", "what the settings mean: docs/roadmap-loss.md")
     group.add_argument("--loss", choices=LOSSES, default="roadmap", help="reference: roadmap in plain PyTorch")
     for name, parameter in _settings("roadmap").items():
-        option, about = "--" + name.replace("_", "-"), f"default {parameter.default}"
+        option, about = "--" + name.replace("_", "-"), f"{_ABOUT[name]}; default {parameter.default}"
         if parameter.annotation == "bool":
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=about)
         elif name in _CHOICES:
             group.add_argument(option, choices=_CHOICES[name], help=about)
         else:
             kind = _TYPES[parameter.annotation]
-            group.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=about)
+            group.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=about)
+
+
+def setting_names() -> set[str]:
+    """The options that are settings of some loss."""
+    return set(_settings("roadmap"))
 
 
 def make(options: argparse.Namespace) -> nn.Module:
@@ -70,6 +92,13 @@ def make(options: argparse.Namespace) -> nn.Module:
         return made(**fixed, **given)
     except ValueError as error:
         raise InputError(f"--loss {options.loss}: {error}") from error
+
+
+def describe(loss: nn.Module) -> str:
+    """Its name, and the settings that are not the defaults."""
+    defaults = {name: value.default for name, value in inspect.signature(type(loss)).parameters.items()}
+    changed = [f"{name}={loss.settings[name]!r}" for name in defaults if loss.settings[name] != defaults[name]]
+    return f"{type(loss).__name__}({', '.join(changed)})"
 
 
 class Meter:

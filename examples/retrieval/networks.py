@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def from_timm(name: str, channels: int, dim: int, pretrained: bool, weights: Pat
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"--backbone {name} takes timm and torchvision: pip install timm ({error})") from error
+        raise InputError(
+            f"--backbone {name} takes timm and torchvision: {sys.executable} -m pip install timm ({error})"
+        ) from error
     known = timm.list_models()
     if name.split(".")[0] not in known:
         near = difflib.get_close_matches(name, known, 5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,70 +12,101 @@ import torch
 from . import losses
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+EPOCHS = 15
+LEAST_STEPS = 300  # unless it is said how many: an epoch of few images is a step or two
+EVALUATIONS = 50  # at the most, unless it is said how often
 
 
 def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     """The options; what is wrong with one alone ends the program."""
     parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [options]",
     )
+    count, at_least_2, share = _whole(1), _whole(2), _number(0, 1)
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", type=Path, help="folder or zip; digits without it")
-    data.add_argument("--test-root", type=Path, help="test on the classes of this one that --data-root has not")
-    data.add_argument(
+    add = data.add_argument
+    add("--data-root", type=Path, metavar="PATH", help="folder or zip, a folder a class; without it digits")
+    add("--test-root", type=Path, metavar="PATH", help="test on the classes of this one that --data-root has not")
+    add(
         "--split",
         choices=("classes", "images"),
-        help="what is held out for the test; default classes, images for digits",
+        help="what is held out for the test; default classes, of digits images",
     )
-    data.add_argument("--test-fraction", type=_fraction, help="of what is split; default 1/2 of classes, 1/3 of images")
-    data.add_argument("--image-size", type=_positive, help="pixels a side that images are resized to; default 64")
-    data.add_argument("--channels", type=int, choices=(1, 3), help="default 1 if all images are gray, else 3")
-    data.add_argument("--hold-mib", type=int, default=4096, help="images up to this size in all stay in memory")
-    data.add_argument("--skip-small-classes", action="store_true", help="leave out classes of a single image")
+    add("--test-fraction", type=share, metavar="X", help="how much is held out; default 1/2 of classes, 1/3 of images")
+    add("--image-size", type=_whole(1, 4096), metavar="N", help="pixels a side that images are resized to; default 64")
+    add("--channels", type=int, choices=(1, 3), help="default 1 if all images are gray, else 3")
+    add(
+        "--hold-mib",
+        type=_whole(0),
+        metavar="N",
+        default=4096,
+        help="keep images in memory up to this size; default 4096",
+    )
+    add("--skip-small-classes", action="store_true", help="leave out classes of a single image")
 
     network = parser.add_argument_group("network")
-    network.add_argument("--backbone", default="small", help="small (default), or the name of a model of timm's")
-    network.add_argument("--pretrained", action="store_true", help="timm: begin with the weights of the hub")
-    network.add_argument("--weights", type=Path, help="timm: begin with these weights")
-    network.add_argument("--dim", type=_positive, default=64, help="of the embeddings; default 64")
-    network.add_argument("--blocks", type=_positive, default=3, help="of the small net; default 3")
-    network.add_argument("--width", type=_positive, default=64, help="channels of the small net; default 64")
+    add = network.add_argument
+    add("--backbone", metavar="NAME", default="small", help="small (default), or the name of a model of timm's")
+    add("--pretrained", action="store_true", help="timm: begin with the weights that it downloads")
+    add("--weights", type=Path, metavar="FILE", help="timm: begin with these weights")
+    add("--dim", type=count, metavar="N", default=64, help="dimensions of an embedding; default 64")
+    add("--blocks", type=count, metavar="N", default=3, help="of the small net; each halves the image; default 3")
+    add("--width", type=count, metavar="N", default=64, help="channels of the small net; default 64")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=_positive, default=128, help="default 128")
-    training.add_argument(
-        "--per-class", type=_at_least_two, help="images a class in a batch; default 4, or what fills it"
-    )
+    add = training.add_argument
+    add("--batch-size", type=at_least_2, metavar="N", default=128, help="images a step; default 128")
+    add("--per-class", type=at_least_2, metavar="N", help="images a class in a batch; default 4, or what fills it")
     length = training.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=_positive, help="times as many steps as the training images fill batches; default 15"
+    about_epochs = f"passes over the training images; default {EPOCHS}, or what makes {LEAST_STEPS} steps"
+    length.add_argument("--epochs", type=count, metavar="N", help=about_epochs)
+    length.add_argument("--steps", type=count, metavar="N", help="batches, instead of --epochs")
+    add("--lr", type=_number(0, math.inf), metavar="X", default=3e-3, help="learning rate of AdamW; default 3e-3")
+    add("--weight-decay", type=_number(0, math.inf, True), metavar="X", default=1e-4, help="of AdamW; default 1e-4")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate; default cosine")
+    add("--warmup", type=_whole(0), metavar="N", help="steps over which it rises; default 20, a tenth of all at most")
+    add("--amp", choices=AMP, default="none", help="autocast of the network; fp16 with a GradScaler; default none")
+    add(
+        "--rotate",
+        type=_number(0, 180, True),
+        metavar="X",
+        default=10,
+        help="turn images by up to X degrees; default 10",
     )
-    length.add_argument("--steps", type=_positive, help="instead of --epochs")
-    training.add_argument("--lr", type=float, default=3e-3, help="of AdamW; default 3e-3")
-    training.add_argument("--weight-decay", type=float, default=1e-4, help="default 1e-4")
-    training.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default cosine")
-    training.add_argument("--warmup", type=int, default=20, help="steps on which the learning rate rises; default 20")
-    training.add_argument("--amp", choices=AMP, default="none", help="autocast of the network; fp16 with a GradScaler")
-    training.add_argument("--rotate", type=float, default=10, help="degrees images are turned by, at most; default 10")
-    training.add_argument("--resize", type=float, default=0.1, help="share they are resized by; default 0.1")
-    training.add_argument(
-        "--shift", type=float, default=0.05, help="share of the size they are shifted by; default 0.05"
+    add(
+        "--resize",
+        type=_number(0, 1, True),
+        metavar="X",
+        default=0.1,
+        help="resize them by up to a share X; default 0.1",
     )
-    training.add_argument("--flip", action="store_true", help="mirror half of them")
+    add(
+        "--shift",
+        type=_number(0, 1, True),
+        metavar="X",
+        default=0.05,
+        help="shift them by up to a share X; default 0.05",
+    )
+    add("--flip", action="store_true", help="mirror half of them")
 
     losses.add_options(parser)
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, help="the folder of the run; default runs/DATA-LOSS")
-    run.add_argument(
-        "--resume", action="store_true", help="go on from the folder's checkpoint, or begin if it has none"
+    add = run.add_argument
+    add("--out", type=Path, metavar="PATH", help="folder of the run; default runs/DATA-LOSS")
+    add("--resume", action="store_true", help="go on from the folder's checkpoint, or begin if it has none")
+    add("--seed", type=_whole(0), metavar="N", default=0, help="of all chance; default 0")
+    add("--device", metavar="NAME", help="default cuda where it is there, else cpu")
+    add(
+        "--evaluate-every", type=count, metavar="N", help=f"steps; default an epoch, {EVALUATIONS} times in all at most"
     )
-    run.add_argument("--seed", type=int, default=0, help="of all chance; default 0")
-    run.add_argument("--device", type=torch.device, help="default cuda where it is there, else cpu")
-    run.add_argument("--evaluate-every", type=_positive, help="steps; default an epoch")
-    run.add_argument("--checkpoint-every", type=_positive, help="steps; default an epoch")
-    run.add_argument("--k", type=_positive, nargs="+", default=[1, 10, 100], help="of R@k; default 1 10 100")
-    run.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
+    add("--checkpoint-every", type=count, metavar="N", help="steps; default as often as it evaluates")
+    add("--k", type=count, metavar="N", nargs="+", default=[1, 10, 100], help="of R@k; default 1 10 100")
+    add("--tensorboard", action="store_true", help="log for TensorBoard, too")
+
     options = parser.parse_args(arguments)
     if options.backbone == "small" and (options.pretrained or options.weights):
         parser.error("--pretrained and --weights are for --backbone with a model of timm's")
@@ -85,26 +118,36 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
 def complete(options: argparse.Namespace, images_to_train_on: int) -> None:
     """Puts numbers where the defaults depend on the data."""
     options.epoch = max(1, round(images_to_train_on / options.batch_size))
-    options.steps = options.steps or (options.epochs or 15) * options.epoch
-    options.evaluate_every = options.evaluate_every or options.epoch
-    options.checkpoint_every = options.checkpoint_every or options.epoch
+    if options.steps is None:
+        few = options.epochs is None
+        options.steps = max(EPOCHS * options.epoch, LEAST_STEPS) if few else options.epochs * options.epoch
+    if options.warmup is None:
+        options.warmup = min(20, options.steps // 10)
+    if options.evaluate_every is None:
+        options.evaluate_every = options.epoch * -(-options.steps // (EVALUATIONS * options.epoch))
+    if options.checkpoint_every is None:
+        options.checkpoint_every = options.evaluate_every
 
 
-def _positive(text: str) -> int:
-    return _number(text, 1)
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def of(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            bound = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"has to be a whole number {bound}, got {text!r}")
+        return int(text)
+
+    return of
 
 
-def _at_least_two(text: str) -> int:
-    return _number(text, 2)
+def _number(least: float, most: float, including_least: bool = False) -> Callable[[str], float]:
+    def of(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value < most or (including_least and value == least)):
+            above = f"{'at least' if including_least else 'above'} {least}"
+            raise argparse.ArgumentTypeError(f"has to be a number {above} and below {most}, got {text!r}")
+        return value
 
-
-def _number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"has to be a whole number of at least {least}, got {text!r}")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"has to lie between 0 and 1, got {text}")
-    return value
+    return of

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,37 +20,38 @@ from .images import Images
 from .run import Table
 
 _CANDIDATES = 1024  # queries among which those to show are looked for
+_LABEL = 17  # letters that fit under a picture
 
 
 def curves(steps: Table, metrics: Table, names: Sequence[str], title: str, path: Path) -> None:
     """Loss by step, and metrics by step."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    losses = torch.tensor(steps.column("loss"))
-    numbers = steps.column("step")
-    left.plot(numbers, losses.numpy(), color="tab:blue", alpha=0.25, linewidth=0.8)
-    window = max(1, len(losses) // 30)
-    if len(losses) >= 2 * window:
-        smooth = losses.unfold(0, window, 1).mean(1)
-        left.plot(numbers[window - 1 :], smooth.numpy(), color="tab:blue", label=f"mean of {window} steps")
-        left.legend()
-    left.set(xlabel="step", ylabel="loss of a batch", title="training")
-    for name, mark in zip(names, "osD^v<>pP*", strict=False):
-        right.plot(metrics.column("step"), metrics.column(name), marker=mark, markersize=4, label=name)
-    right.set(xlabel="step", ylim=(0, 1), title="retrieval of the test images")
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with _figure(path, *pyplot.subplots(1, 2, figsize=(11, 4))) as (figure, (left, right)):
+        losses = torch.tensor(steps.column("loss"))
+        numbers = steps.column("step")
+        window = len(losses) // 30
+        left.plot(numbers, losses.numpy(), color="tab:blue", alpha=0.25 if window > 1 else 1, linewidth=0.8)
+        if window > 1:
+            smooth = losses.unfold(0, window, 1).mean(1).numpy()
+            left.plot(numbers[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+            left.legend()
+        left.set(xlabel="step", ylabel="loss of a batch", title="training")
+        for name, mark in zip(names, "osD^v<>pP*", strict=False):
+            right.plot(metrics.column("step"), metrics.column(name), marker=mark, markersize=4, label=name)
+        right.set(xlabel="step", ylim=(0, 1.03), title="retrieval of the test images")
+        right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+        figure.suptitle(title, parse_math=False)
+        figure.tight_layout()
 
 
 @torch.no_grad()
 def neighbours(
     embeddings: Tensor, images: Images, path: Path, title: str, *, queries: int = 8, columns: int = 8, seed: int = 0
 ) -> None:
-    """Queries of different classes and their nearest others; up to half of the queries have a wrong one among these.
+    """Queries of different classes and their nearest others.
+
+    The upper half found all that they could, the lower half did not; as far as there are such.
 
     Args:
         embeddings: [n, D], of all images; normalised here.
@@ -59,32 +63,50 @@ def neighbours(
     scores[torch.arange(len(tried)), tried] = -torch.inf
     nearest = scores.topk(columns, dim=1).indices
     right = labels[nearest] == labels[tried, None]
-    flawed = _of_different_classes((~right).any(1), labels[tried])
-    flawless = _of_different_classes(right.all(1), labels[tried])
+    # Beyond the number of others of its class nothing right is left to find.
+    possible = torch.arange(columns) < (labels.bincount()[labels[tried]] - 1)[:, None]
+    wrong = (~right & possible).any(1)
+    flawed, flawless = (_of_different_classes(chosen, labels[tried]) for chosen in (wrong, ~wrong))
     flawed = flawed[: max(queries // 2, queries - len(flawless))]
     shown = flawless[: queries - len(flawed)] + flawed
 
-    figure, axes = pyplot.subplots(
-        len(shown), columns + 1, figsize=(columns + 1, 1.12 * len(shown) + 0.6), squeeze=False
-    )
-    for place, line in zip(shown, axes, strict=True):
-        numbers = [int(tried[place]), *nearest[place].tolist()]
-        pixels = images.pixels(torch.tensor(numbers))
-        for column, (number, picture, axis) in enumerate(zip(numbers, pixels, line, strict=True)):
-            correct = bool(labels[number] == labels[numbers[0]])
-            axis.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(color="black" if column == 0 else "tab:green" if correct else "tab:red", linewidth=3)
-            if not correct:  # a mark that does not need colour
-                mark = {"transform": axis.transAxes, "ha": "right", "va": "top", "fontsize": 15, "fontweight": "bold"}
-                axis.text(0.98, 1.0, "\N{MULTIPLICATION X}", color="tab:red", **mark)
-            if column == 0 or not correct:
-                axis.set_xlabel(_short(images.classes[labels[number]]), fontsize=6, labelpad=2)
-    axes[0, 0].set_title("query", fontsize=10)
-    figure.suptitle(f"{title}\nnearest first; a cross and a red frame mark another class", fontsize=10)
-    figure.tight_layout(pad=0.4, h_pad=0.6, rect=(0, 0, 1, 0.98))
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    size = (columns + 1, 1.15 * len(shown) + 0.8)
+    with _figure(path, *pyplot.subplots(len(shown), columns + 1, figsize=size, squeeze=False)) as (figure, axes):
+        for place, line in zip(shown, axes, strict=True):
+            numbers = [int(tried[place]), *nearest[place].tolist()]
+            pixels = images.pixels(torch.tensor(numbers))
+            for column, (number, picture, axis) in enumerate(zip(numbers, pixels, line, strict=True)):
+                correct = bool(labels[number] == labels[numbers[0]])
+                late = column > 0 and not correct and not possible[place, column - 1]
+                axis.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+                axis.set(xticks=[], yticks=[])
+                colour = "black" if column == 0 else "tab:green" if correct else "silver" if late else "tab:red"
+                axis.spines[:].set(color=colour, linewidth=3)
+                if not correct and not late:  # a mark that does not need colour
+                    mark = {"transform": axis.transAxes, "ha": "right", "va": "top", "fontweight": "bold"}
+                    axis.text(0.98, 1.0, "\N{MULTIPLICATION X}", color="tab:red", fontsize=15, **mark)
+                if column == 0 or not correct:
+                    name = _short(images.classes[labels[number]])
+                    axis.set_xlabel(name, fontsize=7, labelpad=2, parse_math=False)
+        axes[0, 0].set_title("query", fontsize=10)
+        chosen = f"the lower {len(flawed)} rows chosen among {int(wrong.sum()):,} of {len(tried):,} with a mistake"
+        explained = "a cross marks another class; gray is what stands beyond as many images as the class has"
+        about = [title, f"nearest first; {chosen}" if flawed else "nearest first; no query makes a mistake"]
+        about += [explained if not possible[shown].all() else "a cross and a red frame mark another class"]
+        figure.suptitle("\n".join(about), fontsize=10, parse_math=False)
+        figure.tight_layout(pad=0.4, h_pad=0.6, rect=(0, 0, 1, 1 - 0.1 / size[1]))
+
+
+@contextmanager
+def _figure(path: Path, figure: Figure, axes: object) -> Iterator[tuple[Figure, object]]:
+    """Saves and closes the figure; letters that no font has become boxes, without a word."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")
+            yield figure, axes
+            figure.savefig(path, dpi=100)
+    finally:
+        pyplot.close(figure)
 
 
 def _of_different_classes(chosen: Tensor, labels: Tensor) -> list[int]:
@@ -99,4 +121,8 @@ def _of_different_classes(chosen: Tensor, labels: Tensor) -> list[int]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 20 else "\N{HORIZONTAL ELLIPSIS}" + name[-19:]
+    """Its beginning and its end, in a line."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    if len(name) <= _LABEL:
+        return name
+    return name[:5] + "\N{HORIZONTAL ELLIPSIS}" + name[6 - _LABEL :]

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from .errors import InputError, reason
 
 FORMAT = 1
+WRITTEN = ("metrics.csv", "steps.csv", "checkpoint.pt", "best.pt", "settings.json", "curves.png", "neighbours.png")
 
 
 class Table:
@@ -76,7 +78,7 @@ class Run:
         self.state, self.notes = None, []
         self.state: dict[str, Any] | None
         self._checkpoint = folder / "checkpoint.pt"
-        begun = [file.name for file in (self._checkpoint, self.metrics.path, self.steps.path) if file.exists()]
+        begun = [name for name in WRITTEN if (folder / name).exists()]
         if begun and not resume:
             raise InputError(
                 f"{folder} holds a run already ({', '.join(begun)}): go on with it by --resume, or name another --out"
@@ -98,6 +100,12 @@ class Run:
         torch.save({"format": FORMAT, "settings": self._settings, "about": self._about, **state}, buffer)
         replace(self._checkpoint, buffer.getbuffer())
 
+    def save_best(self, network: dict[str, Any]) -> None:
+        """Replaces the network of the best evaluation so far."""
+        buffer = io.BytesIO()
+        torch.save({"network": network}, buffer)
+        replace(self.folder / "best.pt", buffer.getbuffer())
+
     def _load(self) -> dict[str, Any]:
         try:
             state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
@@ -108,12 +116,7 @@ class Run:
             ) from error
         if state["format"] != FORMAT:
             raise InputError(f"{self._checkpoint} is of format {state['format']}, and this program's is {FORMAT}")
-        names = list(self._settings | made_with)
-        changed = [
-            f"{name} was {made_with.get(name)!r} and is {self._settings.get(name)!r}"
-            for name in names
-            if made_with.get(name) != self._settings.get(name)
-        ]
+        changed = _differences(made_with, self._settings)
         if changed:
             raise InputError(
                 f"{self._checkpoint} was made with other settings: {'; '.join(changed)}: give those it was made with, "
@@ -136,7 +139,9 @@ class Board:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise InputError(f"--tensorboard takes the package: pip install tensorboard ({error})") from error
+                raise InputError(
+                    f"--tensorboard takes the package: {sys.executable} -m pip install tensorboard ({error})"
+                ) from error
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def add(self, row: dict[str, Any], group: str) -> None:
@@ -160,6 +165,18 @@ def replace(path: Path, data: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
+    if before.get("loss") == now.get("loss"):  # else its settings are others anyway
+        before, now = ({**settings, **settings.get("loss settings", {})} for settings in (before, now))
+    names = [name for name in before | now if name != "loss settings"]
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    return [
+        f"the {name} differ" if name.endswith("images") else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in changed
+    ]
 
 
 def _numbers(row: dict[str, str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Training:
     def __init__(self, options: argparse.Namespace, train: Images, device: torch.device) -> None:
         self.options, self.device = options, device
         sampler = batches.PerClassBatches(train.labels, options.batch_size, options.per_class, options.seed)
-        self.per_class = sampler.per_class
+        self.per_class, self.repeating = sampler.per_class, sampler.repeating
         self._feed = batches.Feed(train, sampler)
         self._distort = batches.Distortion(options.rotate, options.resize, options.shift, options.flip)
         self.loss = losses.make(options)
