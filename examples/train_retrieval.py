@@ -18,10 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
 from retrieval import losses, pictures
 from retrieval.data import load
@@ -99,7 +102,7 @@ def evaluate(training: Training, test: Images, run: Run, step: int, check: Calla
     if step and measured["mAP@R"] > best:
         run.save_best(training.state()["network"])
     since = run.metrics.rows[-1]["step"] if run.metrics.rows else 0
-    recent = {name: run.steps.column(name, since) for name in ("loss", "step_ms", "loss_ms", "loss_mib")}
+    recent = {name: run.steps.column(name, since) for name in ("loss", "step_ms", "loss_ms")}
     row = {
         "step": step,
         "epoch": step / options.epoch,
@@ -107,10 +110,16 @@ def evaluate(training: Training, test: Images, run: Run, step: int, check: Calla
         **measured,
         "step_ms": statistics.median(recent["step_ms"]) if recent["step_ms"] else None,
         "loss_ms": statistics.median(recent["loss_ms"]) if recent["loss_ms"] else None,
-        "loss_mib": max(recent["loss_mib"], default=None),
+        # Of all steps: memory that later ones use again does not rise.
+        "loss_mib": max(run.steps.column("loss_mib"), default=None),
         "evaluation_s": time.perf_counter() - begin,
     }
-    run.metrics.add(row, sync=True)
+    run.metrics.add(row)
+
+
+def due(options: argparse.Namespace, step: int) -> bool:
+    """Whether a step is evaluated."""
+    return step % options.evaluate_every == 0 or step == options.steps
 
 
 def train(training: Training, test: Images, run: Run, interrupt: Interrupt, board: Board) -> None:
@@ -125,8 +134,7 @@ def train(training: Training, test: Images, run: Run, interrupt: Interrupt, boar
     try:
         with tqdm(total=options.steps, initial=step, desc="training", unit="step", disable=None) as progress:
             while True:
-                due = step % options.evaluate_every == 0 or step == options.steps
-                if due and step not in run.metrics.column("step"):
+                if due(options, step) and step not in run.metrics.column("step"):
                     evaluate(training, test, run, step, interrupt.check)
                     board.add(run.metrics.rows[-1], "retrieval")
                     progress.write(line(run.metrics.rows[-1]))
@@ -220,9 +228,63 @@ def about(device: torch.device) -> dict[str, Any]:
     return {
         "torch": str(torch.__version__),
         "roadmap_ext": roadmap_ext.__version__,
+        "instruction set": roadmap_ext.build_info()["cpu"],
+        "numpy": np.__version__,
+        "Pillow": PIL.__version__,
         "machine": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def prepare(options: argparse.Namespace, stack: ExitStack) -> tuple[Training, Images, Run, Board]:
+    """All that can go wrong before training starts."""
+    device = usable(options.device)
+    train_on, test = load(options)
+    complete(options, len(train_on))
+    training = Training(options, train_on, device)
+    training.probe()
+    name = "digits" if options.data_root is None else options.data_root.resolve().stem
+    folder = options.out or Path("runs") / f"{name}-{options.loss}"
+    depends_on = settings(options, training, train_on, test)
+    run = stack.enter_context(closing(Run(folder, depends_on, about(device), resume=options.resume)))
+    begin = run.state["step"] if run.state else 0
+    if begin > options.steps:
+        raise InputError(f"{folder} has come to step {begin:,}: --steps {options.steps:,} is less")
+    board = stack.enter_context(closing(Board(folder / "tensorboard" if options.tensorboard else None, begin)))
+    if run.state:
+        training.load(run.state)
+    run.begin(lambda step: due(options, step))
+
+    for name, what in (("Train", train_on), ("Test", test)):
+        shape = f"{what.channels} x {what.size} x {what.size}"
+        print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
+    parameters = sum(p.numel() for p in training.network.parameters())
+    print(f"Network: {options.backbone}, {parameters:,} parameters, on {device}")
+    print(f"Loss: {losses.describe(training.loss)}")
+    print(f"Batches: {options.batch_size:,} images, {training.per_class} a class; {options.epoch:,} an epoch")
+    if training.repeating:
+        few = f"{training.repeating:,} of the {len(train_on.classes):,} classes to train on have less"
+        print(f"  {few} than {training.per_class} images: theirs come more than once in a batch")
+    for note in run.notes:
+        print(f"Since the checkpoint, {note}: the bits may differ")
+    return training, test, run, board
+
+
+def carry_out(training: Training, test: Images, run: Run, board: Board) -> int:
+    """Trains and draws. Returns the exit status."""
+    with Interrupt() as interrupt:
+        try:
+            train(training, test, run, interrupt, board)
+            draw_curves(training, run)
+            draw_neighbours(training, test, run, interrupt.check)
+        except StopRequest:
+            print(f"\nStopped. {run.folder} has a checkpoint: the same command with --resume goes on from it.")
+            draw_curves(training, run)
+            return 128 + (interrupt.signal or 0)
+    best, last = max(run.metrics.rows, key=lambda row: row["mAP@R"]), run.metrics.rows[-1]
+    print(f"\nmAP@R {last['mAP@R']:.4f} at the end; the best was {best['mAP@R']:.4f}, after {best['step']:,} steps.")
+    print(f"Wrote {run.folder}: {', '.join(name for name in WRITTEN if (run.folder / name).exists())}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,59 +294,21 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would add to the time of all that is measured
     torch.backends.cudnn.benchmark = False
+    status = 2  # of an error before training starts
     try:
-        device = usable(options.device)
-        train_on, test = load(options)
-        complete(options, len(train_on))
-        training = Training(options, train_on, device)
-        training.probe(train_on)
-        name = "digits" if options.data_root is None else options.data_root.resolve().stem
-        folder = options.out or Path("runs") / f"{name}-{options.loss}"
-        run = Run(folder, settings(options, training, train_on, test), about(device), resume=options.resume)
-        board = Board(folder / "tensorboard" if options.tensorboard else None, run.state["step"] if run.state else 0)
-        run.begin()
-        if run.state:
-            training.load(run.state)
+        with ExitStack() as stack:
+            ready = prepare(options, stack)
+            status = 1
+            return carry_out(*ready)
     except (InputError, OSError) as error:
         print(f"train_retrieval.py: error: {error}", file=sys.stderr)
-        return 2
+        return status
     except KeyboardInterrupt:
         print("\nStopped before training began.", file=sys.stderr)
         return 130
 
-    for name, what in (("Train", train_on), ("Test", test)):
-        shape = f"{what.channels} x {what.size} x {what.size}"
-        print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
-    parameters = sum(p.numel() for p in training.network.parameters())
-    print(
-        f"Network: {options.backbone}, {parameters:,} parameters, on {device}. Loss: {losses.describe(training.loss)}"
-    )
-    print(f"Batches: {options.batch_size:,} images, {training.per_class} a class; {options.epoch:,} an epoch")
-    if training.repeating:
-        few = f"{training.repeating:,} of the {len(train_on.classes):,} classes to train on have less"
-        print(f"  {few} than {training.per_class} images: theirs come more than once in a batch")
-    for note in run.notes:
-        print(f"Since the checkpoint, {note}: the bits may differ")
-    with Interrupt() as interrupt:
-        try:
-            train(training, test, run, interrupt, board)
-            draw_curves(training, run)
-            draw_neighbours(training, test, run, interrupt.check)
-        except StopRequest:
-            draw_curves(training, run)
-            print(f"\nStopped. {folder} has a checkpoint: the same command with --resume goes on from it.")
-            return 128 + (interrupt.signal or 0)
-        except (InputError, OSError) as error:
-            print(f"\ntrain_retrieval.py: error: {error}", file=sys.stderr)
-            return 1
-        finally:
-            board.close()
-    best = max(run.metrics.rows, key=lambda row: row["mAP@R"])
-    last = run.metrics.rows[-1]
-    print(f"\nmAP@R {last['mAP@R']:.4f} at the end; the best was {best['mAP@R']:.4f}, after {best['step']:,} steps.")
-    print(f"Wrote {folder}: {', '.join(name for name in WRITTEN if (folder / name).exists())}")
-    return 0
-
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
+    sys.stderr.reconfigure(errors="backslashreplace")
     sys.exit(main())

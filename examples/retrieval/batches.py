@@ -44,15 +44,16 @@ class PerClassBatches:
     """
 
     def __init__(self, labels: Tensor, batch_size: int, per_class: int | None, seed: int) -> None:
-        self._images = [(labels == label).nonzero().flatten() for label in range(int(labels.max()) + 1)]
+        self._images = labels.argsort(stable=True).split(labels.bincount().tolist())
         classes = len(self._images)
         self.per_class = max(4, -(-batch_size // classes)) if per_class is None else per_class
         self.batch_size, self._seed = batch_size, seed
         self._classes = -(-batch_size // self.per_class)
         if self._classes > classes:
+            fills = next(each for each in range(-(-batch_size // classes), batch_size + 1) if batch_size % each != 1)
             raise InputError(
                 f"a batch of {batch_size:,} with {self.per_class} images a class takes {self._classes:,} classes, and "
-                f"there are {classes:,} to train on: --per-class {-(-batch_size // classes)}, or a --batch-size of at "
+                f"there are {classes:,} to train on: --per-class {fills}, or a --batch-size of at "
                 f"most {classes * self.per_class:,}"
             )
         if batch_size % self.per_class == 1:
@@ -89,7 +90,7 @@ class Distortion:
     flip: bool
 
     def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Distorted copies of images [b, C, S, S] float; what lies outside an image goes on as its border."""
+        """Distorted copies of images [b, C, S, S] float32; what lies outside an image goes on as its border."""
         draw = torch.rand(len(images), 5, generator=random).to(images.device) * 2 - 1
         if not (self.rotate or self.resize or self.shift or self.flip):
             return images
@@ -98,8 +99,9 @@ class Distortion:
         cosine, sine = angle.cos() * size, angle.sin() * size
         shift = draw[:, 2:4] * 2 * self.shift  # the grid is two wide
         rows = [cosine * mirror, -sine, shift[:, 0], sine * mirror, cosine, shift[:, 1]]
-        grid = functional.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
-        return functional.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+        with torch.autocast(images.device.type, enabled=False):  # 16 bits would be coarser than a pixel
+            grid = functional.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+            return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 class Feed:

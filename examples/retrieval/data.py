@@ -23,6 +23,8 @@ def load(options: argparse.Namespace) -> tuple[Images, Images]:
     else:
         size = options.image_size or 64
         every = images.read(options.data_root, size, options.channels, options.hold_mib)
+    if every.skipped:
+        print(f"Left aside: {every.skipped:,} files that are no images by their names, or hidden")
     every = _checked_classes(every, options, options.data_root)
     if options.test_root is None:
         by_class = options.split == "classes" if options.split else options.data_root is not None
@@ -31,13 +33,14 @@ def load(options: argparse.Namespace) -> tuple[Images, Images]:
     if options.split is not None or options.test_fraction is not None:
         raise InputError("--test-root says what the test is: --split and --test-fraction do not apply")
     test = images.read(options.test_root, every.size, every.channels, options.hold_mib)
-    shared = sorted(set(test.classes) & set(every.classes))
+    shared = _shared_classes(every, test)
     if shared:
         print(f"Left out of the test: {len(shared):,} classes that are trained on ({images.some(shared, 3)})")
         test = _without_classes(test, shared)
     if not len(test):
         raise InputError(
-            f"every class of {options.test_root} is in {options.data_root}, too: nothing is left to test on"
+            f"every class of {options.test_root} is in {options.data_root}, too, by its name or by an image: nothing "
+            "is left to test on; to hold out images of the same classes take --split images and no --test-root"
         )
     return every, _checked_classes(test, options, options.test_root)
 
@@ -86,6 +89,14 @@ def _split_images(images: Images, fraction: float, seed: int) -> tuple[Images, I
             of_class[torch.randperm(count, generator=generator)[: min(max(round(fraction * count), 2), count - 2)]]
         ] = True
     return _parted(images, tested)
+
+
+def _shared_classes(train: Images, test: Images) -> list[str]:
+    """The classes of the test that training has, by name or because an image is in both."""
+    names, contents = set(train.classes), set(train.contents)
+    labels = zip(test.labels.tolist(), test.contents, strict=True)
+    met = {test.classes[label] for label, content in labels if content in contents}
+    return [name for name in test.classes if name in names or name in met]
 
 
 def _without_classes(images: Images, names: Sequence[str]) -> Images:

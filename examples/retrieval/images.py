@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .errors import InputError, reason
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MIB = 1 << 20
 _AT_A_TIME = 256  # images that are decoded ahead of where they are wanted
 
@@ -30,7 +30,9 @@ class Images:
         classes: the names of the classes.
         labels: [n] int64, into ``classes``.
         channels, size: of an image.
+        contents: [n] a digest of each image's pixels.
         digest: of all that the bits of a run depend on.
+        skipped: how many files beside the images were left aside.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Images:
         pixels: Tensor | Callable[[int], np.ndarray],  # [m, C, S, S] uint8, or how to get one, [C, S, S]
         channels: int,
         size: int,
-        digest: str,
+        contents: Sequence[bytes],
+        skipped: int = 0,
         places: Tensor | None = None,  # [n] where in ``pixels`` each image is; None: in their order
     ) -> None:
         self.names, self.classes, self.labels = list(names), list(classes), labels
-        self.channels, self.size, self.digest = channels, size, digest
+        self.channels, self.size, self.contents, self.skipped = channels, size, list(contents), skipped
+        self.digest = _digest([*names, *classes, *self.contents, f"{channels} x {size}", str(labels.tolist())]).hex()
         self._pixels = pixels
         self._places = torch.arange(len(self.names)) if places is None else places
 
@@ -74,7 +78,8 @@ class Images:
             self._pixels,
             self.channels,
             self.size,
-            _digest([self.digest, *map(str, numbers)]),
+            [self.contents[i] for i in numbers],
+            self.skipped,
             self._places[index],
         )
 
@@ -87,7 +92,8 @@ def digits() -> Images:
     pixels = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(data.target).long()
     names = [f"{label}/{number}" for number, label in enumerate(labels.tolist())]
-    return Images(names, [str(d) for d in range(10)], labels, pixels, 1, 8, _digest([pixels.numpy().tobytes()]))
+    contents = [_digest([image.numpy().tobytes()]) for image in pixels]
+    return Images(names, [str(d) for d in range(10)], labels, pixels, 1, 8, contents)
 
 
 def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 4096) -> Images:
@@ -112,7 +118,7 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
             f"{root} holds no images ({', '.join(sorted(SUFFIXES))}): it has to be a folder or a zip with a folder of "
             "images for each class" + (f"; there are zips in it, name one of them: {some(zips)}" if zips else "")
         )
-    top = _common_folder(names)
+    top = source.top(names)
     names_within = [str(PurePosixPath(name).relative_to(top)) for name in names]
     folders = [str(PurePosixPath(name).parent) for name in names_within]
     if "." in folders:
@@ -133,11 +139,10 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
     numbers = {name: number for number, name in enumerate(names)}
 
     def look_at(name: str) -> bytes:
-        data = source.read(name)
-        pixels = _decode(data, channels, size)
+        pixels = _decode(source.read(name), channels, size)
         if held is not None:
             held[numbers[name]] = torch.from_numpy(pixels)
-        return hashlib.blake2b(data, digest_size=16).digest()
+        return _digest([pixels.tobytes()])
 
     contents = _checked(root.name, look_at, names)
     return Images(
@@ -147,7 +152,8 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
         held if held is not None else lambda number: _decode(source.read(names[number]), channels, size),
         channels,
         size,
-        _digest([*names_within, *contents, f"{channels} x {size}"]),
+        contents,
+        len(there) - len(names),
     )
 
 
@@ -168,43 +174,57 @@ class _Folder:
 
     def names(self) -> Iterator[str]:
         seen = set()  # links may lead in circles
-        for folder, folders, files in os.walk(self._root, followlinks=True):
+        for folder, folders, files in os.walk(self._root, onerror=_unreadable, followlinks=True):
             seen.add(os.path.realpath(folder))
-            folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
+            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen)
             for file in files:
-                yield Path(folder, file).relative_to(self._root).as_posix()
+                path = os.path.join(folder, file)
+                if os.path.isfile(path) or os.path.islink(path):  # a pipe would be waited for
+                    yield Path(path).relative_to(self._root).as_posix()
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
+
+    def top(self, names: Sequence[str]) -> PurePosixPath:
+        return PurePosixPath()
 
 
 class _Zip:
     def __init__(self, path: Path) -> None:
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is no folder, and cannot be read as a zip: {error}") from error
+        # By names as they should be; of several entries of one name the last counts, as for other programs.
+        self._entries = {
+            str(PurePosixPath(entry.filename.replace("\\", "/").lstrip("/"))): entry
+            for entry in self._zip.infolist()
+            if not entry.is_dir()
+        }
 
     def names(self) -> Iterator[str]:
-        return (entry.filename for entry in self._zip.infolist() if not entry.is_dir())
+        return iter(self._entries)
 
     def read(self, name: str) -> bytes:
-        return self._zip.read(name)
+        return self._zip.read(self._entries[name])
+
+    def top(self, names: Sequence[str]) -> PurePosixPath:
+        """The folder that holds the folders of all classes: a zip often has one that is named as it is."""
+        folders = [PurePosixPath("/", name).parent for name in names]
+        common = PurePosixPath(os.path.commonpath(folders))
+        if common in folders:  # is a class itself
+            common = common.parent
+        return common.relative_to("/")
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in SUFFIXES and not hidden
-
-
-def _common_folder(names: Sequence[str]) -> PurePosixPath:
-    """The folder that holds the folders of all classes, which may lie deeper than the root."""
-    folders = [PurePosixPath("/", name).parent for name in names]
-    common = PurePosixPath(os.path.commonpath(folders))
-    if common in folders:  # is a class itself
-        common = common.parent
-    return common.relative_to("/")
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -216,7 +236,7 @@ def _is_gray(read: Callable[[str], bytes], name: str) -> bool:
 
     try:
         with Image.open(io.BytesIO(read(name))) as image:
-            return image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
+            return image.mode in ("1", "L", "LA", "I", "F", "I;16", "I;16B")
     except Exception:  # Pillow raises whatever a file's format leads it into
         return True
 
@@ -227,8 +247,10 @@ def _decode(data: bytes, channels: int, size: int) -> np.ndarray:
 
     with Image.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("F", "I"):
+            raise ValueError("32 bits a pixel, of which nothing says what is white: save it with 8 or 16")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -269,13 +291,13 @@ def _checked(title: str, work: Callable[[str], bytes], names: Sequence[str]) -> 
                 done.append(result)
     if damaged:
         many = f"{len(damaged):,} images are" if len(damaged) > 1 else "an image is"
-        raise InputError(f"{title}: {many} damaged: {some(damaged)}: replace or delete what is named")
+        raise InputError(f"{title}: {many} damaged or unreadable: {some(damaged)}: replace or delete what is named")
     return done
 
 
-def _digest(parts: Sequence[str | bytes]) -> str:
+def _digest(parts: Sequence[str | bytes]) -> bytes:
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "little") + data)
-    return total.hexdigest()
+    return total.digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 
 import torch
@@ -47,13 +46,14 @@ def small(channels: int, size: int, dim: int, blocks: int = 3, width: int = 64) 
     )
 
 
-def from_timm(name: str, channels: int, dim: int, pretrained: bool, weights: Path | None) -> Network:
+def from_timm(name: str, channels: int, size: int, dim: int, pretrained: bool, weights: Path | None) -> Network:
     """A backbone of timm's under one linear layer, with the mean and spread of pixels that it was trained with."""
     try:
         import timm
-    except ImportError as error:
+    except Exception as error:  # torchvision of another torch fails in ways of its own
         raise InputError(
-            f"--backbone {name} takes timm and torchvision: {sys.executable} -m pip install timm ({error})"
+            f"--backbone {name} takes timm, and a torchvision that fits torch {torch.__version__}: docs/training.md "
+            f"says how to have them ({reason(error)})"
         ) from error
     known = timm.list_models()
     if name.split(".")[0] not in known:
@@ -66,8 +66,13 @@ def from_timm(name: str, channels: int, dim: int, pretrained: bool, weights: Pat
         body = timm.create_model(name, pretrained=wanted, num_classes=0, in_chans=channels, **extra)
     except Exception as error:  # a download that fails, a file of other weights: each has errors of its own
         raise InputError(f"--backbone {name}: timm cannot make it: {reason(error)}") from error
+    try:
+        with torch.no_grad():  # models do not agree on where they say how wide their output is
+            width = body.eval()(torch.zeros(1, channels, size, size)).shape[1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"--backbone {name} does not take images of {size} pixels: {reason(error)}") from error
     pixels = timm.data.resolve_model_data_config(body)
     mean, std = list(pixels["mean"]), list(pixels["std"])
     if channels != len(mean):
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-    return Network(body, nn.Linear(body.num_features, dim), mean, std)
+    return Network(body, nn.Linear(width, dim), mean, std)

@@ -52,13 +52,19 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     add("--backbone", metavar="NAME", default="small", help="small (default), or the name of a model of timm's")
     add("--pretrained", action="store_true", help="timm: begin with the weights that it downloads")
     add("--weights", type=Path, metavar="FILE", help="timm: begin with these weights")
-    add("--dim", type=count, metavar="N", default=64, help="dimensions of an embedding; default 64")
-    add("--blocks", type=count, metavar="N", default=3, help="of the small net; each halves the image; default 3")
-    add("--width", type=count, metavar="N", default=64, help="channels of the small net; default 64")
+    add("--dim", type=_whole(1, 1 << 16), metavar="N", default=64, help="dimensions of an embedding; default 64")
+    add(
+        "--blocks",
+        type=_whole(1, 12),
+        metavar="N",
+        default=3,
+        help="of the small net; each halves the image; default 3",
+    )
+    add("--width", type=_whole(1, 1 << 16), metavar="N", default=64, help="channels of the small net; default 64")
 
     training = parser.add_argument_group("training")
     add = training.add_argument
-    add("--batch-size", type=at_least_2, metavar="N", default=128, help="images a step; default 128")
+    add("--batch-size", type=_whole(2, 1 << 20), metavar="N", default=128, help="images a step; default 128")
     add("--per-class", type=at_least_2, metavar="N", help="images a class in a batch; default 4, or what fills it")
     length = training.add_mutually_exclusive_group()
     about_epochs = f"passes over the training images; default {EPOCHS}, or what makes {LEAST_STEPS} steps"
@@ -98,7 +104,7 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     add = run.add_argument
     add("--out", type=Path, metavar="PATH", help="folder of the run; default runs/DATA-LOSS")
     add("--resume", action="store_true", help="go on from the folder's checkpoint, or begin if it has none")
-    add("--seed", type=_whole(0), metavar="N", default=0, help="of all chance; default 0")
+    add("--seed", type=_whole(0, 2**32 - 1), metavar="N", default=0, help="of all chance; default 0")
     add("--device", metavar="NAME", help="default cuda where it is there, else cpu")
     add(
         "--evaluate-every", type=count, metavar="N", help=f"steps; default an epoch, {EVALUATIONS} times in all at most"

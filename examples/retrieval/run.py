@@ -7,10 +7,12 @@ move, and rows beyond it are dropped when a run goes on, so it may be killed at 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,21 @@ WRITTEN = ("metrics.csv", "steps.csv", "checkpoint.pt", "best.pt", "settings.jso
 
 
 class Table:
-    """Rows of numbers with a step each, in memory and in a CSV; a row reaches the disk before ``add`` returns."""
+    """Rows of numbers with a step each, in memory and in a CSV."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, []
         self.rows: list[dict[str, Any]]
 
-    def load(self, last_step: int) -> None:
-        """The rows up to a step; later ones, and one that was cut off, are dropped."""
+    def load(self, keep: Callable[[int], bool]) -> None:
+        """The rows of the steps to keep; others, and one that was cut off, are dropped."""
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        rows = list(csv.DictReader(io.StringIO(whole)))
-        self.rows = [_numbers(row) for row in rows if int(row["step"]) <= last_step]
+        try:
+            rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole))]
+            self.rows = [row for row in rows if keep(row["step"])]
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path} is no table of a run ({reason(error)}): restore it") from error
         kept = io.StringIO()
         if self.rows:
             writer = csv.DictWriter(kept, list(self.rows[0]), lineterminator="\n")
@@ -42,7 +47,12 @@ class Table:
             writer.writerows(self.rows)
         replace(self.path, kept.getvalue().encode())
 
-    def add(self, row: dict[str, Any], *, sync: bool = False) -> None:
+    def sync(self) -> None:
+        """Sees to it that all rows outlast a stop of the machine."""
+        with self.path.open("a") as file:
+            os.fsync(file.fileno())
+
+    def add(self, row: dict[str, Any]) -> None:
         """One row more, with the columns of the first."""
         self.rows.append(row)
         with self.path.open("a", newline="") as file:
@@ -50,9 +60,6 @@ class Table:
             if len(self.rows) == 1:
                 writer.writeheader()
             writer.writerow(row)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
 
     def column(self, name: str, after: int = -1) -> list[Any]:
         """A column's values of the steps after one, those that are there."""
@@ -78,24 +85,64 @@ class Run:
         self.state, self.notes = None, []
         self.state: dict[str, Any] | None
         self._checkpoint = folder / "checkpoint.pt"
-        begun = [name for name in WRITTEN if (folder / name).exists()]
+        self._lock: int | None = None
+        try:
+            self._look(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _look(self, resume: bool) -> None:
+        """What is in the folder already."""
+        if resume and self.folder.is_dir():
+            self._take()
+        begun = [name for name in WRITTEN if (self.folder / name).exists()]
         if begun and not resume:
             raise InputError(
-                f"{folder} holds a run already ({', '.join(begun)}): go on with it by --resume, or name another --out"
+                f"{self.folder} holds a run already ({', '.join(begun)}): go on with it by --resume, or name another "
+                "--out"
             )
+        if begun and not (self.folder / "settings.json").exists():
+            raise InputError(f"{self.folder} holds {', '.join(begun)}, and not of a run: name another --out")
         if self._checkpoint.exists():
             self.state = self._load()
 
-    def begin(self) -> None:
-        """Makes the folder, or brings its tables to the step of the checkpoint."""
+    def begin(self, keep: Callable[[int], bool]) -> None:
+        """Makes the folder, or brings its tables to the step of the checkpoint; takes the folder for this process.
+
+        Of the metrics the rows of the steps stay that are to be kept.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         settings = json.dumps({"settings": self._settings, "about": self._about}, indent=2, default=str)
         replace(self.folder / "settings.json", settings.encode())
-        for table in (self.metrics, self.steps):
-            table.load(self.state["step"] if self.state else -1)
+        last = self.state["step"] if self.state else 0
+        self.metrics.load(lambda step: self.state is not None and step <= last and keep(step))
+        self.steps.load(lambda step: step <= last)
+        if self.steps.column("step") != list(range(1, last + 1)):
+            raise InputError(f"{self.steps.path} lacks rows of steps up to {last}, where the checkpoint is: restore it")
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take(self) -> None:
+        if self._lock is not None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process works in {self.folder}: wait for it, or name another --out") from error
+        except OSError:  # there are file systems without locks
+            pass
 
     def save(self, **state: Any) -> None:
-        """Replaces the checkpoint."""
+        """Replaces the checkpoint, when the rows up to it are on the disk."""
+        self.steps.sync()
+        self.metrics.sync()
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, "settings": self._settings, "about": self._about, **state}, buffer)
         replace(self._checkpoint, buffer.getbuffer())
