@@ -191,11 +191,11 @@ def check_chunk_size(value: object) -> None:
 def check_ks(value: object) -> tuple[int, ...]:
     """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"k must be integers, such as (1, 10, 100), got {value!r}: one of them is ({value},)")
+        raise TypeError(f"k must be a sequence of integers, such as (1, 10, 100), got {value!r}: for one alone, ({value},)")
     ks = tuple(value)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, Integral):
-            raise TypeError(f"k must be integers, such as (1, 10, 100), got {k!r} among them")
+            raise TypeError(f"k must be a sequence of integers, such as (1, 10, 100), got {k!r} in it")
         if k < 1:
             raise ValueError(f"k must be at least 1, for ranks begin there, got {k}")
     return tuple(int(k) for k in ks)
