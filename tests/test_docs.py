@@ -64,11 +64,19 @@ def test_the_page_of_training():
 def test_commands_of_training(capsys):
     options = pytest.importorskip("retrieval.options")  # it takes packages that are not the library's
     page = (ROOT / "docs/training.md").read_text()
-    commands = re.findall(r'^    make train ARGS="(.*)"$', page, re.MULTILINE)
+    commands = re.findall(r'^    make train (?:VENV=my )?ARGS="(.*)"$', page, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         options.parse(None, command.split())
     with pytest.raises(SystemExit):
         options.parse(None, ["--help"])
+    assert not re.search(r"[A-Z]+_[A-Z]+", re.sub(r"`[^`]*`", "", page)), "a placeholder is left"
     there = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"`(--[a-z-]+)", page)) <= there
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
