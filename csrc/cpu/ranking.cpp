@@ -15,8 +15,9 @@ namespace {
 
 // Columns of one task where threads share a row.
 constexpr int64_t kShare = 4 * kBlock;
-// Buckets a positive: more make a bucket of several rarer, and the table larger.
-constexpr int64_t kBuckets = 4;
+// Buckets a positive: more make a bucket of several rarer, and the table larger. A row of 60,000 with 6,000 positives
+// takes 199 us with 4, 176 with 8, 179 with 12.
+constexpr int64_t kBuckets = 8;
 constexpr int64_t kMostBuckets = int64_t(1) << 20;  // which float32 still counts one by one
 // So many positives in one bucket are better sorted by comparing.
 constexpr int32_t kCrowd = 32;
