@@ -20,7 +20,7 @@ from .images import Images
 from .run import Table
 
 _CANDIDATES = 1024  # queries among which those to show are looked for
-_LABEL = 17  # letters that fit under a picture
+_LABEL = 15  # letters that fit under a picture
 
 
 def curves(steps: Table, metrics: Table, names: Sequence[str], title: str, path: Path) -> None:
