@@ -191,7 +191,9 @@ def check_chunk_size(value: object) -> None:
 def check_ks(value: object) -> tuple[int, ...]:
     """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"k must be a sequence of integers, such as (1, 10, 100), got {value!r}: for one alone, ({value},)")
+        raise TypeError(
+            f"k must be a sequence of integers, such as (1, 10, 100), got {value!r}: for one alone, ({value},)"
+        )
     ks = tuple(value)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, Integral):
