@@ -138,7 +138,7 @@ def train(training: Training, test: Images, run: Run, interrupt: Interrupt, boar
                     evaluate(training, test, run, step, interrupt.check)
                     board.add(run.metrics.rows[-1], "retrieval")
                     progress.write(line(run.metrics.rows[-1]))
-                if step == options.steps:
+                if step >= options.steps:
                     break
                 if step and step % options.checkpoint_every == 0:
                     run.save(step=step, **training.state())
