@@ -1,11 +1,5 @@
-// The ops that torch sees: schemas, checks, allocation and the choice of element type. Registered through torch's
-// stable ABI, so that one build serves every torch from 2.11 on. Python checks its arguments first and words errors for
-// people; the checks here keep memory safe whoever calls.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
+// The ops on the CPU: checks, allocation and the choice of element type. Python checks its arguments first and words
+// errors for people; the checks here keep memory safe whoever calls.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -17,45 +11,13 @@
 #include "cpu/ranking.h"
 #include "cpu/relation.h"
 #include "cpu/rows.h"
+#include "tensors.h"
 
 namespace {
 
 using roadmap::Matrix;
 using roadmap::Parallel;
-using roadmap::ScoreType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13).
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-roadmap::SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
-                                         std::optional<double> offset) {
-  STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
-  STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
-  STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
-                  "rho, rho * tau and delta must be finite in float32 and not negative");
-  STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
-  // By default the surrogate is continuous at the knee.
-  const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
-  STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
-  return {surrogate, tau, rho, delta, start, above};
-}
-
-ScoreType score_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return ScoreType::kHalf;
-    case ScalarType::BFloat16: return ScoreType::kBFloat16;
-    case ScalarType::Float: return ScoreType::kFloat;
-    case ScalarType::Double: return ScoreType::kDouble;
-    default: STD_TORCH_CHECK(false, "scores must be float16, bfloat16, float32 or float64"); return ScoreType::kFloat;
-  }
-}
-
-bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
-
-// Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
-Tensor dense_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+using namespace roadmap::ops;
 
 // A Matrix and the tensors that keep its memory alive.
 struct Input {
@@ -166,29 +128,6 @@ Parallel torch_threads(int64_t elements) {
   return parallel;
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
-
-ScalarType accumulation(const Tensor& scores) {
-  return scores.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls body(T{}) with the accumulation type of the scores.
-template <typename Body>
-void dispatch(const Tensor& scores, const Body& body) {
-  if (scores.scalar_type() == ScalarType::Double) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-
 // The reductions, in row order and in double. The mean is over queries with a positive; the others have loss 0.
 template <typename T>
 double reduce(int64_t reduction, const T* loss, const int64_t* positives, int64_t rows, double& weight) {
@@ -270,8 +209,10 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     std::optional<Tensor> negative_span, std::optional<Tensor> negative_column, int64_t own,
                     Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
                     double start, std::optional<double> offset, double positive_margin, double negative_margin,
-                    std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient) {
+                    std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
+                    std::optional<Tensor> gradient) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+  STD_TORCH_CHECK(!gradient, "on the CPU the gradient goes over the scores, and nowhere else");
   STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
                   "margins must be finite in float32");
   STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
@@ -465,34 +406,7 @@ Tensor rank_metrics_masked(Tensor scores, Tensor target, std::optional<Tensor> i
 }  // namespace
 
 STABLE_TORCH_LIBRARY(roadmap_ext, m) {
-  m.def(
-      "average_precision(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float "
-      "delta, float start, float? offset, int reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor "
-      "factor)");
-  m.def(
-      "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor positive_span, Tensor positive_column, Tensor? "
-      "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
-      "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
-      "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient) -> ()");
-  m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
-  m.def("symmetrise_(Tensor(a!) matrix) -> ()");
-  m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
-  m.def("populate_(Tensor(a!) memory) -> ()");
-  m.def(
-      "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
-      "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
-  m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
-  m.def(
-      "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
-      "float start, float? offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "
-      "Tensor negative_rank, Tensor slope)");
-  m.def(
-      "rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? "
-      "left_out_column, Tensor? negative_span, Tensor? negative_column, int own) -> Tensor");
-  m.def("rank_metrics_masked(Tensor scores, Tensor target, Tensor? ignore) -> Tensor");
-  m.def(
-      "smooth_rank_backward(Tensor scores, Tensor target, Tensor? ignore, Tensor slope, Tensor? positive_grad, "
-      "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset) -> Tensor");
+  roadmap::ops::define(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {

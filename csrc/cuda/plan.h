@@ -1,0 +1,137 @@
+// How the rows of a matrix are dealt to blocks: the launches of the row kernel, and their workspace. Host code.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+
+namespace roadmap::cuda {
+
+// What the device has, and bounds that tests tighten.
+struct Resources {
+  int multiprocessors;
+  int64_t workspace = int64_t(64) << 20;  // bytes; long rows may take 32 a column instead
+  int threads = 0;                        // a block; 0: chosen
+  int parts = 0;                          // blocks that share a row; 0: chosen
+  int capacity = kPiece;
+};
+
+struct Plan {
+  std::vector<Schedule> launches;
+  int64_t bytes = 0;  // of workspace
+};
+
+// Deals out one piece of memory, array after array.
+class Carver {
+ public:
+  explicit Carver(char* begin) : begin_(begin) {}
+  template <typename T>
+  Global<T> take(int64_t count) {
+    const int64_t at = size_;
+    size_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return begin_ ? simt::global(reinterpret_cast<T*>(begin_ + at), count) : Global<T>(nullptr);
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  char* begin_;
+  int64_t size_ = 0;
+};
+
+inline int64_t words_of(int64_t columns) { return (columns + 31) / 32; }
+
+// The workspace of a launch at `memory`, or with null just its size.
+template <typename T>
+Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int capacity, char* memory, int64_t& bytes) {
+  Carver carver(memory);
+  Workspace<T> w;
+  w.words = words_of(columns);
+  w.count = carver.take<int32_t>(rows);  // first: launches hand it on
+  w.negative = carver.take<uint32_t>(s.slots * w.words);
+  w.positive = carver.take<uint32_t>(s.slots * w.words);
+  if (!s.on_chip) {
+    w.part_count = carver.take<int32_t>(s.slots * s.parts);
+    w.column = carver.take<int32_t>(s.slots * columns);
+    w.above = carver.take<T>(s.slots * columns);
+    w.below = carver.take<T>(s.slots * columns);
+    w.slope = carver.take<T>(s.slots * columns);
+    if (s.parts > 1) w.partial = carver.take<T>(s.slots * s.parts * 2 * capacity);
+    w.hinge = carver.take<double>(s.slots * s.parts);
+    w.flag = carver.take<int32_t>(s.slots * s.parts * 2);
+    w.outcome = carver.take<double>(s.slots * kOutcome);
+  }
+  bytes = carver.size();
+  return w;
+}
+
+template <typename T>
+int64_t workspace_bytes(const Schedule& s, int64_t rows, int64_t columns, int capacity) {
+  int64_t bytes;
+  workspace_of<T>(s, rows, columns, capacity, nullptr, bytes);
+  return bytes;
+}
+
+// As many slots as there is work and workspace for.
+template <typename T>
+int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const Resources& r) {
+  const int64_t bound = std::max(r.workspace, 32 * columns);
+  s.slots = 0;
+  const int64_t fixed = workspace_bytes<T>(s, rows, columns, r.capacity);
+  s.slots = 1;
+  const int64_t each = workspace_bytes<T>(s, rows, columns, r.capacity) - fixed;
+  return std::max<int64_t>(1, std::min(most, (bound - fixed) / std::max<int64_t>(1, each) - 1));
+}
+
+// Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device knows;
+// a launch for them comes along and finds nothing to do if there is none.
+template <typename T>
+Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, const Resources& r) {
+  Plan plan;
+  if (!rows || !columns) return plan;
+  constexpr int64_t kThreadColumns = sizeof(T) == 8 ? 4 : 8;
+  Schedule s;
+  s.threads = r.threads;
+  if (!s.threads) {
+    s.threads = 64;
+    while (s.threads < 512 && s.threads * kThreadColumns < columns) s.threads *= 2;
+    if (columns >= 16 * 512) s.threads = kMostThreads;
+  }
+  s.last_row = rows;
+  s.steps = steps;
+  const int64_t resident = int64_t(r.multiprocessors) * std::max(1, kMostThreads / s.threads);
+  // Few long rows: blocks share them, a step a launch. The launches cost as much as some ten thousand columns.
+  const int64_t tiles = (columns + s.threads * kThreadColumns - 1) / (s.threads * kThreadColumns);
+  const bool few = 2 * rows <= resident ? columns >= 16384 : rows < 4 * r.multiprocessors && columns >= 65536;
+  const auto add = [&](const Schedule& launch) {
+    plan.launches.push_back(launch);
+    plan.bytes = std::max(plan.bytes, workspace_bytes<T>(launch, rows, columns, r.capacity));
+  };
+  if (!count_only && (r.parts > 1 || (!r.parts && few))) {
+    s.on_chip = false;
+    s.parts = 1;
+    s.slots = fit_slots<T>(s, rows, rows, columns, r);
+    s.parts = r.parts ? r.parts : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({128, tiles, 2 * resident / s.slots})));
+    s.slots = fit_slots<T>(s, rows, rows, columns, r);
+    for (int64_t first = 0; first < rows; first += s.slots) {
+      s.first_row = first;
+      s.last_row = std::min(rows, first + s.slots);
+      for (uint32_t step = 1; step <= kScatter; step *= 2) {
+        s.steps = step;
+        if (step & steps) add(s);
+      }
+    }
+    return plan;
+  }
+  s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
+  add(s);
+  if (count_only || columns <= r.capacity) return plan;
+  s.on_chip = false;
+  s.only_longer = true;
+  s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
+  add(s);
+  return plan;
+}
+
+}  // namespace roadmap::cuda

@@ -1,0 +1,30 @@
+// The row kernel for each type of scores, and its launch.
+#include "launch.h"
+#include "rows.cuh"
+
+namespace roadmap::cuda {
+
+namespace {
+
+template <typename S>
+__global__ void __launch_bounds__(kMostThreads) row_kernel(const __grid_constant__ RowParams<S> p) {
+  extern __shared__ __align__(16) char shared[];
+  RowKernel<S, kPiece>(p, shared).run();
+}
+
+}  // namespace
+
+template <typename S>
+int launch_rows(const RowParams<S>& p, void* stream) {
+  const Schedule& s = p.schedule;
+  const int bytes = shared_bytes<Accumulation<S>>(kPiece, s.threads);
+  row_kernel<S><<<static_cast<unsigned>(s.slots * s.parts), s.threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+template int launch_rows<Half>(const RowParams<Half>&, void*);
+template int launch_rows<BFloat>(const RowParams<BFloat>&, void*);
+template int launch_rows<float>(const RowParams<float>&, void*);
+template int launch_rows<double>(const RowParams<double>&, void*);
+
+}  // namespace roadmap::cuda

@@ -1,0 +1,1134 @@
+// The row kernel: a row of scores to its loss and gradient, or to the ranks of its positives. The steps of a row:
+//
+//   roles      masks or lists become two bits a column: negative, positive
+//   collect    the columns of the positives, ascending
+//   sort       the positives of a piece by score: neighbours share a centre, and far tiles are skipped for all that follow
+//   positives  rank+ of each, among the positives
+//   negatives  rank- of each, and its slope: the row streams past a few positives at a time
+//   weights    what a rank weighs in the loss; the loss
+//   own        smooth alone: the gradient between positives
+//   gradient   the row streams past all positives once more; every negative gets its gradient
+//   scatter    every positive gets its own
+//
+// A block works on a piece of the positives at a time, which lies in shared memory. Where all positives of a row fit,
+// nothing but the bits leaves the chip, and a block takes all steps of its rows in one launch ("on chip"). A longer list
+// goes by way of the workspace, in pieces. Few long rows are shared by many blocks: a step a launch.
+//
+// Scores stay untouched until the gradient is written, a column by the thread that has read it, and columns of positives
+// last of all: the gradient may overwrite the scores.
+#pragma once
+
+#include "pairs.cuh"
+
+namespace roadmap::cuda {
+
+constexpr int kGroup = 4;    // positives whose sums a thread holds in registers at a time
+constexpr int kWord = 32;    // columns of a word of a bitmap
+constexpr int kTiles = 32;   // after which sums leave their thread: longer ones would drift
+
+// 16 bytes that are loaded and stored at once.
+template <typename T>
+struct alignas(16) Vector {
+  T at[16 / sizeof(T)];
+};
+
+template <typename S, int kCapacity>
+class RowKernel {
+  using T = Accumulation<S>;
+  using Params = RowParams<S>;
+  // Columns of a thread at a time: 16 bytes of a half type, and a whole number of them in a byte of a bitmap.
+  static constexpr int kColumns = sizeof(T) == 8 ? 4 : 8;
+  static constexpr uint32_t kColumnBits = (1u << kColumns) - 1;
+
+ public:
+  ROADMAP_DEVICE RowKernel(const Params& p, char* shared)
+      : p_(p), k_(p.pair), memory_(shared), warps_(simt::threads() / simt::kWarp) {
+    constexpr int n = kCapacity;
+    score_ = memory_.take<T>(n);
+    factor_ = memory_.take<T>(n);
+    centre_ = memory_.take<T>(n);
+    above_ = memory_.take<T>(n);
+    below_ = memory_.take<T>(n);
+    slope_ = memory_.take<T>(n);
+    column_ = memory_.take<int32_t>(n);
+    order_ = memory_.take<int32_t>(n);
+    sums_ = memory_.take<double>(warps_ * 2 * kGroup);
+    outcome_ = memory_.take<double>(kOutcome);
+  }
+
+  ROADMAP_DEVICE void run() {
+    const Schedule& s = p_.schedule;
+    part_ = static_cast<int>(simt::block() % s.parts);
+    slot_ = simt::block() / s.parts;
+    if (slot_ >= s.slots) return;
+    for (row_ = s.first_row + slot_; row_ < s.last_row; row_ += s.slots) {
+      if (s.only_longer && p_.workspace.count[row_] <= kCapacity) continue;
+      steps(s.steps);
+      simt::barrier();  // the next row's roles overwrite what this one's last step reads
+    }
+  }
+
+ private:
+  ROADMAP_DEVICE void steps(uint32_t wanted) {
+    const bool smooth = k_.smooth, gradient = p_.gradient_type != GradientType::kNone;
+    if (wanted & kRoles) {
+      roles();
+      if (p_.op == Op::kCount) return;
+    }
+    if (wanted & kCollect) {
+      if (!collect()) return;  // too many for the chip
+    }
+    if (!(wanted & (kRoles | kCollect))) size_ = count_parts(p_.schedule.parts);
+    if (wanted & kSort) sort();
+    if ((wanted & kPositives) && ranks()) rank_positives();
+    if ((wanted & kNegatives) && p_.op != Op::kRankGradient) rank_negatives();
+    if (wanted & kWeights) weights();
+    if ((wanted & kOwn) && smooth && gradient && weighs() && outcome(kNan) == 0) own();
+    if ((wanted & kGradient) && gradient) gradients();
+    if ((wanted & kScatter) && gradient) scatter();
+  }
+
+  ROADMAP_DEVICE bool on_chip() const { return p_.schedule.on_chip; }
+  // Whether ranks are computed, and whether they weigh in a gradient.
+  ROADMAP_DEVICE bool ranks() const { return p_.op != Op::kRankGradient && weighs(); }
+  ROADMAP_DEVICE bool weighs() const { return p_.op != Op::kObjective || p_.ap; }
+  ROADMAP_DEVICE int pieces() const { return (size_ + kCapacity - 1) / kCapacity; }
+  ROADMAP_DEVICE int piece_begin(int piece) const { return piece * kCapacity; }
+  ROADMAP_DEVICE int piece_size(int piece) const {
+    const int rest = size_ - piece_begin(piece);
+    return rest < kCapacity ? rest : kCapacity;
+  }
+  ROADMAP_DEVICE int64_t word_at(int64_t word) const { return slot_ * p_.workspace.words + word; }
+  ROADMAP_DEVICE int64_t place(int64_t i) const { return slot_ * p_.columns + i; }  // of positive i in the workspace
+  ROADMAP_DEVICE int64_t part_at(int64_t part) const { return slot_ * p_.schedule.parts + part; }
+  // Words [begin, end) of share `index` of `count`.
+  ROADMAP_DEVICE void share_words(int index, int count, int& begin, int& end) const {
+    const int64_t words = p_.workspace.words;
+    begin = static_cast<int>(words * index / count);
+    end = static_cast<int>(words * (index + 1) / count);
+  }
+  // The same in columns; words come in whole, and the last one ends with the row.
+  ROADMAP_DEVICE void share_columns(int index, int count, int& begin, int& end) const {
+    share_words(index, count, begin, end);
+    begin *= kWord;
+    end = smaller(end * kWord, static_cast<int>(p_.columns));
+  }
+
+  // --- sums over a block: every thread gets the result, which does not depend on the order of threads ---------------
+
+  template <typename Combine>
+  ROADMAP_DEVICE double over_block(double x, const Combine& combine) {
+    for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) x = combine(x, simt::shuffle_down(x, delta));
+    simt::barrier();  // others may still read what was here
+    if (lane() == 0) sums_[warp()] = x;
+    simt::barrier();
+    double total = sums_[0];
+    for (int w = 1; w < warps_; ++w) total = combine(total, static_cast<double>(sums_[w]));
+    return total;
+  }
+  struct Add {
+    ROADMAP_DEVICE double operator()(double a, double b) const { return a + b; }
+  };
+  struct Largest {
+    ROADMAP_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
+  };
+  ROADMAP_DEVICE double sum_over_block(double x) { return over_block(x, Add()); }
+  ROADMAP_DEVICE double largest_over_block(double x) { return over_block(x, Largest()); }
+
+  // The sum of x over the threads before this one; total: over all.
+  ROADMAP_DEVICE int sum_before(int x, int& total) {
+    int inclusive = x;
+    for (int delta = 1; delta < simt::kWarp; delta *= 2) {
+      const int other = simt::shuffle_up(inclusive, delta);
+      if (lane() >= delta) inclusive += other;
+    }
+    simt::barrier();  // others may still read what was here
+    if (lane() == simt::kWarp - 1) sums_[warp()] = inclusive;
+    simt::barrier();
+    int before = 0;
+    total = 0;
+    for (int w = 0; w < warps_; ++w) {
+      const int sum = static_cast<int>(static_cast<double>(sums_[w]));
+      if (w < warp()) before += sum;
+      total += sum;
+    }
+    return before + inclusive - x;
+  }
+
+  ROADMAP_DEVICE int lane() const { return simt::thread() % simt::kWarp; }
+  ROADMAP_DEVICE int warp() const { return simt::thread() / simt::kWarp; }
+
+  // --- roles --------------------------------------------------------------------------------------------------------
+
+  ROADMAP_DEVICE void roles() {
+    int begin, end;
+    share_words(part_, p_.schedule.parts, begin, end);
+    if (p_.relation.target) {
+      mask_roles(begin, end);
+    } else {
+      list_roles(begin, end);
+    }
+    int positives = 0, negatives = 0;
+    for (int w = begin + simt::thread(); w < end; w += simt::threads()) {  // words that this thread has written
+      positives += simt::count_bits(p_.workspace.positive[word_at(w)]);
+      negatives += simt::count_bits(p_.workspace.negative[word_at(w)]);
+    }
+    const double found = sum_over_block(positives);
+    if (p_.op == Op::kCount) {
+      const double others = sum_over_block(negatives);
+      if (simt::thread() == 0) {
+        p_.counts[2 * row_] = static_cast<int64_t>(found);
+        p_.counts[2 * row_ + 1] = static_cast<int64_t>(others);
+      }
+      return;
+    }
+    size_ = static_cast<int>(found);
+    if (simt::thread() != 0) return;
+    if (!on_chip()) {
+      p_.workspace.part_count[part_at(part_)] = size_;
+    } else {
+      p_.workspace.count[row_] = size_;
+    }
+  }
+
+  ROADMAP_DEVICE void mask_roles(int begin, int end) {
+    const Relation& r = p_.relation;
+    const Global<const uint8_t> target = r.target + row_ * r.target_stride;
+    const Global<const uint8_t> ignore = r.ignore ? r.ignore + row_ * r.ignore_stride : r.ignore;
+    for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
+      const int at = w * kWord, count = smaller(kWord, static_cast<int>(p_.columns) - at);
+      const uint32_t valid = count == kWord ? ~0u : (1u << count) - 1;
+      const uint32_t left_out = ignore ? mask_bits(ignore, at, count) : 0u;
+      const uint32_t positive = mask_bits(target, at, count) & ~left_out;
+      p_.workspace.positive[word_at(w)] = positive;
+      p_.workspace.negative[word_at(w)] = valid & ~positive & ~left_out;
+    }
+  }
+
+  // A bit a byte: not zero.
+  ROADMAP_DEVICE uint32_t mask_bits(const Global<const uint8_t>& mask, int at, int count) const {
+    uint32_t bits = 0;
+    if (count == kWord && simt::address(mask + at) % 16 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto bytes = simt::load_as<Vector<uint8_t>>(mask, at + 16 * half);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) bits |= (bytes.at[j] ? 1u : 0u) << (16 * half + j);
+      }
+    } else {
+      for (int j = 0; j < count; ++j) bits |= (mask[at + j] ? 1u : 0u) << j;
+    }
+    return bits;
+  }
+
+  ROADMAP_DEVICE void list_roles(int begin, int end) {
+    const Relation& r = p_.relation;
+    for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
+      const int count = smaller(kWord, static_cast<int>(p_.columns) - w * kWord);
+      p_.workspace.positive[word_at(w)] = 0;
+      p_.workspace.negative[word_at(w)] = r.negative.span ? 0u : count == kWord ? ~0u : (1u << count) - 1;
+    }
+    simt::barrier();  // threads set bits in words that others have cleared
+    mark(r.positive, begin, end, true, p_.workspace.positive);
+    mark(r.negative, begin, end, true, p_.workspace.negative);
+    simt::barrier();  // what is left out is so whatever else it is
+    mark(r.left_out, begin, end, false, p_.workspace.positive);
+    mark(r.left_out, begin, end, false, p_.workspace.negative);
+    const int64_t own = r.own < 0 ? -1 : r.own + row_;
+    if (simt::thread() == 0 && own >= begin * kWord && own < stop_of(end)) {
+      simt::atomic_and(p_.workspace.positive, word_at(own / kWord), ~(1u << (own % kWord)));
+      simt::atomic_and(p_.workspace.negative, word_at(own / kWord), ~(1u << (own % kWord)));
+    }
+    simt::barrier();
+    for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
+      const uint32_t positive = p_.workspace.positive[word_at(w)];
+      const uint32_t negative = p_.workspace.negative[word_at(w)];
+      p_.workspace.negative[word_at(w)] = negative & ~positive;
+    }
+  }
+
+  // Where the columns of words up to `end` end.
+  ROADMAP_DEVICE int64_t stop_of(int end) const { return smaller<int64_t>(int64_t(end) * kWord, p_.columns); }
+
+  // Sets or clears the bits of a row's listed columns within words [begin, end). No span and no column leads elsewhere.
+  ROADMAP_DEVICE void mark(const Lists& lists, int begin, int end, bool set, const Global<uint32_t>& bits) {
+    if (!lists.span) return;
+    const int64_t first = larger<int64_t>(0, lists.span[2 * row_]);
+    const int64_t last = smaller<int64_t>(lists.size, lists.span[2 * row_ + 1]);
+    const int64_t stop = stop_of(end);
+    for (int64_t k = first + simt::thread(); k < last; k += simt::threads()) {
+      const int64_t column = lists.column[k];
+      if (column < begin * kWord || column >= stop) continue;
+      const uint32_t bit = 1u << (column % kWord);
+      if (set) {
+        simt::atomic_or(bits, word_at(column / kWord), bit);
+      } else {
+        simt::atomic_and(bits, word_at(column / kWord), ~bit);
+      }
+    }
+  }
+
+  // --- the positives ------------------------------------------------------------------------------------------------
+
+  // How many the first `parts` parts have found.
+  ROADMAP_DEVICE int count_parts(int parts) const {
+    int sum = 0;
+    for (int part = 0; part < parts; ++part) sum += p_.workspace.part_count[part_at(part)];
+    return sum;
+  }
+
+  // Their columns, ascending, to the chip or the workspace. False: too many for the chip, where this row is not done.
+  ROADMAP_DEVICE bool collect() {
+    int at = 0;
+    if (on_chip()) {
+      if (size_ > kCapacity) return false;
+    } else {
+      simt::barrier();  // the count has been written
+      at = count_parts(part_);
+      size_ = count_parts(p_.schedule.parts);
+    }
+    int begin, end;
+    share_words(part_, p_.schedule.parts, begin, end);
+    for (int first = begin; first < end; first += simt::threads()) {
+      const int w = first + simt::thread();
+      uint32_t bits = w < end ? p_.workspace.positive[word_at(w)] : 0u;
+      if (!simt::barrier_or(bits != 0)) continue;
+      int total;
+      int to = at + sum_before(simt::count_bits(bits), total);
+      for (int j = 0; bits; ++j, bits >>= 1) {
+        if (!(bits & 1)) continue;
+        if (on_chip()) {
+          column_[to] = w * kWord + j;
+        } else {
+          p_.workspace.column[place(to)] = w * kWord + j;
+        }
+        ++to;
+      }
+      at += total;
+    }
+    simt::barrier();
+    return true;
+  }
+
+  ROADMAP_DEVICE T score_of(int64_t column) const {
+    const T raw = widen(p_.scores[row_ * p_.score_stride + column]);
+    return p_.column_scale ? raw * p_.column_scale[column] * p_.row_scale[row_] : raw;
+  }
+
+  // Columns and scores of a piece to the chip. Off chip, a piece before it may still be read by other threads.
+  ROADMAP_DEVICE void load(int piece) {
+    const int n = piece_size(piece);
+    if (!on_chip()) simt::barrier();
+    for (int i = simt::thread(); i < n; i += simt::threads()) {
+      if (!on_chip()) column_[i] = p_.workspace.column[place(piece_begin(piece) + i)];
+      const int32_t column = column_[i];
+      score_[i] = score_of(column);
+    }
+    simt::barrier();
+  }
+
+  // Pieces sorted by score, ties by column. float64 has no use for an order.
+  ROADMAP_DEVICE void sort() {
+    if (sizeof(T) == 8 && !on_chip()) return;
+    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
+      load(piece);
+      if (sizeof(T) == 8) return;
+      const int n = piece_size(piece);
+      for (int i = simt::thread(); i < n; i += simt::threads()) {
+        const T u = score_[i];
+        int lower = 0;
+        for (int j = 0; j < n; ++j) {
+          const T other = score_[j];
+          lower += other < u || (other == u && j < i);
+        }
+        const int32_t column = column_[i];
+        if (u == u) {
+          factor_[lower] = u;
+          order_[lower] = column;
+        }
+      }
+      // A NaN has no place in an order; such a row is not ranked, and any order will do.
+      bool nan = false;
+      for (int i = simt::thread(); i < n; i += simt::threads()) {
+        const T u = score_[i];
+        nan |= u != u;
+      }
+      if (simt::barrier_or(nan)) continue;
+      for (int i = simt::thread(); i < n; i += simt::threads()) {
+        const T u = factor_[i];
+        const int32_t column = order_[i];
+        score_[i] = u;
+        column_[i] = column;
+        if (!on_chip()) p_.workspace.column[place(piece_begin(piece) + i)] = column;
+      }
+      simt::barrier();
+    }
+  }
+
+  // The number of a positive in its piece by column, which is the order of smooth_rank.
+  ROADMAP_DEVICE int ordinal(int i, int n) const {
+    const int32_t column = column_[i];
+    int before = 0;
+    for (int j = 0; j < n; ++j) before += column_[j] < column;
+    return before;
+  }
+
+  // Score of positive j of the row, whichever piece it is in.
+  ROADMAP_DEVICE T any_score(int j) const {
+    return on_chip() ? static_cast<T>(score_[j]) : score_of(p_.workspace.column[place(j)]);
+  }
+
+  ROADMAP_DEVICE void rank_positives() {
+    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
+      if (!on_chip()) load(piece);
+      const int n = piece_size(piece), begin = piece_begin(piece);
+      for (int i = simt::thread(); i < n; i += simt::threads()) {
+        const T u = score_[i];
+        Sum<T> rank;
+        if (k_.smooth) {
+          rank.add(T(1));
+          for (int j = 0; j < size_; ++j) {
+            if (j != begin + i) rank.add(sigma(gap_of(any_score(j), u), k_));
+          }
+        } else {  // the true step, itself included
+          int count = 0;
+          for (int j = 0; j < size_; ++j) count += any_score(j) >= u;
+          rank.sum = static_cast<T>(count);
+        }
+        if (on_chip()) {
+          above_[i] = rank.value();
+        } else {
+          p_.workspace.above[place(begin + i)] = rank.value();
+        }
+      }
+    }
+  }
+
+  // Centres and factors of a piece that is loaded. The centre is the lowest positive of a cell of the width in which
+  // exponentials can be shared; one that rounding leaves too far away is its own.
+  ROADMAP_DEVICE void centre(int n) {
+    for (int i = simt::thread(); i < n; i += simt::threads()) {
+      const T u = score_[i];
+      T c = u;
+      if (sizeof(T) == 4) {
+        const T lowest = score_[0];
+        const T cell = floor((u - lowest) / k_.span);
+        int low = 0, high = i;  // the first of the same cell: they are sorted
+        while (low < high) {
+          const int middle = (low + high) / 2;
+          if (floor((score_[middle] - lowest) / k_.span) < cell) {
+            low = middle + 1;
+          } else {
+            high = middle;
+          }
+        }
+        c = score_[low];
+        if (!(u - c <= k_.span)) c = u;
+      }
+      centre_[i] = c;
+      factor_[i] = u == c ? factor(T(0), T(0), k_, u) : factor(u, c, k_, u);
+    }
+    simt::barrier();
+  }
+  // Equal infinities are no distance apart.
+  static ROADMAP_DEVICE float factor(float u, float c, const PairConstants<float>& k, float) {
+    return cuda::factor(u, c, k);
+  }
+  static ROADMAP_DEVICE double factor(double, double, const PairConstants<double>& k, double u) {
+    return cuda::factor(u, u, k);
+  }
+
+  // --- the row ------------------------------------------------------------------------------------------------------
+
+  // Columns [at, at + 8) of the row, and the byte of their negatives. All others, and what lies past the end, are -inf:
+  // there H- and its slope vanish. `at` is a multiple of 8.
+  ROADMAP_DEVICE uint32_t load_columns(int at, int end, T (&x)[kColumns]) const {
+    const uint32_t bits = at < end ? p_.workspace.negative[word_at(at / kWord)] >> (at % kWord) & kColumnBits : 0u;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) x[j] = -infinity();
+    if (!bits) return 0;
+    const Global<const S> scores = p_.scores + row_ * p_.score_stride;
+    if (at + kColumns <= p_.columns && simt::address(scores) % 16 == 0) {
+      constexpr int kEach = 16 / sizeof(S);
+#pragma unroll
+      for (int v = 0; v < kColumns / kEach; ++v) {
+        const auto part = simt::load_as<Vector<S>>(scores, at + v * kEach);
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) x[v * kEach + j] = widen(part.at[j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        if (bits >> j & 1) x[j] = widen(scores[at + j]);
+      }
+    }
+    if (p_.column_scale) {
+      const T row_scale = p_.row_scale[row_];
+      if (at + kColumns <= p_.columns && simt::address(p_.column_scale) % 16 == 0) {
+        constexpr int kEach = 16 / sizeof(T);
+#pragma unroll
+        for (int v = 0; v < kColumns / kEach; ++v) {
+          const auto part = simt::load_as<Vector<T>>(p_.column_scale, at + v * kEach);
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) x[v * kEach + j] *= part.at[j] * row_scale;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if (bits >> j & 1) x[j] *= p_.column_scale[at + j] * row_scale;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (!(bits >> j & 1)) x[j] = -infinity();
+    }
+    return bits;
+  }
+  static ROADMAP_DEVICE T not_a_number() { return static_cast<T>(NAN); }
+  static ROADMAP_DEVICE T infinity() { return static_cast<T>(INFINITY); }
+
+  // The largest of a warp's columns, NaN aside.
+  ROADMAP_DEVICE T warp_top(const T (&x)[kColumns]) const {
+    T top = x[0] == x[0] ? x[0] : -infinity();
+#pragma unroll
+    for (int j = 1; j < kColumns; ++j) top = larger(x[j] == x[j] ? x[j] : top, top);
+#pragma unroll
+    for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) top = larger(top, simt::shuffle_xor(top, mask));
+    return top;
+  }
+
+  // --- ranks among the negatives ------------------------------------------------------------------------------------
+
+  ROADMAP_DEVICE void rank_negatives() {
+    const Schedule& s = p_.schedule;
+    const int count = ranks() ? pieces() : 0, at_least = count > 0 ? count : 1;
+    const int spans = s.parts / at_least > 1 ? s.parts / at_least : 1;
+    for (int task = part_; task < at_least * spans; task += s.parts) {
+      const int piece = task / spans, span = task % spans, n = count ? piece_size(piece) : 0;
+      int begin, end;
+      share_columns(span, spans, begin, end);
+      if (n) {
+        if (!on_chip()) load(piece);
+        centre(n);
+      }
+      bool nan = false;
+      hinge_ = 0;
+      hinges_ = 0;
+      const int tile = simt::threads() * kColumns, tiles = (end - begin + tile - 1) / tile;
+      bool look = piece == 0;
+      for (int first = 0; look || first < n; look = false) {
+        int group = 0;  // infinite positives are worked one by one
+        while (group < kGroup && first + group < n && is_finite(score_[first + group])) ++group;
+        for (int t = 0; t < tiles && (look || group > 0); t += kTiles) {
+          stream(first, group, begin, end, t, smaller(tiles, t + kTiles), look, nan);
+        }
+        if (group == 0 && first < n) stream_limits(first++, begin, end);
+        first += group;
+      }
+      simt::barrier();  // sums are read by others than have written them
+      if (piece == 0) save_seen(span, nan);
+      if (on_chip()) break;
+      const int64_t to = part_at(task) * 2 * kCapacity;
+      for (int i = simt::thread(); i < n; i += simt::threads()) {  // that this thread may not have written itself
+        const T rank = below_[i], slope = slope_[i];
+        if (spans > 1) {
+          p_.workspace.partial[to + i] = rank;
+          p_.workspace.partial[to + kCapacity + i] = slope;
+        } else {
+          p_.workspace.below[place(piece_begin(piece) + i)] = rank;
+          p_.workspace.slope[place(piece_begin(piece) + i)] = slope;
+        }
+      }
+    }
+    simt::barrier();  // thread 0 has left what the row's first piece has seen
+  }
+
+  // What the first pass over a span has seen: NaN, and the hinges of negatives.
+  ROADMAP_DEVICE void save_seen(int span, bool nan) {
+    nan = simt::barrier_or(nan);
+    const double sum = p_.calibration ? sum_over_block(hinge_) : 0;
+    const double hinges = p_.calibration ? sum_over_block(hinges_) : 0;
+    if (simt::thread() != 0) return;
+    if (on_chip()) {
+      outcome_[kNan] = nan;
+      outcome_[kHingeSum] = sum;
+      outcome_[kHinges] = hinges;
+    } else {
+      p_.workspace.hinge[part_at(span)] = sum;
+      p_.workspace.flag[2 * part_at(span)] = static_cast<int32_t>(hinges);
+      p_.workspace.flag[2 * part_at(span) + 1] = nan;
+    }
+  }
+
+  // Tiles [tile, last) of columns [begin, end) past positives [first, first + n), n <= kGroup, whose sums stay in
+  // registers. look: it is the first time that these columns are seen.
+  ROADMAP_DEVICE void stream(int first, int n, int begin, int end, int tile, int last, bool look, bool& nan) {
+    const bool more = tile > 0;
+    const T lowest = n > 0 ? static_cast<T>(score_[first]) : infinity();  // float: they are sorted
+    const T out_of_reach = sizeof(T) == 4 ? lowest - k_.cut : -infinity();
+    T rank[kGroup], slope[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) rank[i] = slope[i] = 0;
+    for (; tile < last; ++tile) {
+      T x[kColumns], a[kColumns];
+      load_columns(begin + (tile * simt::threads() + simt::thread()) * kColumns, end, x);
+      if (look) look_at(x, nan);
+      const T top = warp_top(x);
+      if (top < out_of_reach || n <= 0) continue;
+      const bool below = k_.smooth || (sizeof(T) == 4 && top < lowest);  // no pair of this warp has t >= 0
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (i >= n) continue;
+        const T c = centre_[first + i], f = factor_[first + i];
+        if (i == 0 || c != centre_[first + i - 1]) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
+        }
+        if (below) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            const T s = pair_sigma(a[j], f, k_);
+            rank[i] += s;
+            slope[i] += s - s * s;
+          }
+        } else {
+          const T u = score_[first + i];
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            T h, d;
+            surrogate(x[j] - u, pair_sigma(a[j], f, k_), k_, h, d);
+            rank[i] += h;
+            slope[i] += d;
+          }
+        }
+      }
+    }
+    if (n > 0) reduce(first, n, more, rank, slope);
+  }
+
+  ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
+    const T margin = static_cast<T>(p_.negative_margin);
+    T sum = 0;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      nan |= x[j] != x[j];
+      if (p_.calibration && x[j] > margin) {
+        sum += x[j] - margin;
+        hinges_ += 1;
+      }
+    }
+    hinge_ += static_cast<double>(sum);
+  }
+
+  // The same for one positive that is infinite: ties and limits. Rare, and so plain.
+  ROADMAP_DEVICE void stream_limits(int first, int begin, int end) {
+    const T u = score_[first];
+    T rank[kGroup] = {}, slope[kGroup] = {};
+    for (int at = begin + simt::thread(); at < end; at += simt::threads()) {
+      T h, d;
+      if (!negative_at(at)) continue;
+      limit(score_of(at), u, h, d);
+      rank[0] += h;
+      slope[0] += d;
+    }
+    reduce(first, 1, false, rank, slope);
+  }
+  ROADMAP_DEVICE bool negative_at(int at) const {
+    return p_.workspace.negative[word_at(at / kWord)] >> (at % kWord) & 1;
+  }
+
+  ROADMAP_DEVICE void limit(T v, T u, T& value, T& slope) const {
+    const T t = gap_of(v, u), s = sigma(t, k_);
+    value = s;
+    slope = s - s * s;
+    if (!k_.smooth) surrogate(t, s, k_, value, slope);
+  }
+
+  // Sums of all threads to the chip, in a fixed order; more: added to what is there.
+  ROADMAP_DEVICE void reduce(int first, int n, bool more, const T (&rank)[kGroup], const T (&slope)[kGroup]) {
+    simt::barrier();  // others may still read what was here
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (i >= n) continue;
+      T r = rank[i], d = slope[i];
+#pragma unroll
+      for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) {
+        r += simt::shuffle_down(r, delta);
+        d += simt::shuffle_down(d, delta);
+      }
+      if (lane() == 0) {
+        sums_[warp() * 2 * kGroup + 2 * i] = static_cast<double>(r);
+        sums_[warp() * 2 * kGroup + 2 * i + 1] = static_cast<double>(d);
+      }
+    }
+    simt::barrier();
+    if (simt::thread() < 2 * n) {
+      double sum = 0;
+      for (int w = 0; w < warps_; ++w) sum += sums_[w * 2 * kGroup + simt::thread()];
+      const int i = first + simt::thread() / 2;
+      const simt::Shared<T> to = simt::thread() % 2 ? slope_ : below_;
+      if (more) {
+        const T so_far = to[i];
+        sum += static_cast<double>(so_far);
+      }
+      to[i] = static_cast<T>(sum);
+    }
+  }
+
+  // --- weights ------------------------------------------------------------------------------------------------------
+
+  // rank+, rank- and slope of positive i of a piece, summed over spans.
+  struct Ranks {
+    double above, below, slope;
+  };
+  ROADMAP_DEVICE Ranks ranks_of(int piece, int i) const {
+    if (on_chip()) {
+      return {static_cast<double>(static_cast<T>(above_[i])), static_cast<double>(static_cast<T>(below_[i])),
+              static_cast<double>(static_cast<T>(slope_[i]))};
+    }
+    const int64_t at = place(piece_begin(piece) + i);
+    const int spans = p_.schedule.parts / pieces();
+    Ranks r = {static_cast<double>(p_.workspace.above[at]), 0, 0};
+    if (spans <= 1) {
+      r.below = static_cast<double>(p_.workspace.below[at]);
+      r.slope = static_cast<double>(p_.workspace.slope[at]);
+    }
+    for (int span = 0; spans > 1 && span < spans; ++span) {
+      const int64_t from = part_at(piece * spans + span) * 2 * kCapacity + i;
+      r.below += static_cast<double>(p_.workspace.partial[from]);
+      r.slope += static_cast<double>(p_.workspace.partial[from + kCapacity]);
+    }
+    return r;
+  }
+
+  struct Weight {
+    double below, above, slope;  // dloss/drank-, dloss/drank+, slope of rank-
+  };
+  ROADMAP_DEVICE Weight weight_of(int piece, int i) const {
+    if (p_.op == Op::kRankGradient) {
+      const int64_t at = entry(piece, i);
+      if (at < 0) return {0, 0, 0};
+      return {static_cast<double>(p_.negative_weight[at]),
+              p_.positive_weight ? static_cast<double>(p_.positive_weight[at]) : 0.0,
+              static_cast<double>(p_.slope_in[at])};
+    }
+    const Ranks r = ranks_of(piece, i);
+    const double rank = r.above + r.below, all = static_cast<double>(size_);
+    // Divided twice: rank squared can overflow.
+    return {r.above / rank / (rank * all), -miss(r) / (rank * all), r.slope};
+  }
+
+  // The share of rank- in the rank directly: 1 - AP would cancel where the ranking is nearly right.
+  static ROADMAP_DEVICE double miss(const Ranks& r) {
+    return is_finite(r.below) ? r.below / (r.above + r.below) : 1.0;
+  }
+
+  // Where the numbers of a positive lie among those of all, or -1.
+  ROADMAP_DEVICE int64_t entry(int piece, int i) const {
+    const int64_t at = p_.first[row_] + piece_begin(piece) + ordinal(i, piece_size(piece));
+    return at >= 0 && at < p_.entries ? at : -1;
+  }
+
+  ROADMAP_DEVICE void weights() {
+    if (part_ != 0) return;
+    Seen seen = look_back();
+    const bool ranked = p_.op == Op::kRankGradient || ranks();
+    const int count = ranked ? pieces() : 0;
+    double loss = 0, unit = 0, total = 0, largest = 0;
+    bool nan = false;
+    for (int piece = 0; piece < count; ++piece) {
+      if (!on_chip()) load(piece);
+      for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+        const T u = score_[i];
+        nan |= u != u;
+        if (p_.op == Op::kRank) continue;
+        const Weight w = weight_of(piece, i);
+        if (p_.op == Op::kRankGradient) {
+          nan |= w.slope != w.slope;  // the forward pass met a NaN score
+        } else {
+          loss += miss(ranks_of(piece, i));
+        }
+        const double above = k_.smooth ? fabs(w.above) : 0.0, below = fabs(w.below);
+        unit = larger(unit, larger(above, below));
+        total += above + below;
+        // Of the positive's own gradient: with the negatives, and for smooth with positives of the mean weight.
+        largest = larger(largest, below * w.slope / k_.tau + above * size_ * 0.25 / k_.tau);
+      }
+    }
+    if (!ranked) {  // calibration alone: NaN still shows
+      for (int piece = 0; piece < pieces(); ++piece) {
+        if (!on_chip()) load(piece);
+        for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+          const T u = score_[i];
+          nan |= u != u;
+        }
+      }
+    }
+    seen.nan = simt::barrier_or(nan) || seen.nan;
+    if (p_.op == Op::kRank) {
+      for (int piece = 0; piece < count; ++piece) save_ranks(piece, seen.nan);
+      return;
+    }
+    loss = sum_over_block(loss);
+    unit = largest_over_block(unit);
+    total = sum_over_block(total);
+    largest = largest_over_block(largest);
+    if (!(unit > 0) || !is_finite(unit)) unit = 1;
+    // A power of two that brings the largest possible gradient of the row near the top of float16: what GradScaler's
+    // factor would have saved is then still there when it arrives.
+    double scale = 1;
+    const double bound = larger(largest, total * k_.steepest);
+    if (p_.unscale && !seen.nan && bound > 0 && is_finite(bound)) {
+      const int power = 14 - static_cast<int>(floor(log2(bound)));
+      scale = exp2(static_cast<double>(power < -100 ? -100 : power > 100 ? 100 : power));
+    }
+    for (int piece = 0; piece < count; ++piece) save_weights(piece, unit);
+    save_values(size_ ? loss / size_ : 0.0, scale, seen);
+    if (simt::thread() == 0) {
+      const double all[] = {unit, scale, static_cast<double>(seen.nan), seen.hinges};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (on_chip()) {
+          outcome_[i] = all[i];
+        } else {
+          p_.workspace.outcome[slot_ * kOutcome + i] = all[i];
+        }
+      }
+    }
+    simt::barrier();
+  }
+
+  // Unit of the weights, scale of the gradient (both as they are multiplied), whether a score is NaN, how many hinges of
+  // negatives are not 0, and their sum.
+  enum { kUnit, kScale, kNan, kHinges, kHingeSum };
+  ROADMAP_DEVICE double outcome(int i) const {
+    return on_chip() ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
+  }
+
+  struct Seen {
+    bool nan = false;
+    double hinges = 0, hinge_sum = 0;
+  };
+  // What the first passes over all spans have seen.
+  ROADMAP_DEVICE Seen look_back() const {
+    Seen seen;
+    if (p_.op == Op::kRankGradient) return seen;
+    if (on_chip()) {
+      seen.nan = outcome_[kNan] != 0;
+      seen.hinges = outcome_[kHinges];
+      seen.hinge_sum = outcome_[kHingeSum];
+      return seen;
+    }
+    const int count = ranks() && pieces() ? pieces() : 1;
+    const int spans = p_.schedule.parts / count > 1 ? p_.schedule.parts / count : 1;
+    for (int span = 0; span < spans; ++span) {
+      seen.hinge_sum += p_.workspace.hinge[part_at(span)];
+      seen.hinges += p_.workspace.flag[2 * part_at(span)];
+      seen.nan = seen.nan || p_.workspace.flag[2 * part_at(span) + 1];
+    }
+    return seen;
+  }
+
+  ROADMAP_DEVICE void save_ranks(int piece, bool is_nan) {
+    if (!on_chip()) load(piece);
+    const T nan = not_a_number();
+    for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+      const int64_t at = entry(piece, i);
+      if (at < 0) continue;
+      const Ranks r = ranks_of(piece, i);
+      p_.query[at] = row_;
+      p_.reference[at] = column_[i];
+      p_.positive_rank[at] = is_nan ? nan : static_cast<T>(r.above);
+      p_.negative_rank[at] = is_nan ? nan : static_cast<T>(r.below);
+      if (p_.slope_out) p_.slope_out[at] = is_nan ? nan : static_cast<T>(r.slope);
+    }
+  }
+
+  // Weights in units of the largest, so that equal ones, common where scores are tied, are exact.
+  ROADMAP_DEVICE void save_weights(int piece, double unit) {
+    if (!on_chip() && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
+    for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+      const Weight w = weight_of(piece, i);
+      const T below = static_cast<T>(w.below / unit), above = static_cast<T>(w.above / unit);
+      // A pair without slope carries nothing back, whatever arrives.
+      const T own = w.slope != 0 ? static_cast<T>(-w.below * (w.slope / k_.tau)) : T(0);
+      if (on_chip()) {
+        below_[i] = below;
+        above_[i] = above;
+        slope_[i] = own;
+      } else {
+        const int64_t at = place(piece_begin(piece) + i);
+        p_.workspace.below[at] = below;
+        p_.workspace.above[at] = above;
+        p_.workspace.slope[at] = own;
+      }
+    }
+  }
+
+  ROADMAP_DEVICE void save_values(double loss, double scale, const Seen& seen) {
+    if (p_.op == Op::kRankGradient) return;
+    const double nan = NAN;
+    double positive = 0, hinges = 0;
+    if (p_.calibration) {
+      const T margin = static_cast<T>(p_.positive_margin);
+      for (int piece = 0; piece < pieces(); ++piece) {
+        if (!on_chip()) load(piece);
+        for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+          const T u = score_[i];
+          if (!(u < margin)) continue;  // decided in T, as scores are; summed in double
+          positive += p_.positive_margin - static_cast<double>(u);
+          hinges += 1;
+        }
+      }
+      positive = sum_over_block(positive);
+      hinges = sum_over_block(hinges);
+    }
+    if (simt::thread() != 0) return;
+    p_.workspace.count[row_] = size_;
+    if (p_.op == Op::kLoss) {
+      p_.loss[row_] = static_cast<T>(seen.nan ? nan : loss);
+      if (p_.unscale) p_.unscale[row_] = static_cast<T>(1 / scale);
+      return;
+    }
+    const int64_t at = 5 * row_;
+    p_.value[at] = seen.nan ? nan : p_.ap ? loss : 0.0;
+    if (!p_.calibration) return;
+    // Negative hinges were taken from the margin as rounded to T.
+    const double rounded = static_cast<double>(static_cast<T>(p_.negative_margin));
+    const double negative = seen.hinge_sum + seen.hinges * (rounded - p_.negative_margin);
+    p_.value[at + 1] = seen.nan ? nan : positive;
+    p_.value[at + 2] = seen.nan ? nan : negative;
+    p_.value[at + 3] = seen.nan ? 0.0 : hinges;
+    p_.value[at + 4] = seen.nan ? 0.0 : seen.hinges;
+  }
+
+  // --- gradients ----------------------------------------------------------------------------------------------------
+
+  // smooth: positive i also gets sum_j (w+_j - w+_i) sigma'(s_i - s_j), which is 0 for equal weights.
+  ROADMAP_DEVICE void own() {
+    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
+      if (!on_chip()) load(piece);
+      const int n = piece_size(piece), begin = piece_begin(piece);
+      for (int i = simt::thread(); i < n; i += simt::threads()) {
+        const T u = score_[i], weight = any_above(begin + i);
+        Sum<T> sum;
+        for (int j = 0; j < size_; ++j) {
+          if (j == begin + i) continue;
+          const T s = sigma(gap_of(any_score(j), u), k_), slope = s - s * s;
+          if (slope != T(0)) sum.add((any_above(j) - weight) * slope);
+        }
+        const double more = static_cast<double>(sum.value()) * (outcome(kUnit) / k_.tau);
+        if (on_chip()) {
+          const T before = slope_[i];
+          slope_[i] = static_cast<T>(static_cast<double>(before) + more);
+        } else {
+          const T before = p_.workspace.slope[place(begin + i)];
+          p_.workspace.slope[place(begin + i)] = static_cast<T>(static_cast<double>(before) + more);
+        }
+      }
+    }
+    simt::barrier();
+  }
+  ROADMAP_DEVICE T any_above(int j) const {
+    return on_chip() ? static_cast<T>(above_[j]) : static_cast<T>(p_.workspace.above[place(j)]);
+  }
+
+  // A piece with all that the gradient takes of it.
+  ROADMAP_DEVICE void load_weighted(int piece) {
+    if (!on_chip()) {
+      load(piece);
+      for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+        below_[i] = p_.workspace.below[place(piece_begin(piece) + i)];
+      }
+    }
+    centre(piece_size(piece));
+  }
+
+  ROADMAP_DEVICE void gradients() {
+    const bool nan = outcome(kNan) != 0;
+    const int count = weighs() && !nan ? pieces() : 0;
+    if (count == 1) load_weighted(0);
+    const bool hinges = p_.calibration && outcome(kHinges) > 0;
+    const T margin = static_cast<T>(p_.negative_margin);
+    const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const T by = static_cast<T>(outcome(kUnit) / k_.tau * outcome(kScale) * weight * row);
+    const T hinge = hinges ? static_cast<T>(p_.weight[3 * row_ + 2] * row) : T(0);
+    int begin, end;
+    share_columns(part_, p_.schedule.parts, begin, end);
+    const int tile = simt::threads() * kColumns, tiles = (end - begin + tile - 1) / tile;
+    for (int t = 0; t < tiles; ++t) {
+      const int at = begin + t * tile + simt::thread() * kColumns;
+      T x[kColumns], g[kColumns];
+      const uint32_t bits = load_columns(at, end, x);
+      const T top = warp_top(x);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) g[j] = 0;
+      for (int piece = 0; piece < count; ++piece) {
+        if (count > 1) load_weighted(piece);
+        add_gradient(piece_size(piece), bits, x, top, g);
+      }
+      if (at >= end || at < begin) continue;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        g[j] = nan && (bits >> j & 1) ? not_a_number() : g[j] * by;
+        if (hinges && x[j] > margin) g[j] += hinge;
+      }
+      if (p_.column_scale) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if (bits >> j & 1) g[j] *= p_.column_scale[at + j];
+        }
+      }
+      store_columns(at, g);
+    }
+  }
+
+  ROADMAP_DEVICE void add_gradient(int n, uint32_t bits, const T (&x)[kColumns], T top, T (&g)[kColumns]) const {
+    constexpr int kTogether = 16;  // summed before they are added to the others: sums of a thousand would drift
+    T a[kColumns];
+    T before = 0;
+    for (int first = 0; first < n; first += kTogether) {
+      T sum[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[j] = 0;
+      const int last = first + kTogether < n ? first + kTogether : n;
+      for (int i = first; i < last; ++i) {
+        const T u = score_[i], w = below_[i];
+        if (!is_finite(u) || !is_finite(w)) {
+          add_limit_gradient(u, w, bits, x, sum);
+          continue;
+        }
+        if (top < u - k_.cut) {
+          if (sizeof(T) == 4) break;  // sorted: all that follow are further
+          continue;
+        }
+        const T f = factor_[i], c = centre_[i];
+        if (sizeof(T) == 8 || i == 0 || c != before) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
+          before = c;
+        }
+        if (k_.smooth || top - u <= k_.delta) {  // no pair of this warp is in the tail
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            const T s = pair_sigma(a[j], f, k_);
+            sum[j] += w * (s - s * s);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            sum[j] += w * surrogate_slope(x[j] - u, pair_sigma(a[j], f, k_), k_);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) g[j] += sum[j];
+    }
+  }
+
+  // The same for an infinite score or weight: a pair without slope carries nothing.
+  ROADMAP_DEVICE void add_limit_gradient(T u, T w, uint32_t bits, const T (&x)[kColumns], T (&sum)[kColumns]) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      T h, d;
+      limit(x[j], u, h, d);
+      if ((bits >> j & 1) && d != T(0)) sum[j] += w * d;
+    }
+  }
+
+  // Columns [at, at + 8) of the gradient, those of positives left alone.
+  ROADMAP_DEVICE void store_columns(int at, const T (&g)[kColumns]) const {
+    const uint32_t kept = p_.workspace.positive[word_at(at / kWord)] >> (at % kWord) & kColumnBits;
+    const int64_t to = row_ * p_.columns + at;
+    const bool whole = !kept && at + kColumns <= p_.columns;
+    if (p_.gradient_type == GradientType::kFull) {
+      if (whole && simt::address(p_.gradient + to) % 16 == 0) {
+        constexpr int kEach = 16 / sizeof(T);
+#pragma unroll
+        for (int v = 0; v < kColumns / kEach; ++v) {
+          Vector<T> part;
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) part.at[j] = g[v * kEach + j];
+          simt::store_as(p_.gradient, to + v * kEach, part);
+        }
+        return;
+      }
+    } else if (whole && simt::address(p_.gradient_half + to) % 16 == 0) {
+      Vector<uint16_t> all;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) all.at[j] = narrow(g[j]);
+      simt::store_as(p_.gradient_half, to, all);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (at + j < p_.columns && !(kept >> j & 1)) store(to + j, g[j]);
+    }
+  }
+
+  ROADMAP_DEVICE uint16_t narrow(T x) const {
+    const float value = static_cast<float>(x);
+    return p_.gradient_type == GradientType::kHalf ? simt::float_to_half(value) : simt::float_to_bfloat(value);
+  }
+  ROADMAP_DEVICE void store(int64_t at, T x) const {
+    if (p_.gradient_type == GradientType::kFull) {
+      p_.gradient[at] = x;
+    } else {
+      p_.gradient_half[at] = narrow(x);
+    }
+  }
+
+  ROADMAP_DEVICE void scatter() {
+    const bool nan = outcome(kNan) != 0;
+    const double scale = outcome(kScale);
+    const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const T margin = static_cast<T>(p_.positive_margin);
+    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
+      if (!on_chip()) load(piece);
+      for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+        const int32_t column = column_[i];
+        const T u = score_[i];
+        double own = 0;
+        if (weighs()) {
+          const T gradient = on_chip() ? static_cast<T>(slope_[i])
+                                       : static_cast<T>(p_.workspace.slope[place(piece_begin(piece) + i)]);
+          own = static_cast<double>(gradient) * scale * weight;
+        }
+        if (p_.calibration && u < margin) own -= p_.weight[3 * row_ + 1];
+        T value = static_cast<T>(own * row);
+        if (p_.column_scale) value *= p_.column_scale[column];
+        store(row_ * p_.columns + column, nan ? not_a_number() : value);
+      }
+    }
+  }
+
+  const Params& p_;
+  const PairConstants<T>& k_;
+  simt::SharedMemory memory_;
+  const int warps_;
+
+  // A piece of the positives, [capacity] each.
+  simt::Shared<T> score_;
+  simt::Shared<T> factor_;          // of the exponential, see pairs.cuh
+  simt::Shared<T> centre_;          // that it was taken from
+  simt::Shared<T> above_;           // rank+, then dloss/drank+
+  simt::Shared<T> below_;           // rank-, then dloss/drank-
+  simt::Shared<T> slope_;           // of rank-, then the positive's own gradient
+  simt::Shared<int32_t> column_;
+  simt::Shared<int32_t> order_;     // workspace of sort
+  simt::Shared<double> sums_;       // [warps, 2 kGroup]
+  simt::Shared<double> outcome_;    // [kOutcome]  of the row, for the steps that follow
+
+  int part_ = 0;
+  int64_t slot_ = 0, row_ = 0;
+  int size_ = 0;  // positives of the row
+
+  // Hinges of the negatives that this thread has seen.
+  double hinge_ = 0;
+  int hinges_ = 0;
+};
+
+}  // namespace roadmap::cuda

@@ -1,0 +1,179 @@
+// What the row kernel takes: the parameters of rows.cuh, for host and device. Knows nothing of torch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../smooth_rank.h"
+#include "simt.h"
+
+namespace roadmap::cuda {
+
+using simt::Global;
+
+// Elements as they lie in memory.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Sums run in float at least.
+template <typename S>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+template <typename S>
+using Accumulation = typename AccumulationOf<S>::type;
+
+// A list of columns for each row. Whatever a span or a column holds, nothing outside the list or the row is touched.
+struct Lists {
+  Global<const int64_t> span{};    // [rows, 2]  null: there are none of this kind
+  Global<const int64_t> column{};  // [size]
+  int64_t size = 0;
+};
+
+// Which pairs are positive, negative or left out: masks, or where target is null, lists.
+struct Relation {
+  Global<const uint8_t> target{};  // [rows, columns]
+  Global<const uint8_t> ignore{};  // [rows, columns]  may be null
+  int64_t target_stride = 0, ignore_stride = 0;
+  Lists positive, left_out, negative;
+  int64_t own = -1;  // row r's own column is own + r and left out; negative for none
+};
+
+// Constants of a pair, from the settings.
+template <typename T>
+struct PairConstants {
+  bool smooth;
+  T delta, start, rho, offset;  // offset: H- just above the knee as rounded to T
+  T rho_tau;                    // slopes are summed in units of 1 / tau
+  T rate, rate_lo;              // float: log2(e) / tau in two parts; double: tau and 0
+  T cut;                        // a pair further below its positive counts for nothing
+  T span;                       // positives so far apart share a centre of the exponentials
+  T reach;                      // no exponent is taken of more than this
+  double tau, steepest;         // steepest: a bound of the slope
+
+  explicit PairConstants(const Settings<T>& s)
+      : smooth(s.surrogate == Surrogate::kSmooth),
+        delta(s.delta),
+        start(static_cast<T>(s.exact_start)),
+        rho(static_cast<T>(s.exact_rho)),
+        offset(static_cast<T>(s.exact_offset + s.exact_rho * (static_cast<double>(s.delta) - s.exact_delta))),
+        rho_tau(s.rho_tau),
+        rate(sizeof(T) == 8 ? static_cast<T>(s.tau) : static_cast<T>(kLog2E / s.tau)),
+        rate_lo(sizeof(T) == 8 ? T(0) : static_cast<T>(kLog2E / s.tau - static_cast<double>(rate))),
+        cut(s.cut),
+        span(static_cast<T>(40 * s.tau)),
+        reach(static_cast<T>(200 * s.tau)),
+        tau(s.tau),
+        steepest(std::fmax(smooth ? 0 : s.exact_rho, 0.25 / s.tau)) {}
+
+  static constexpr double kLog2E = 1.4426950408889634;
+};
+
+enum class Op { kLoss, kObjective, kRank, kRankGradient, kCount };
+enum class GradientType { kNone, kFull, kHalf, kBFloat };
+
+// The steps of a row. A block that owns a row takes them all in one launch; blocks that share one take one a launch.
+enum Step : uint32_t {
+  kRoles = 1,
+  kCollect = 2,
+  kSort = 4,
+  kPositives = 8,
+  kNegatives = 16,
+  kWeights = 32,
+  kOwn = 64,
+  kGradient = 128,
+  kScatter = 256,
+  kAllSteps = 511,
+};
+
+// Who does what. Rows first_row, first_row + 1, ... are dealt to slots; `parts` blocks share a slot.
+struct Schedule {
+  uint32_t steps = kAllSteps;
+  int threads = 0;            // a block; a multiple of 32
+  int parts = 1;
+  int64_t slots = 0;
+  int64_t first_row = 0, last_row = 0;
+  bool on_chip = true;        // rows of one piece, which never leaves the block; else any row, by way of the workspace
+  bool only_longer = false;   // off chip: leave out the rows that were done on chip
+};
+
+// Memory for the rows in flight, [slots] each.
+template <typename T>
+struct Workspace {
+  int64_t words = 0;           // of a bitmap: a bit a column
+  Global<uint32_t> negative{};   // [slots, words]
+  Global<uint32_t> positive{};   // [slots, words]
+  Global<int32_t> count{};       // [rows]  positives of a row
+  // Off chip:
+  Global<int32_t> part_count{};  // [slots, parts]  positives that a part found
+  Global<int32_t> column{};      // [slots, columns]  of the positives: ascending, then sorted by score within a piece
+  Global<T> above{};             // [slots, columns]  rank+, then dloss/drank+
+  Global<T> below{};             // [slots, columns]  rank-, then dloss/drank-
+  Global<T> slope{};             // [slots, columns]  slope of rank-, then the positive's own gradient
+  Global<T> partial{};           // [slots, parts, 2, capacity]  rank- and slope over a span of columns
+  Global<double> hinge{};        // [slots, parts]  sum of the negative hinges over a span
+  Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
+  Global<double> outcome{};      // [slots, kOutcome]
+};
+constexpr int kOutcome = 5;
+
+template <typename S>
+struct RowParams {
+  using T = Accumulation<S>;
+
+  explicit RowParams(const PairConstants<T>& pair) : pair(pair) {}
+
+  PairConstants<T> pair;
+  Op op = Op::kLoss;
+  int64_t rows = 0, columns = 0, score_stride = 0;
+  Global<const S> scores{};             // [rows, columns]
+  Relation relation;
+  Global<const T> row_scale{};          // [rows]  null for 1: what is ranked is score x row scale x column scale
+  Global<const T> column_scale{};       // [columns]  null if and only if row_scale is
+  bool ap = true, calibration = false;
+  double positive_margin = 0, negative_margin = 0;
+
+  GradientType gradient_type = GradientType::kNone;
+  Global<T> gradient{};                 // [rows, columns]  kFull; may be the scores
+  Global<uint16_t> gradient_half{};     // [rows, columns]  kHalf, kBFloat
+
+  Global<T> loss{};                     // [rows]  kLoss
+  Global<T> unscale{};                  // [rows]  kLoss of half types: gradient times this is the true one; may be null
+  Global<const double> weight{};        // [rows, 3]  kObjective
+  Global<double> value{};               // [rows, 5]  kObjective
+  Global<int64_t> counts{};             // [rows, 2]  kCount: positives and negatives
+  Global<const int64_t> first{};        // [rows + 1]  kRank, kRankGradient: where a row's entries begin
+  int64_t entries = 0;                // of which there are so many
+  Global<int64_t> query{}, reference{};   // [entries]  kRank
+  Global<T> positive_rank{};            // [entries]  kRank
+  Global<T> negative_rank{};            // [entries]  kRank
+  Global<T> slope_out{};                // [entries]  kRank; may be null
+  Global<const T> slope_in{};           // [entries]  kRankGradient
+  Global<const T> positive_weight{};    // [entries]  kRankGradient; may be null
+  Global<const T> negative_weight{};    // [entries]  kRankGradient
+
+  Schedule schedule;
+  Workspace<T> workspace;
+};
+
+// Positives of a piece, which is what a block works on at a time.
+constexpr int kPiece = 512;
+// Threads of a block at most: 96 registers each.
+constexpr int kMostThreads = 640;
+
+// Shared memory of a block, in bytes.
+template <typename T>
+constexpr int shared_bytes(int capacity, int threads) {
+  const int arrays = (6 * static_cast<int>(sizeof(T)) + 2 * 4) * capacity;
+  return arrays + threads / 32 * 8 * 8 + kOutcome * 8 + 16 * 16;  // sums of each warp, and rounding up of each array
+}
+
+}  // namespace roadmap::cuda
