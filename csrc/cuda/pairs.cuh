@@ -26,10 +26,6 @@ ROADMAP_DEVICE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 ROADMAP_DEVICE float smaller(float a, float b) { return fminf(a, b); }
-template <typename T>
-ROADMAP_DEVICE constexpr T largest() {
-  return sizeof(T) == 4 ? T(3.402823466e38f) : static_cast<T>(1.7976931348623157e308);
-}
 ROADMAP_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 ROADMAP_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
@@ -42,12 +38,6 @@ ROADMAP_DEVICE float exponential(float gap, const PairConstants<float>& k) {
   return simt::exp2_fast(high) * fmaf(low, 0.693147181f, 1.0f);
 }
 ROADMAP_DEVICE double exponential(double gap, const PairConstants<double>& k) { return exp(gap / k.rate); }
-
-// sigma(gap / tau), to full precision.
-template <typename T>
-ROADMAP_DEVICE T sigma(T gap, const PairConstants<T>& k) {
-  return T(1) / (T(1) + exponential(-gap, k));
-}
 
 // t, where equal infinities are a tie.
 template <typename T>
@@ -62,39 +52,58 @@ ROADMAP_DEVICE double share(double v, double, const PairConstants<double>&) { re
 ROADMAP_DEVICE float factor(float u, float centre, const PairConstants<float>& k) { return exponential(u - centre, k); }
 ROADMAP_DEVICE double factor(double u, double, const PairConstants<double>&) { return u; }
 
-ROADMAP_DEVICE float pair_sigma(float share, float factor, const PairConstants<float>&) {
-  return simt::reciprocal_fast(fmaf(share, factor, 1.0f));
+// sigma and its slope in units of 1 / tau. The slope is e s s, e = e^(-t / tau), rather than s - s s, which would be left
+// with an ulp of noise wherever sigma is nearly 1.
+template <typename T>
+struct Logistic {
+  T value, slope;
+};
+ROADMAP_DEVICE Logistic<float> logistic(float share, float factor, const PairConstants<float>&) {
+  // Limited, so that there is no infinity to be multiplied by 0; the reciprocal of the limit is below the least normal
+  // number and comes out as 0.
+  const float e = fminf(share * factor, 1e38f), s = simt::reciprocal_fast(1.0f + e);
+  return {s, e * s * s};
 }
-ROADMAP_DEVICE double pair_sigma(double v, double u, const PairConstants<double>& k) {
-  return 1 / (1 + exp((u - v) / k.rate));
+ROADMAP_DEVICE Logistic<double> logistic(double v, double u, const PairConstants<double>& k) {
+  const double e = exp((u - v) / k.rate), s = 1 / (1 + e);
+  return {s, s > 0 ? e * s * s : 0.0};
+}
+template <typename T>
+ROADMAP_DEVICE Logistic<T> logistic_of(T t, const PairConstants<T>& k) {  // to full precision
+  const T e = exponential(-t, k), s = T(1) / (T(1) + e);
+  return {s, s > T(0) ? e * s * s : T(0)};
 }
 
-// H- and its slope at t, given sigma. Not (t < 0) rather than t >= 0: equal infinities are ties.
+// H- and its slope at t, given sigma's. Not (t < 0) rather than t >= 0: equal infinities are ties.
 template <typename T>
-ROADMAP_DEVICE void surrogate(T t, T s, const PairConstants<T>& k, T& value, T& slope) {
-  const bool tail = t > k.delta;
-  const T near = t < T(0) ? s : s + k.start;
-  // Limited, so that an infinite t has a limit with rho = 0, too.
-  value = tail ? k.rho * smaller(t - k.delta, largest<T>()) + k.offset : near;
-  slope = tail ? k.rho_tau : s - s * s;
+ROADMAP_DEVICE Logistic<T> surrogate(T t, const Logistic<T>& s, const PairConstants<T>& k) {
+  if (!(t > k.delta)) return {t < T(0) ? s.value : s.value + static_cast<T>(k.start), s.slope};
+  const double far = k.rho > 0 ? k.rho * (static_cast<double>(t - k.origin) + k.beyond) : 0.0;
+  return {static_cast<T>(far + k.offset), k.rho_tau};
 }
 
+// Shares of a positive's rank- and slope that a thread has summed. Tails are summed as gaps, from a number of few bits near
+// the knee, and counted: rho (t - delta) + offset, rounded pair by pair, would cost the rank its last digits.
 template <typename T>
-ROADMAP_DEVICE T surrogate_slope(T t, T s, const PairConstants<T>& k) {
-  return t > k.delta ? k.rho_tau : s - s * s;
-}
+struct Shares {
+  T value = 0, slope = 0;  // of the pairs up to the knee
+  T far = 0;               // sum of t - origin over the tail
+  int count = 0;           // kTail a pair in the tail, 1 a pair from 0 to the knee
+  static constexpr int kTail = 1 << 16;
 
-// A sum that loses nothing to its number of terms (Kahan): two numbers where one would drift over a million columns.
-template <typename T>
-struct Sum {
-  T sum = 0, lost = 0;
-  ROADMAP_DEVICE void add(T x) {
-    const T part = x - lost, next = sum + part;
-    const T error = (next - sum) - part;
-    lost = error == error ? error : T(0);  // an infinite sum has lost nothing
-    sum = next;
+  ROADMAP_DEVICE double rank(const PairConstants<T>& k) const {
+    double sum = static_cast<double>(value) + (count % kTail) * k.start;
+    if (count >= kTail) {
+      const double tails = count / kTail;
+      // Not 0 x infinity: with rho = 0 an infinite t has a limit, too.
+      if (k.rho > 0) sum += k.rho * (static_cast<double>(far) + tails * k.beyond);
+      sum += tails * k.offset;
+    }
+    return sum;
   }
-  ROADMAP_DEVICE T value() const { return sum - lost; }
+  ROADMAP_DEVICE double rise(const PairConstants<T>& k) const {
+    return static_cast<double>(slope) + (count / kTail) * (k.rho * k.tau);
+  }
 };
 
 }  // namespace roadmap::cuda

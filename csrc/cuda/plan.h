@@ -54,10 +54,10 @@ Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int 
   if (!s.on_chip) {
     w.part_count = carver.take<int32_t>(s.slots * s.parts);
     w.column = carver.take<int32_t>(s.slots * columns);
-    w.above = carver.take<T>(s.slots * columns);
-    w.below = carver.take<T>(s.slots * columns);
-    w.slope = carver.take<T>(s.slots * columns);
-    if (s.parts > 1) w.partial = carver.take<T>(s.slots * s.parts * 2 * capacity);
+    w.above = carver.take<double>(s.slots * columns);
+    w.below = carver.take<double>(s.slots * columns);
+    w.slope = carver.take<double>(s.slots * columns);
+    if (s.parts > 1) w.partial = carver.take<double>(s.slots * s.parts * 2 * capacity);
     w.hinge = carver.take<double>(s.slots * s.parts);
     w.flag = carver.take<int32_t>(s.slots * s.parts * 2);
     w.outcome = carver.take<double>(s.slots * kOutcome);
@@ -95,8 +95,7 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, c
   s.threads = r.threads;
   if (!s.threads) {
     s.threads = 64;
-    while (s.threads < 512 && s.threads * kThreadColumns < columns) s.threads *= 2;
-    if (columns >= 16 * 512) s.threads = kMostThreads;
+    while (s.threads < kMostThreads && s.threads * kThreadColumns < columns) s.threads *= 2;
   }
   s.last_row = rows;
   s.steps = steps;

@@ -47,9 +47,10 @@ class RowKernel {
     score_ = memory_.take<T>(n);
     factor_ = memory_.take<T>(n);
     centre_ = memory_.take<T>(n);
-    above_ = memory_.take<T>(n);
-    below_ = memory_.take<T>(n);
-    slope_ = memory_.take<T>(n);
+    weight_ = memory_.take<T>(n);
+    above_ = memory_.take<double>(n);
+    below_ = memory_.take<double>(n);
+    slope_ = memory_.take<double>(n);
     column_ = memory_.take<int32_t>(n);
     order_ = memory_.take<int32_t>(n);
     sums_ = memory_.take<double>(warps_ * 2 * kGroup);
@@ -384,21 +385,20 @@ class RowKernel {
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
-        Sum<T> rank;
+        double rank = 1;
         if (k_.smooth) {
-          rank.add(T(1));
           for (int j = 0; j < size_; ++j) {
-            if (j != begin + i) rank.add(sigma(gap_of(any_score(j), u), k_));
+            if (j != begin + i) rank += static_cast<double>(logistic_of(gap_of(any_score(j), u), k_).value);
           }
-        } else {  // the true step, itself included
+        } else {  // the true step
           int count = 0;
           for (int j = 0; j < size_; ++j) count += any_score(j) >= u;
-          rank.sum = static_cast<T>(count);
+          rank = count;  // itself included
         }
         if (on_chip()) {
-          above_[i] = rank.value();
+          above_[i] = rank;
         } else {
-          p_.workspace.above[place(begin + i)] = rank.value();
+          p_.workspace.above[place(begin + i)] = rank;
         }
       }
     }
@@ -520,7 +520,7 @@ class RowKernel {
       for (int first = 0; look || first < n; look = false) {
         int group = 0;  // infinite positives are worked one by one
         while (group < kGroup && first + group < n && is_finite(score_[first + group])) ++group;
-        for (int t = 0; t < tiles && (look || group > 0); t += kTiles) {
+        for (int t = 0; (t == 0 || t < tiles) && (look || group > 0); t += kTiles) {
           stream(first, group, begin, end, t, smaller(tiles, t + kTiles), look, nan);
         }
         if (group == 0 && first < n) stream_limits(first++, begin, end);
@@ -531,7 +531,7 @@ class RowKernel {
       if (on_chip()) break;
       const int64_t to = part_at(task) * 2 * kCapacity;
       for (int i = simt::thread(); i < n; i += simt::threads()) {  // that this thread may not have written itself
-        const T rank = below_[i], slope = slope_[i];
+        const double rank = below_[i], slope = slope_[i];
         if (spans > 1) {
           p_.workspace.partial[to + i] = rank;
           p_.workspace.partial[to + kCapacity + i] = slope;
@@ -567,9 +567,7 @@ class RowKernel {
     const bool more = tile > 0;
     const T lowest = n > 0 ? static_cast<T>(score_[first]) : infinity();  // float: they are sorted
     const T out_of_reach = sizeof(T) == 4 ? lowest - k_.cut : -infinity();
-    T rank[kGroup], slope[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) rank[i] = slope[i] = 0;
+    Shares<T> sum[kGroup];
     for (; tile < last; ++tile) {
       T x[kColumns], a[kColumns];
       load_columns(begin + (tile * simt::threads() + simt::thread()) * kColumns, end, x);
@@ -585,26 +583,49 @@ class RowKernel {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
         }
+        // As a tree: a chain of eight would round eight times.
+        T value[kColumns], slope[kColumns], far[kColumns];
         if (below) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            const T s = pair_sigma(a[j], f, k_);
-            rank[i] += s;
-            slope[i] += s - s * s;
+            const Logistic<T> h = logistic(a[j], f, k_);
+            value[j] = h.value;
+            slope[j] = h.slope;
           }
         } else {
           const T u = score_[first + i];
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            T h, d;
-            surrogate(x[j] - u, pair_sigma(a[j], f, k_), k_, h, d);
-            rank[i] += h;
-            slope[i] += d;
+            const T t = x[j] - u;
+            const Logistic<T> h = logistic(a[j], f, k_);
+            const bool tail = t > k_.delta;
+            value[j] = tail ? T(0) : h.value;
+            slope[j] = tail ? T(0) : h.slope;
+            far[j] = tail ? t - k_.origin : T(0);
+            sum[i].count += tail ? Shares<T>::kTail : t < T(0) ? 0 : 1;
           }
+          sum[i].far += total(far);
         }
+        sum[i].value += total(value);
+        sum[i].slope += total(slope);
       }
     }
-    if (n > 0) reduce(first, n, more, rank, slope);
+    if (n <= 0) return;
+    simt::barrier();  // others may still read what was here
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (i < n) reduce_warp(i, sum[i].rank(k_), sum[i].rise(k_));
+    }
+    reduce_block(first, n, more);
+  }
+
+  static ROADMAP_DEVICE T total(T (&x)[kColumns]) {
+#pragma unroll
+    for (int half = kColumns / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int j = 0; j < half; ++j) x[j] += x[j + half];
+    }
+    return x[0];
   }
 
   ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
@@ -624,56 +645,47 @@ class RowKernel {
   // The same for one positive that is infinite: ties and limits. Rare, and so plain.
   ROADMAP_DEVICE void stream_limits(int first, int begin, int end) {
     const T u = score_[first];
-    T rank[kGroup] = {}, slope[kGroup] = {};
+    double rank = 0, slope = 0;
     for (int at = begin + simt::thread(); at < end; at += simt::threads()) {
-      T h, d;
       if (!negative_at(at)) continue;
-      limit(score_of(at), u, h, d);
-      rank[0] += h;
-      slope[0] += d;
+      const Logistic<T> h = limit(score_of(at), u);
+      rank += static_cast<double>(h.value);
+      slope += static_cast<double>(h.slope);
     }
-    reduce(first, 1, false, rank, slope);
+    simt::barrier();  // others may still read what was here
+    reduce_warp(0, rank, slope);
+    reduce_block(first, 1, false);
   }
   ROADMAP_DEVICE bool negative_at(int at) const {
     return p_.workspace.negative[word_at(at / kWord)] >> (at % kWord) & 1;
   }
 
-  ROADMAP_DEVICE void limit(T v, T u, T& value, T& slope) const {
-    const T t = gap_of(v, u), s = sigma(t, k_);
-    value = s;
-    slope = s - s * s;
-    if (!k_.smooth) surrogate(t, s, k_, value, slope);
+  ROADMAP_DEVICE Logistic<T> limit(T v, T u) const {
+    const T t = gap_of(v, u);
+    const Logistic<T> s = logistic_of(t, k_);
+    return k_.smooth ? s : surrogate(t, s, k_);
   }
 
-  // Sums of all threads to the chip, in a fixed order; more: added to what is there.
-  ROADMAP_DEVICE void reduce(int first, int n, bool more, const T (&rank)[kGroup], const T (&slope)[kGroup]) {
-    simt::barrier();  // others may still read what was here
+  // The sums of all threads for positive `first` + i to the chip, in a fixed order; more: added to what is there.
+  ROADMAP_DEVICE void reduce_warp(int i, double rank, double slope) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (i >= n) continue;
-      T r = rank[i], d = slope[i];
-#pragma unroll
-      for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) {
-        r += simt::shuffle_down(r, delta);
-        d += simt::shuffle_down(d, delta);
-      }
-      if (lane() == 0) {
-        sums_[warp() * 2 * kGroup + 2 * i] = static_cast<double>(r);
-        sums_[warp() * 2 * kGroup + 2 * i + 1] = static_cast<double>(d);
-      }
+    for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) {
+      rank += simt::shuffle_down(rank, delta);
+      slope += simt::shuffle_down(slope, delta);
     }
+    if (lane() != 0) return;
+    sums_[warp() * 2 * kGroup + 2 * i] = rank;
+    sums_[warp() * 2 * kGroup + 2 * i + 1] = slope;
+  }
+  ROADMAP_DEVICE void reduce_block(int first, int n, bool more) {
     simt::barrier();
-    if (simt::thread() < 2 * n) {
-      double sum = 0;
-      for (int w = 0; w < warps_; ++w) sum += sums_[w * 2 * kGroup + simt::thread()];
-      const int i = first + simt::thread() / 2;
-      const simt::Shared<T> to = simt::thread() % 2 ? slope_ : below_;
-      if (more) {
-        const T so_far = to[i];
-        sum += static_cast<double>(so_far);
-      }
-      to[i] = static_cast<T>(sum);
-    }
+    if (simt::thread() >= 2 * n) return;
+    const simt::Shared<double> to = simt::thread() % 2 ? slope_ : below_;
+    const int i = first + simt::thread() / 2;
+    double sum = 0;
+    if (more) sum = to[i];
+    for (int w = 0; w < warps_; ++w) sum += sums_[w * 2 * kGroup + simt::thread()];
+    to[i] = sum;
   }
 
   // --- weights ------------------------------------------------------------------------------------------------------
@@ -683,21 +695,18 @@ class RowKernel {
     double above, below, slope;
   };
   ROADMAP_DEVICE Ranks ranks_of(int piece, int i) const {
-    if (on_chip()) {
-      return {static_cast<double>(static_cast<T>(above_[i])), static_cast<double>(static_cast<T>(below_[i])),
-              static_cast<double>(static_cast<T>(slope_[i]))};
-    }
+    if (on_chip()) return {above_[i], below_[i], slope_[i]};
     const int64_t at = place(piece_begin(piece) + i);
     const int spans = p_.schedule.parts / pieces();
-    Ranks r = {static_cast<double>(p_.workspace.above[at]), 0, 0};
+    Ranks r = {p_.workspace.above[at], 0, 0};
     if (spans <= 1) {
-      r.below = static_cast<double>(p_.workspace.below[at]);
-      r.slope = static_cast<double>(p_.workspace.slope[at]);
+      r.below = p_.workspace.below[at];
+      r.slope = p_.workspace.slope[at];
     }
     for (int span = 0; spans > 1 && span < spans; ++span) {
       const int64_t from = part_at(piece * spans + span) * 2 * kCapacity + i;
-      r.below += static_cast<double>(p_.workspace.partial[from]);
-      r.slope += static_cast<double>(p_.workspace.partial[from + kCapacity]);
+      r.below += p_.workspace.partial[from];
+      r.slope += p_.workspace.partial[from + kCapacity];
     }
     return r;
   }
@@ -850,17 +859,16 @@ class RowKernel {
     if (!on_chip() && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
     for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
       const Weight w = weight_of(piece, i);
-      const T below = static_cast<T>(w.below / unit), above = static_cast<T>(w.above / unit);
       // A pair without slope carries nothing back, whatever arrives.
-      const T own = w.slope != 0 ? static_cast<T>(-w.below * (w.slope / k_.tau)) : T(0);
+      const double own = w.slope != 0 ? -w.below * (w.slope / k_.tau) : 0.0;
       if (on_chip()) {
-        below_[i] = below;
-        above_[i] = above;
+        weight_[i] = static_cast<T>(w.below / unit);
+        above_[i] = w.above / unit;
         slope_[i] = own;
       } else {
         const int64_t at = place(piece_begin(piece) + i);
-        p_.workspace.below[at] = below;
-        p_.workspace.above[at] = above;
+        p_.workspace.below[at] = w.below / unit;
+        p_.workspace.above[at] = w.above / unit;
         p_.workspace.slope[at] = own;
       }
     }
@@ -911,27 +919,26 @@ class RowKernel {
       if (!on_chip()) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
-        const T u = score_[i], weight = any_above(begin + i);
-        Sum<T> sum;
+        const T u = score_[i];
+        const double weight = any_above(begin + i);
+        double sum = 0;
         for (int j = 0; j < size_; ++j) {
           if (j == begin + i) continue;
-          const T s = sigma(gap_of(any_score(j), u), k_), slope = s - s * s;
-          if (slope != T(0)) sum.add((any_above(j) - weight) * slope);
+          const T slope = logistic_of(gap_of(any_score(j), u), k_).slope;
+          if (slope != T(0)) sum += (any_above(j) - weight) * static_cast<double>(slope);
         }
-        const double more = static_cast<double>(sum.value()) * (outcome(kUnit) / k_.tau);
+        sum *= outcome(kUnit) / k_.tau;
         if (on_chip()) {
-          const T before = slope_[i];
-          slope_[i] = static_cast<T>(static_cast<double>(before) + more);
+          slope_[i] += sum;
         } else {
-          const T before = p_.workspace.slope[place(begin + i)];
-          p_.workspace.slope[place(begin + i)] = static_cast<T>(static_cast<double>(before) + more);
+          p_.workspace.slope[place(begin + i)] += sum;
         }
       }
     }
     simt::barrier();
   }
-  ROADMAP_DEVICE T any_above(int j) const {
-    return on_chip() ? static_cast<T>(above_[j]) : static_cast<T>(p_.workspace.above[place(j)]);
+  ROADMAP_DEVICE double any_above(int j) const {
+    return on_chip() ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
   }
 
   // A piece with all that the gradient takes of it.
@@ -939,7 +946,7 @@ class RowKernel {
     if (!on_chip()) {
       load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
-        below_[i] = p_.workspace.below[place(piece_begin(piece) + i)];
+        weight_[i] = static_cast<T>(p_.workspace.below[place(piece_begin(piece) + i)]);
       }
     }
     centre(piece_size(piece));
@@ -995,7 +1002,7 @@ class RowKernel {
       for (int j = 0; j < kColumns; ++j) sum[j] = 0;
       const int last = first + kTogether < n ? first + kTogether : n;
       for (int i = first; i < last; ++i) {
-        const T u = score_[i], w = below_[i];
+        const T u = score_[i], w = weight_[i];
         if (!is_finite(u) || !is_finite(w)) {
           add_limit_gradient(u, w, bits, x, sum);
           continue;
@@ -1013,13 +1020,12 @@ class RowKernel {
         if (k_.smooth || top - u <= k_.delta) {  // no pair of this warp is in the tail
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            const T s = pair_sigma(a[j], f, k_);
-            sum[j] += w * (s - s * s);
+            sum[j] += w * logistic(a[j], f, k_).slope;
           }
         } else {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            sum[j] += w * surrogate_slope(x[j] - u, pair_sigma(a[j], f, k_), k_);
+            sum[j] += w * (x[j] - u > k_.delta ? k_.rho_tau : logistic(a[j], f, k_).slope);
           }
         }
       }
@@ -1032,8 +1038,7 @@ class RowKernel {
   ROADMAP_DEVICE void add_limit_gradient(T u, T w, uint32_t bits, const T (&x)[kColumns], T (&sum)[kColumns]) const {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      T h, d;
-      limit(x[j], u, h, d);
+      const T d = limit(x[j], u).slope;
       if ((bits >> j & 1) && d != T(0)) sum[j] += w * d;
     }
   }
@@ -1093,9 +1098,8 @@ class RowKernel {
         const T u = score_[i];
         double own = 0;
         if (weighs()) {
-          const T gradient = on_chip() ? static_cast<T>(slope_[i])
-                                       : static_cast<T>(p_.workspace.slope[place(piece_begin(piece) + i)]);
-          own = static_cast<double>(gradient) * scale * weight;
+          own = on_chip() ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
+          own *= scale * weight;
         }
         if (p_.calibration && u < margin) own -= p_.weight[3 * row_ + 1];
         T value = static_cast<T>(own * row);
@@ -1114,9 +1118,10 @@ class RowKernel {
   simt::Shared<T> score_;
   simt::Shared<T> factor_;          // of the exponential, see pairs.cuh
   simt::Shared<T> centre_;          // that it was taken from
-  simt::Shared<T> above_;           // rank+, then dloss/drank+
-  simt::Shared<T> below_;           // rank-, then dloss/drank-
-  simt::Shared<T> slope_;           // of rank-, then the positive's own gradient
+  simt::Shared<T> weight_;          // dloss/drank- in units of the largest
+  simt::Shared<double> above_;      // rank+, then dloss/drank+ in units of the largest
+  simt::Shared<double> below_;      // rank-
+  simt::Shared<double> slope_;      // of rank-, then the positive's own gradient
   simt::Shared<int32_t> column_;
   simt::Shared<int32_t> order_;     // workspace of sort
   simt::Shared<double> sums_;       // [warps, 2 kGroup]

@@ -51,20 +51,21 @@ struct Relation {
 template <typename T>
 struct PairConstants {
   bool smooth;
-  T delta, start, rho, offset;  // offset: H- just above the knee as rounded to T
-  T rho_tau;                    // slopes are summed in units of 1 / tau
-  T rate, rate_lo;              // float: log2(e) / tau in two parts; double: tau and 0
-  T cut;                        // a pair further below its positive counts for nothing
-  T span;                       // positives so far apart share a centre of the exponentials
-  T reach;                      // no exponent is taken of more than this
-  double tau, steepest;         // steepest: a bound of the slope
+  T delta;
+  T origin;         // near the knee, in few bits
+  T rho_tau;        // slopes are summed in units of 1 / tau
+  T rate, rate_lo;  // float: log2(e) / tau in two parts; double: tau and 0
+  T cut;            // a pair further below its positive counts for nothing
+  T span;           // positives so far apart share a centre of the exponentials
+  T reach;          // no exponent is taken of more than this
+  double tau, rho, start, offset;
+  double beyond;    // origin - delta
+  double steepest;  // a bound of the slope
 
   explicit PairConstants(const Settings<T>& s)
       : smooth(s.surrogate == Surrogate::kSmooth),
         delta(s.delta),
-        start(static_cast<T>(s.exact_start)),
-        rho(static_cast<T>(s.exact_rho)),
-        offset(static_cast<T>(s.exact_offset + s.exact_rho * (static_cast<double>(s.delta) - s.exact_delta))),
+        origin(s.origin),
         rho_tau(s.rho_tau),
         rate(sizeof(T) == 8 ? static_cast<T>(s.tau) : static_cast<T>(kLog2E / s.tau)),
         rate_lo(sizeof(T) == 8 ? T(0) : static_cast<T>(kLog2E / s.tau - static_cast<double>(rate))),
@@ -72,6 +73,10 @@ struct PairConstants {
         span(static_cast<T>(40 * s.tau)),
         reach(static_cast<T>(200 * s.tau)),
         tau(s.tau),
+        rho(s.exact_rho),
+        start(s.exact_start),
+        offset(s.exact_offset),
+        beyond(static_cast<double>(s.origin) - s.exact_delta),
         steepest(std::fmax(smooth ? 0 : s.exact_rho, 0.25 / s.tau)) {}
 
   static constexpr double kLog2E = 1.4426950408889634;
@@ -115,10 +120,10 @@ struct Workspace {
   // Off chip:
   Global<int32_t> part_count{};  // [slots, parts]  positives that a part found
   Global<int32_t> column{};      // [slots, columns]  of the positives: ascending, then sorted by score within a piece
-  Global<T> above{};             // [slots, columns]  rank+, then dloss/drank+
-  Global<T> below{};             // [slots, columns]  rank-, then dloss/drank-
-  Global<T> slope{};             // [slots, columns]  slope of rank-, then the positive's own gradient
-  Global<T> partial{};           // [slots, parts, 2, capacity]  rank- and slope over a span of columns
+  Global<double> above{};             // [slots, columns]  rank+, then dloss/drank+
+  Global<double> below{};             // [slots, columns]  rank-, then dloss/drank-
+  Global<double> slope{};             // [slots, columns]  slope of rank-, then the positive's own gradient
+  Global<double> partial{};           // [slots, parts, 2, capacity]  rank- and slope over a span of columns
   Global<double> hinge{};        // [slots, parts]  sum of the negative hinges over a span
   Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
   Global<double> outcome{};      // [slots, kOutcome]
@@ -166,13 +171,13 @@ struct RowParams {
 
 // Positives of a piece, which is what a block works on at a time.
 constexpr int kPiece = 512;
-// Threads of a block at most: 96 registers each.
-constexpr int kMostThreads = 640;
+// Threads of a block at most: 128 registers each.
+constexpr int kMostThreads = 512;
 
 // Shared memory of a block, in bytes.
 template <typename T>
 constexpr int shared_bytes(int capacity, int threads) {
-  const int arrays = (6 * static_cast<int>(sizeof(T)) + 2 * 4) * capacity;
+  const int arrays = (4 * static_cast<int>(sizeof(T)) + 3 * 8 + 2 * 4) * capacity;
   return arrays + threads / 32 * 8 * 8 + kOutcome * 8 + 16 * 16;  // sums of each warp, and rounding up of each array
 }
 

@@ -1,0 +1,98 @@
+// The CUDA ops on the CPU, as torch.ops.roadmap_ext_emulated: csrc/cuda/ops.cpp as it is, with launchers that run the kernel
+// bodies under the emulator. tests/test_emulated.py builds this and holds it to the tests of the real ops.
+#include "../../csrc/cuda/ops.cpp"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/cuda/elements.cuh"
+#include "../../csrc/cuda/rows.cuh"
+
+namespace roadmap::cuda {
+
+namespace {
+
+// A small device: few multiprocessors, little workspace and short pieces bring every path within reach of small inputs.
+Resources emulated = {2};
+std::string failure;
+int64_t launched = 0;
+
+constexpr int kShortPiece = 32;
+
+template <typename Body>
+int emulate(int64_t blocks, int threads, int bytes, const Body& body) {
+  ++launched;
+  try {
+    simt::run({blocks, threads, bytes, 0}, body);
+    return 0;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return 1;
+  }
+}
+
+}  // namespace
+
+Resources device_resources() { return emulated; }
+const char* error_text(int) { return failure.c_str(); }
+
+void poison(void* begin, int64_t bytes) {
+  // Not a number for every floating-point type, and far out of range as a column.
+  std::memset(begin, 0xFF, static_cast<size_t>(bytes));
+}
+
+template <typename S>
+int launch_rows(const RowParams<S>& p, void*) {
+  const Schedule& s = p.schedule;
+  using T = Accumulation<S>;
+  const bool small = emulated.capacity == kShortPiece;
+  return emulate(s.slots * s.parts, s.threads, shared_bytes<T>(emulated.capacity, s.threads), [&](char* shared) {
+    if (small) {
+      RowKernel<S, kShortPiece>(p, shared).run();
+    } else {
+      RowKernel<S, kPiece>(p, shared).run();
+    }
+  });
+}
+
+template <typename T>
+int launch_reduce(const ReduceParams<T>& p, void*) {
+  return emulate(1, 64, 64 / 32 * 8, [&](char* shared) { reduce_losses(p, shared); });
+}
+int launch_starts(const StartParams& p, void*) {
+  return emulate(1, 64, 64 * 8, [&](char* shared) { find_starts(p, shared); });
+}
+template <typename S>
+int launch_scale(const ScaleParams<S>& p, void*) {
+  return emulate(p.rows * p.segments, p.threads, 0, [&](char*) { scale_rows(p); });
+}
+template <typename S>
+int launch_radial(const RadialParams<S>& p, void*) {
+  return emulate((p.rows + 1) / 2, 64, 0, [&](char*) { remove_radial(p); });
+}
+template <typename T>
+int launch_symmetrise(const SymmetriseParams<T>& p, void*) {
+  const int64_t tiles = (p.n + kTile - 1) / kTile;
+  const int bytes = 2 * ((kTile * (kTile + 1) * static_cast<int>(sizeof(T)) + 15) / 16 * 16);
+  return emulate(tiles * tiles, 64, bytes, [&](char* shared) { symmetrise(p, shared); });
+}
+
+int read_back(Global<const int64_t> from, int64_t& to, void*) {
+  to = from[0];
+  return 0;
+}
+
+}  // namespace roadmap::cuda
+
+// For the tests: what device to play, and the order of its threads.
+extern "C" __attribute__((visibility("default"))) void emulate_device(int multiprocessors, int64_t workspace, int threads,
+                                                                      int parts, int short_pieces, uint64_t seed) {
+  roadmap::cuda::emulated = {multiprocessors, workspace, threads, parts,
+                             short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece};
+  roadmap::simt::seed() = seed;
+}
+extern "C" __attribute__((visibility("default"))) int64_t launches() { return roadmap::cuda::launched; }
+
+STABLE_TORCH_LIBRARY(roadmap_ext_emulated, m) { roadmap::ops::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(roadmap_ext_emulated, CPU, m) { roadmap::cuda::implement(m); }
