@@ -1,7 +1,8 @@
 # Everything a person does with this repository, from a fresh clone on. `make` alone lists it.
 #
 # The first target that needs it makes .venv with the torch of constraints.txt; stamps in .venv/.made and build/ then
-# keep each step from running twice. Nothing is installed outside the environment and .cuda.
+# keep each step from running twice. Nothing is installed outside the environment and .cuda (cuda-build has its own,
+# .venv-cuda; gpu-check installs nothing).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +35,7 @@ PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
+TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_bench := matplotlib
@@ -44,22 +46,25 @@ export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
 
-.PHONY: help build test demo train bench lint asan clean FORCE
+.PHONY: help build test demo train bench lint asan cuda-build gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make demo     train an embedding with the loss and draw what comes of it"
-	@echo "make train    train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
-	@echo "make test     the tests, with their coverage"
-	@echo "make lint     ruff, mypy and clang-format, changing nothing"
-	@echo "make bench    time and memory against plain PyTorch"
-	@echo "make build    compile the extension into roadmap_ext/"
-	@echo "make asan     the C++ core under the address and undefined-behaviour sanitizers"
-	@echo "make clean    remove what was built; .venv and .cuda stay (rm -r them for a fresh start)"
+	@echo "make demo        train an embedding with the loss and draw what comes of it"
+	@echo "make train       train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
+	@echo "make test        the tests, with their coverage"
+	@echo "make lint        ruff, mypy and clang-format, changing nothing"
+	@echo "make bench       time and memory against plain PyTorch"
+	@echo "make build       compile the extension into roadmap_ext/"
+	@echo "make asan        the C++ core under the address and undefined-behaviour sanitizers"
+	@echo "make cuda-build  compile the CUDA kernels, too, with a torch that can use them; needs no GPU (5 GB, once)"
+	@echo "make gpu-check   on a machine with a GPU and PYTHON's torch for it: build, test, measure; installs nothing"
+	@echo "make clean       remove what was built; .venv, .venv-cuda and .cuda stay (rm -r them for a fresh start)"
 	@echo
 	@echo "PYTHON=python3.12     the Python, 3.10 or newer, that .venv is made with"
 	@echo "VENV=path             use this environment and its torch, 2.11 or newer, instead of .venv"
+	@echo "CUDA_VENV=path        use this environment and its CUDA build of torch for cuda-build instead of .venv-cuda"
 	@echo "TORCH_ARGS='...'      options for pip when it installs torch into .venv, such as --index-url"
 	@echo "ARGS='...'            options for what demo, train, test and bench run"
 	@echo "FORCE_CUDA=1 or 0     demand the CUDA kernels, or leave them out"
@@ -80,6 +85,7 @@ bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)
 	@$(PY) -m benchmarks.roadmap_loss $(ARGS)
 	@$(PY) -m benchmarks.retrieval_metrics $(ARGS)
+	@$(PY) -m benchmarks.cuda $(ARGS)
 
 # Needs no build: mypy reads roadmap_ext/_C.pyi, and torch is there for its types.
 lint: $(MADE)/lint
@@ -92,6 +98,10 @@ lint: $(MADE)/lint
 asan:
 	@bash tests/native/run.sh
 
+# The table that it prints last says how each step went.
+gpu-check:
+	@$(PYTHON) -m tools.gpu_check $(ARGS)
+
 clean:
 	@rm -rf build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@rm -f roadmap_ext/*.so roadmap_ext/_reference_only.py
@@ -99,14 +109,18 @@ clean:
 
 # --- the environment -------------------------------------------------------------------------------------------------
 
+define NEW_VENV
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  $(call FAIL,$(PYTHON) is not a Python of 3.10 or newer: install one and name it: make PYTHON=python3.12)
+@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+  $(call FAIL,$(PYTHON) cannot make virtual environments: install its venv package (Debian and Ubuntu: python3-venv))
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1)
+endef
+
 ifeq ($(VENV),.venv)
 $(TORCH): constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  $(call FAIL,$(PYTHON) is not a Python of 3.10 or newer: install one and name it: make PYTHON=python3.12)
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-	  $(call FAIL,$(PYTHON) cannot make virtual environments: install its venv package (Debian and Ubuntu: python3-venv))
+	$(call NEW_VENV,.venv)
 	@echo "making .venv with $$(sed -n 's/^torch==/torch /p' constraints.txt) (once)"
-	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(PIP) $(TORCH_ARGS) torch
 	@mkdir -p $(MADE) && touch $@
 else
@@ -140,4 +154,44 @@ $(BUILT): $(MADE)/build $(SOURCES) $(if $(wildcard roadmap_ext/_C*.so),,FORCE)
 	  $(PY) setup.py build_ext --inplace --force >build/log 2>&1 || { cat build/log >&2; exit 1; }
 	@grep '^CUDA kernels' build/log || true
 	@echo "$(CURDIR)" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/roadmap_ext.pth"
+	@touch $@
+
+# --- the CUDA build, for machines without a GPU ----------------------------------------------------------------------
+
+# A copy of the tree, made by its own Makefile for another environment: the build in this tree stays what it is. Copies
+# keep their times, so that only what changed is compiled again.
+CUDA_VENV ?= .venv-cuda
+CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
+CUDA_TORCH_VERSION := 2.11.0
+CUDA_TREE := build/cuda-tree
+CUDA_COPIED := Makefile README.md LICENSE constraints.txt pyproject.toml setup.py csrc roadmap_ext tests tools benchmarks
+CUDA_TESTS := $(foreach name,ap_loss accuracy smooth_rank roadmap_loss metrics,tests/test_$(name).py)
+CUDA_SETTINGS := $(abspath $(CUDA_VENV)) $(CXX) $(CUDA_HOME) $(CUDA_PATH) $(TORCH_CUDA_ARCH_LIST)
+CUDA_TESTED := $(CUDA_TREE)/tested-$(firstword $(shell echo '$(CUDA_SETTINGS)' | cksum))
+
+cuda-build: $(CUDA_TESTED)
+	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -c 'import roadmap_ext; i = roadmap_ext.build_info(); \
+	  print(*(f"{key}: {i[key]}" for key in i), sep="\n"); assert i["cuda"], i["cuda_reason"]'
+
+ifeq ($(CUDA_VENV),.venv-cuda)
+CUDA_TORCH := .venv-cuda/.made/torch-$(CUDA_TORCH_VERSION)
+$(CUDA_TORCH):
+	$(call NEW_VENV,.venv-cuda)
+	@echo "installing torch $(CUDA_TORCH_VERSION) with CUDA into .venv-cuda (5 GB, once)"
+	@$(CUDA_PY) -m pip install -q --disable-pip-version-check torch==$(CUDA_TORCH_VERSION)
+	@mkdir -p $(@D) && touch $@
+endif
+
+$(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools benchmarks -name '*.py') Makefile
+	@$(CUDA_PY) -c 'import sys, torch; sys.exit(not torch.version.cuda)' || \
+	  $(call FAIL,$(CUDA_VENV) has no CUDA build of torch: install one there or leave CUDA_VENV out)
+	@mkdir -p $(CUDA_TREE) && rm -rf $(addprefix $(CUDA_TREE)/,csrc tests tools benchmarks tested-*)
+	@find $(CUDA_TREE) -path '*/roadmap_ext/*.py' -delete
+	@tar cf - --exclude='*.so' --exclude=__pycache__ --exclude=_reference_only.py $(CUDA_COPIED) | tar xf - -C $(CUDA_TREE)
+	@root=$$(FORCE_CUDA=1 $(CUDA_PY) -m tools.toolkit) && { [ -n "$$root" ] || \
+	  $(call FAIL,there is no nvcc for this torch: install the CUDA toolkit of its major version and set CUDA_HOME); } && \
+	  archs=$$($(CUDA_PY) -c 'from tools.cuda import DEFAULT_ARCHS; print(*DEFAULT_ARCHS, sep=";")') && \
+	  FORCE_CUDA=1 CUDA_HOME="$$root" TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$archs}" \
+	  $(MAKE) --no-print-directory -C $(CUDA_TREE) VENV=$(abspath $(CUDA_VENV)) build $(abspath $(CUDA_VENV))/.made/ops
+	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -m pytest -q $(CUDA_TESTS)
 	@touch $@

@@ -84,9 +84,9 @@ def extension():
     os.environ["CUDA_HOME"] = str(decision.root)
     os.environ["TORCH_CUDA_ARCH_LIST"] = decision.archs
     cpp_extension.CUDA_HOME = str(decision.root)  # read when torch was imported
-    arguments["sources"] += cuda_sources
+    arguments["sources"] += cuda_sources + sorted(glob("csrc/cuda/*.cpp"))
     arguments["define_macros"] += [("USE_CUDA", "1")]
-    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     return cpp_extension.CUDAExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
 
 

@@ -17,6 +17,7 @@ namespace {
 
 using roadmap::Matrix;
 using roadmap::Parallel;
+using roadmap::ScoreType;
 using namespace roadmap::ops;
 
 // A Matrix and the tensors that keep its memory alive.

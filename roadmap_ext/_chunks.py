@@ -234,17 +234,28 @@ def sweep(
         empty where not wanted.
     """
     dtype = _compute_dtype(embeddings, references)
+    want = want_embeddings or want_references
     with torch.autocast(embeddings.device.type, enabled=False):
-        queries = _Side(embeddings, dtype, normalize, want_embeddings)
-        others = queries if references is None else _Side(references, dtype, normalize, want_references)
+        product_dtype = _product_dtype(embeddings, references, dtype)
+        queries = _Side(embeddings, product_dtype, dtype, normalize, want_embeddings)
+        others = queries if references is None else _Side(references, product_dtype, dtype, normalize, want_references)
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
+        raised = None
+        if product_dtype == torch.float16 and want:
+            raised = _raise(queries, others, weight, max(0.0 if surrogate else rho, 1 / tau))
+            weight = weight * raised
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
         step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
-        buffer = _chunk(others.vectors, min(step, rows), columns)
+        buffer = _chunk(others.vectors, min(step, rows), columns, dtype)
+        # The products that follow read the gradient in the dtype of the vectors; where that is not the scores', it does
+        # not go over these.
+        narrow = product_dtype != dtype and want
+        gradients = buffer.new_empty(buffer.shape, dtype=product_dtype) if narrow else buffer
         for begin in range(0, rows, step):
             chunk = slice(begin, min(begin + step, rows))
             vectors = queries.vectors[chunk]
-            scores = torch.mm(vectors, others.vectors.T, out=buffer[: len(vectors)])
+            scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
+            _multiply(vectors, others.vectors.T, scores, first=True)
             torch.ops.roadmap_ext.objective_rows_(
                 scores,
                 values[chunk],
@@ -268,24 +279,57 @@ def sweep(
                 negative_margin,
                 None if queries.scale is None else queries.scale[chunk],
                 others.scale,
-                want_embeddings or want_references,
-            )  # scores now holds its own gradient
+                want,
+                gradient if narrow else None,
+            )
             first = begin == 0
             if references is None and want_embeddings:
-                if step >= rows:  # both shares of the gradient in one product
-                    torch.ops.roadmap_ext.symmetrise_(scores)
+                alone = step >= rows and not narrow
+                if alone:  # both shares of the gradient in one product
+                    torch.ops.roadmap_ext.symmetrise_(gradient)
                 else:
-                    queries.add(scores.T, vectors, every, first)
-                queries.add(scores, queries.vectors, chunk, step >= rows)
+                    queries.add(gradient.T, vectors, every, first)
+                queries.add(gradient, queries.vectors, chunk, alone)
             else:
                 if want_embeddings:
-                    queries.add(scores, others.vectors, chunk, True)
+                    queries.add(gradient, others.vectors, chunk, True)
                 if want_references:
-                    others.add(scores.T, vectors, every, first)
+                    others.add(gradient.T, vectors, every, first)
         if not rows:
             others.gradient.zero_()
-        gradient = queries.finish()
-        return values, gradient, gradient.new_empty((0, 0)) if references is None else others.finish()
+        own = queries.finish(raised)
+        return values, own, own.new_empty((0, 0)) if references is None else others.finish(raised)
+
+
+def _product_dtype(embeddings: Tensor, references: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the matrix products read. On CUDA a half type stays what it is: sums and scores are float32."""
+    half = embeddings.dtype in (torch.float16, torch.bfloat16)
+    alike = references is None or references.dtype == embeddings.dtype
+    return embeddings.dtype if half and alike and embeddings.device.type in _HALF_PRODUCTS else dtype
+
+
+_HALF_PRODUCTS = {"cuda"}
+
+
+def _raise(queries: _Side, others: _Side, weight: Tensor, steepest: float) -> Tensor:
+    """A power of two that lifts the gradient of every score into the range of float16, with room to spare."""
+    bound = weight[:, :1].abs() * steepest + weight[:, 1:].abs().sum(1, keepdim=True)
+    bound = bound.nan_to_num(0.0, 0.0, 0.0)
+    for side in (queries, others):
+        if side.scale is not None and side.scale.numel():
+            bound = bound * side.scale.double().nan_to_num(0.0, 0.0, 0.0).max()
+    largest = torch.cat([bound, bound.new_full((1, 1), 2.0**-200)]).max()
+    return torch.exp2((12 - largest.log2().ceil()).clamp(-100, 100))
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
+    """out = left @ right, or with ``first`` off out += it; half types are summed in float32."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=0 if first else 1, out=out)
+    elif out.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, beta=0 if first else 1, out=out)
+    else:
+        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=0 if first else 1, out=out)
 
 
 class _Side:
@@ -295,29 +339,33 @@ class _Side:
     row op takes in, and its gradient carries them out again.
     """
 
-    def __init__(self, given: Tensor, dtype: torch.dtype, normalize: bool, wanted: bool) -> None:
-        self.vectors = given.to(dtype)
+    def __init__(
+        self, given: Tensor, product_dtype: torch.dtype, dtype: torch.dtype, normalize: bool, wanted: bool
+    ) -> None:
+        self.vectors = given.to(product_dtype)
         self.scale: Tensor | None = None  # [n] 1 / |x|, or 0 where there is no direction
         if normalize:
-            norm = torch.linalg.vector_norm(self.vectors, dim=1)
+            norm = torch.linalg.vector_norm(self.vectors, dim=1, dtype=dtype)
             norm.masked_fill_(norm == torch.inf, torch.nan)  # must not pass for a vector without direction
             self.scale = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf).reciprocal_()
-        self.gradient = _memory(self.vectors, self.vectors.shape if wanted else (0, 0))
+        self.gradient = _memory(self.vectors, self.vectors.shape if wanted else (0, 0), dtype)
 
     def add(self, left: Tensor, right: Tensor, rows: slice, first: bool) -> None:
         """Add left @ right to rows of the gradient, or begin them with it."""
-        self.gradient[rows].addmm_(left, right, beta=0 if first else 1)
+        _multiply(left, right, self.gradient[rows], first)
 
-    def finish(self) -> Tensor:
+    def finish(self, raised: Tensor | None) -> Tensor:
         """The gradient of the vectors as they were given, with u = x / |x|: d u = (I - u u') dx / |x|."""
+        if raised is not None:
+            self.gradient.mul_(1 / raised)
         if self.scale is not None and self.gradient.numel():  # 1 / |x| is in it
             torch.ops.roadmap_ext.remove_radial_(self.gradient, self.vectors, self.scale)
         return self.gradient
 
 
-def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of the dtype and on the device of another, with its pages."""
-    memory = like.new_empty(shape)
+def _memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the device of another, with its pages."""
+    memory = like.new_empty(shape, dtype=dtype)
     if memory.device.type == "cpu":
         torch.ops.roadmap_ext.populate_(memory)
     return memory
@@ -326,19 +374,19 @@ def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
 _kept = threading.local()
 
 
-def _chunk(like: Tensor, rows: int, columns: int) -> Tensor:
+def _chunk(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Memory for a chunk of scores, [rows, columns]; on the CPU the last one again, if it is large enough.
 
     The C library gives large memory back to the system each time, and to get it anew costs a tenth of the products.
     """
     size = rows * columns
-    if like.device.type != "cpu" or size * like.element_size() > _BUDGET["cpu"]:
-        return _memory(like, (rows, columns))
+    if like.device.type != "cpu" or size * dtype.itemsize > _BUDGET["cpu"]:
+        return _memory(like, (rows, columns), dtype)
     kept = getattr(_kept, "chunk", None)
-    if kept is None or kept.dtype != like.dtype or kept.numel() < size:
+    if kept is None or kept.dtype != dtype or kept.numel() < size:
         _kept.chunk = None  # before there is another
         with torch.inference_mode(False):  # which later calls could not write to what it made
-            _kept.chunk = kept = _memory(like, (size,))
+            _kept.chunk = kept = _memory(like, (size,), dtype)
     return kept[:size].view(rows, columns)
 
 

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
         return
     reason = "no CUDA device" if not torch.cuda.is_available() else roadmap_ext.build_info()["cuda_reason"]
     for item in items:
-        if "cuda" in item.keywords:
+        if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -42,7 +42,7 @@ bool on_device(const Tensor& t) { return t.is_cuda(); }
 // The device of a tensor is the current one as long as this lives; its current stream is the only one used.
 struct Device {
   explicit Device(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -184,20 +184,13 @@ Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, void* strea
 }
 
 // The steps that an op needs.
-uint32_t steps_of(Op op, bool ap, bool smooth, bool sorted, bool gradient) {
-  uint32_t steps = kRoles;
-  if (op == Op::kCount) return steps;
-  steps |= kCollect | kWeights;
-  if (sorted && (ap || op != Op::kObjective)) steps |= kSort;
-  if (op != Op::kRankGradient) steps |= kNegatives | (ap ? kPositives : 0);
-  if (gradient) steps |= kGradient | kScatter | (smooth && ap ? kOwn : 0);
-  return steps;
-}
-
 template <typename S>
 uint32_t steps_of(const RowParams<S>& p) {
-  // On chip float64 loads its positives in the sort, too.
-  return steps_of(p.op, p.ap, p.pair.smooth, true, p.gradient_type != GradientType::kNone);
+  uint32_t steps = kRoles | kCollect | kWeights;
+  if (p.ap) steps |= kSort;
+  if (p.op != Op::kRankGradient) steps |= kNegatives | (p.ap ? kPositives : 0);
+  if (p.gradient_type != GradientType::kNone) steps |= kGradient | kScatter | (p.pair.smooth && p.ap ? kOwn : 0);
+  return steps;
 }
 
 template <typename S>

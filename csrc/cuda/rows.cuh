@@ -308,6 +308,7 @@ class RowKernel {
       at += total;
     }
     simt::barrier();
+    if (on_chip()) load(0);
     return true;
   }
 
@@ -316,7 +317,8 @@ class RowKernel {
     return p_.column_scale ? raw * p_.column_scale[column] * p_.row_scale[row_] : raw;
   }
 
-  // Columns and scores of a piece to the chip. Off chip, a piece before it may still be read by other threads.
+  // Columns and scores of a piece to the chip, where columns are already if nothing leaves it. Off chip, a piece before it
+  // may still be read by other threads.
   ROADMAP_DEVICE void load(int piece) {
     const int n = piece_size(piece);
     if (!on_chip()) simt::barrier();
@@ -330,10 +332,9 @@ class RowKernel {
 
   // Pieces sorted by score, ties by column. float64 has no use for an order.
   ROADMAP_DEVICE void sort() {
-    if (sizeof(T) == 8 && !on_chip()) return;
+    if (sizeof(T) == 8) return;
     for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
-      load(piece);
-      if (sizeof(T) == 8) return;
+      if (!on_chip()) load(piece);
       const int n = piece_size(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -462,7 +463,7 @@ class RowKernel {
         if (bits >> j & 1) x[j] = widen(scores[at + j]);
       }
     }
-    if (p_.column_scale) {
+    if (p_.column_scale) {  // in the order of score_of: equal scores are to be ties
       const T row_scale = p_.row_scale[row_];
       if (at + kColumns <= p_.columns && simt::address(p_.column_scale) % 16 == 0) {
         constexpr int kEach = 16 / sizeof(T);
@@ -470,12 +471,12 @@ class RowKernel {
         for (int v = 0; v < kColumns / kEach; ++v) {
           const auto part = simt::load_as<Vector<T>>(p_.column_scale, at + v * kEach);
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) x[v * kEach + j] *= part.at[j] * row_scale;
+          for (int j = 0; j < kEach; ++j) x[v * kEach + j] = x[v * kEach + j] * part.at[j] * row_scale;
         }
       } else {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          if (bits >> j & 1) x[j] *= p_.column_scale[at + j] * row_scale;
+          if (bits >> j & 1) x[j] = x[j] * p_.column_scale[at + j] * row_scale;
         }
       }
     }
@@ -662,8 +663,10 @@ class RowKernel {
 
   ROADMAP_DEVICE Logistic<T> limit(T v, T u) const {
     const T t = gap_of(v, u);
-    const Logistic<T> s = logistic_of(t, k_);
-    return k_.smooth ? s : surrogate(t, s, k_);
+    Logistic<T> h = logistic_of(t, k_);
+    if (!k_.smooth) h = surrogate(t, h, k_);
+    if (v == u && !is_finite(u)) h.slope = 0;  // such a tie stays one when either moves
+    return h;
   }
 
   // The sums of all threads for positive `first` + i to the chip, in a fixed order; more: added to what is there.
@@ -924,8 +927,8 @@ class RowKernel {
         double sum = 0;
         for (int j = 0; j < size_; ++j) {
           if (j == begin + i) continue;
-          const T slope = logistic_of(gap_of(any_score(j), u), k_).slope;
-          if (slope != T(0)) sum += (any_above(j) - weight) * static_cast<double>(slope);
+          const T other = any_score(j), slope = logistic_of(gap_of(other, u), k_).slope;
+          if (slope != T(0) && !(other == u && !is_finite(u))) sum += (any_above(j) - weight) * static_cast<double>(slope);
         }
         sum *= outcome(kUnit) / k_.tau;
         if (on_chip()) {

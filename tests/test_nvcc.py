@@ -1,0 +1,114 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: warnings are errors, and hot kernels keep all in registers."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tools.cuda import is_toolkit, toolkit_candidates
+
+SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
+ARCHS = (80, 90)
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"]
+HOT = ("row_kernel", "scale_kernel")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of one arch: what it takes of a multiprocessor, and what did not fit in registers, in bytes."""
+
+    name: str
+    arch: str
+    registers: int
+    shared: int  # without what the launch asks for
+    stack: int
+    spills: int
+
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels in what `ptxas -v` says, each with the functions that it calls."""
+    entries = list(ENTRY.finditer(report))
+    ends = [entry.start() for entry in entries[1:]] + [len(report)]
+    kernels = []
+    for entry, end in zip(entries, ends, strict=True):
+        text = report[entry.end() : end]
+        stack, stores, loads = (sum(map(int, sizes)) for sizes in zip(*STACK.findall(text), strict=True))
+        registers, shared = USED.search(text).groups()
+        kernels.append(Kernel(*entry.groups(), int(registers), int(shared or 0), stack, stores + loads))
+    return kernels
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Readable names, without what they take, if there is a tool for it."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if not tool or not names:
+        return names
+    lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = [line.replace("(anonymous namespace)::", "").replace("roadmap::cuda::", "") for line in lines.splitlines()]
+    return [name.removeprefix("void ").partition("(")[0] for name in short]
+
+
+def compile_source(nvcc: Path, source: Path, folder: Path) -> str:
+    """The report of ptxas on a source, for all archs."""
+    archs = [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    out = ["-c", str(source), "-o", str(folder / f"{source.stem}.o"), "--threads", str(len(ARCHS))]
+    result = subprocess.run([str(nvcc), *FLAGS, *archs, *out], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{source.name} does not compile without a warning:\n{result.stderr}{result.stdout}")
+    return result.stderr + result.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """All kernels of all sources, compiled once."""
+    roots = [root for root in toolkit_candidates(os.environ) if is_toolkit(root)]
+    if not roots:
+        pytest.skip("there is no CUDA toolkit: set CUDA_HOME")
+    if not SOURCES:
+        pytest.skip("there is no csrc/cuda/*.cu")
+    folder = tmp_path_factory.mktemp("nvcc")
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // len(ARCHS))) as pool:
+        reports = pool.map(lambda source: compile_source(roots[0] / "bin" / "nvcc", source, folder), SOURCES)
+        return [kernel for report in reports for kernel in parse(report)]
+
+
+def test_hot_kernels_keep_all_in_registers(kernels, capsys):
+    with capsys.disabled():
+        print(f"\n  {'kernel':<56}{'arch':<8}{'registers':>9}{'shared':>8}{'stack':>7}{'spills':>8}")
+        for k, name in sorted(
+            zip(kernels, demangled([k.name for k in kernels]), strict=True), key=lambda pair: pair[1]
+        ):
+            print(f"  {name:<56}{k.arch:<8}{k.registers:>9}{k.shared:>8}{k.stack:>7}{k.spills:>8}")
+    hot = [kernel for kernel in kernels if any(name in kernel.name for name in HOT)]
+    assert {kernel.arch for kernel in hot} == {f"sm_{arch}" for arch in ARCHS}
+    assert all(any(name in kernel.name for kernel in hot) for name in HOT)
+    assert not [kernel for kernel in hot if kernel.stack or kernel.spills]
+
+
+def test_the_report_is_understood():
+    report = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z10row_kernelIfEv' for 'sm_80'
+ptxas info    : Function properties for _Z10row_kernelIfEv
+    8 bytes stack frame, 16 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 8 bytes cumulative stack size, 128 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compile time = 10.000 ms
+ptxas info    : Compiling entry function '_Z12scale_kernelv' for 'sm_90'
+ptxas info    : Function properties for _Z12scale_kernelv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers
+"""
+    assert parse(report) == [
+        Kernel("_Z10row_kernelIfEv", "sm_80", 64, 128, 8, 48),
+        Kernel("_Z12scale_kernelv", "sm_90", 12, 0, 0, 0),
+    ]
