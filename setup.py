@@ -86,7 +86,8 @@ def extension():
     cpp_extension.CUDA_HOME = str(decision.root)  # read when torch was imported
     arguments["sources"] += cuda_sources + sorted(glob("csrc/cuda/*.cpp"))
     arguments["define_macros"] += [("USE_CUDA", "1")]
-    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+    hidden = "-Xcompiler=-fvisibility=hidden"
+    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", hidden]
     return cpp_extension.CUDAExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
 
 

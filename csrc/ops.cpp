@@ -406,9 +406,7 @@ Tensor rank_metrics_masked(Tensor scores, Tensor target, std::optional<Tensor> i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(roadmap_ext, m) {
-  roadmap::ops::define(m);
-}
+STABLE_TORCH_LIBRARY(roadmap_ext, m) { roadmap::ops::define(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("average_precision", TORCH_BOX(&average_precision));

@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
-                                         std::optional<double> offset) {
+                                       std::optional<double> offset) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
   STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
   STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
@@ -48,7 +48,9 @@ inline ScoreType score_type(const Tensor& t) {
 inline bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
 
 // Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
-inline Tensor dense_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+inline Tensor dense_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
@@ -85,7 +87,7 @@ void define(Library& m) {
       "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
       "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
       "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient, "
-      "Tensor(c!)? gradient) -> ()");
+      "Tensor(c!)? gradient=None) -> ()");
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");

@@ -1,5 +1,5 @@
-// What happens around the row kernel: the reduction of the losses, the gradient scaled in backward, where the ranks of each
-// row begin, and what surrounds the matrix products of an embedding loss.
+// What happens around the row kernel: the reduction of the losses, the gradient scaled in backward, where the ranks of
+// each row begin, and what surrounds the matrix products of an embedding loss.
 #pragma once
 
 #include "elements.h"
@@ -97,7 +97,8 @@ ROADMAP_DEVICE void scale_rows(const ScaleParams<S>& p) {
   const int64_t row = simt::block() / p.segments, segment = simt::block() % p.segments;
   const int64_t from = row * p.columns;
   const auto by = factor_as(
-      static_cast<double>(p.weight[p.one_weight ? 0 : row]) * static_cast<double>(p.factor[p.one_factor ? 0 : row]), S{});
+      static_cast<double>(p.weight[p.one_weight ? 0 : row]) * static_cast<double>(p.factor[p.one_factor ? 0 : row]),
+      S{});
   // Whole vectors where the row is aligned; the rest one by one.
   const bool aligned = simt::address(p.gradient + from) % 16 == 0 && simt::address(p.out + from) % 16 == 0;
   const int64_t whole = aligned ? p.columns / kEach : 0;

@@ -5,10 +5,10 @@
 
 namespace roadmap::cuda {
 
-constexpr int kTile = 32;           // rows and columns of a tile of symmetrise
-constexpr int kScaleVectors = 4;    // of 16 bytes, of a thread of scale_rows
+constexpr int kTile = 32;         // rows and columns of a tile of symmetrise
+constexpr int kScaleVectors = 4;  // of 16 bytes, of a thread of scale_rows
 constexpr int kElementThreads = 256;
-constexpr int kOneBlock = 512;      // threads of a kernel of one block
+constexpr int kOneBlock = 512;  // threads of a kernel of one block
 
 // The reduced loss, and what its gradients are multiplied by.
 template <typename T>
@@ -26,12 +26,12 @@ struct ReduceParams {
 template <typename S>
 struct ScaleParams {
   int64_t rows = 0, columns = 0;
-  Global<const S> gradient{};                 // [rows, columns]
-  Global<const Accumulation<S>> weight{};     // [rows], or [1] for all
-  Global<const Accumulation<S>> factor{};     // [rows], or [1] for all
+  Global<const S> gradient{};              // [rows, columns]
+  Global<const Accumulation<S>> weight{};  // [rows], or [1] for all
+  Global<const Accumulation<S>> factor{};  // [rows], or [1] for all
   bool one_weight = false, one_factor = false;
-  Global<S> out{};                            // [rows, columns]
-  int64_t segments = 1;                       // of a row, a block each
+  Global<S> out{};       // [rows, columns]
+  int64_t segments = 1;  // of a row, a block each
   int threads = kElementThreads;
 };
 

@@ -1,5 +1,5 @@
-// Launchers of the CUDA kernels: what csrc/cuda/ops.cpp calls. Each returns a cudaError_t as int, 0 for success; the stream
-// is a cudaStream_t. No host code waits, but for read_back.
+// Launchers of the CUDA kernels: what csrc/cuda/ops.cpp calls. Each returns a cudaError_t as int, 0 for success; the
+// stream is a cudaStream_t. No host code waits, but for read_back.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// The ops on CUDA: checks, allocation, the choice of element type, and the launches of the plan. Nothing here waits for the
-// device, but for smooth_rank, which has to learn how many positives there are.
+// The ops on CUDA: checks, allocation, the choice of element type, and the launches of the plan. Nothing here waits for
+// the device, but for smooth_rank, which has to learn how many positives there are.
 //
-// The values of spans and columns lie on the device and are not checked here; the kernels touch nothing outside a list or
-// a row, whatever they hold.
+// The values of spans and columns lie on the device and are not checked here; the kernels touch nothing outside a list
+// or a row, whatever they hold.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -56,9 +56,7 @@ void check(int error, const char* what) {
   STD_TORCH_CHECK(error == 0, "roadmap_ext: ", what, " failed: ", error_text(error));
 }
 
-bool together(const Tensor& a, const Tensor& b) {
-  return on_device(b) && a.get_device_index() == b.get_device_index();
-}
+bool together(const Tensor& a, const Tensor& b) { return on_device(b) && a.get_device_index() == b.get_device_index(); }
 
 template <typename T>
 Global<T> global_of(const Tensor& t, int64_t size) {
@@ -270,10 +268,9 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
   const int64_t rows = gradient.size(0), columns = gradient.size(1);
   const Device device(gradient);
   const auto checked = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(
-        together(gradient, t) && t.scalar_type() == accumulation(gradient) &&
-            (t.numel() == 1 || (t.dim() == 1 && t.size(0) == rows)),
-        name, " must be one element or [rows] on the device and in the accumulation type of the gradient");
+    STD_TORCH_CHECK(together(gradient, t) && t.scalar_type() == accumulation(gradient) &&
+                        (t.numel() == 1 || (t.dim() == 1 && t.size(0) == rows)),
+                    name, " must be one element or [rows] on the device and in the accumulation type of the gradient");
     return torch::stable::contiguous(t);
   };
   const Tensor weights = checked(weight, "weight"), factors = checked(factor, "factor");
@@ -459,9 +456,9 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
   const Device device(scores);
   const int64_t entries = slope.numel();
   const auto checked = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 1 && together(scores, t) && t.size(0) == entries &&
-                        t.scalar_type() == accumulation(scores),
-                    name, " must have one element a positive, on the device and in the accumulation type of the scores");
+    STD_TORCH_CHECK(
+        t.dim() == 1 && together(scores, t) && t.size(0) == entries && t.scalar_type() == accumulation(scores), name,
+        " must have one element a positive, on the device and in the accumulation type of the scores");
     return torch::stable::contiguous(t);
   };
   const Tensor slopes = checked(slope, "slope"), negative = checked(negative_grad, "negative_grad");

@@ -1,4 +1,5 @@
-// One pair of a reference and a positive: sigma and the surrogate H- of smooth_rank.h, with its slope in units of 1 / tau.
+// One pair of a reference and a positive: sigma and the surrogate H- of smooth_rank.h, with its slope in units of 1 /
+// tau.
 //
 // float32 takes one exponential an element, not a pair: sigma((v - u) / tau) = 1 / (1 + e^((c - v) / tau) e^((u - c) /
 // tau)) with c, the centre, the score of a positive near u. That leaves a multiply-add and a reciprocal a pair. float64
@@ -29,8 +30,8 @@ ROADMAP_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 ROADMAP_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 ROADMAP_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
-// e^(gap / tau). The product with 1 / tau is compensated: its rounding alone would cost 20 ulp of the result. Limited to
-// the reach, an infinite gap leads to 0 or infinity and not to NaN.
+// e^(gap / tau). The product with 1 / tau is compensated: its rounding alone would cost 20 ulp of the result. Limited
+// to the reach, an infinite gap leads to 0 or infinity and not to NaN.
 ROADMAP_DEVICE float exponential(float gap, const PairConstants<float>& k) {
   const float x = fmaxf(-k.reach, fminf(k.reach, gap));
   const float high = x * k.rate;
@@ -52,8 +53,8 @@ ROADMAP_DEVICE double share(double v, double, const PairConstants<double>&) { re
 ROADMAP_DEVICE float factor(float u, float centre, const PairConstants<float>& k) { return exponential(u - centre, k); }
 ROADMAP_DEVICE double factor(double u, double, const PairConstants<double>&) { return u; }
 
-// sigma and its slope in units of 1 / tau. The slope is e s s, e = e^(-t / tau), rather than s - s s, which would be left
-// with an ulp of noise wherever sigma is nearly 1.
+// sigma and its slope in units of 1 / tau. The slope is e s s, e = e^(-t / tau), rather than s - s s, which would be
+// left with an ulp of noise wherever sigma is nearly 1.
 template <typename T>
 struct Logistic {
   T value, slope;
@@ -82,8 +83,8 @@ ROADMAP_DEVICE Logistic<T> surrogate(T t, const Logistic<T>& s, const PairConsta
   return {static_cast<T>(far + k.offset), k.rho_tau};
 }
 
-// Shares of a positive's rank- and slope that a thread has summed. Tails are summed as gaps, from a number of few bits near
-// the knee, and counted: rho (t - delta) + offset, rounded pair by pair, would cost the rank its last digits.
+// Shares of a positive's rank- and slope that a thread has summed. Tails are summed as gaps, from a number of few bits
+// near the knee, and counted: rho (t - delta) + offset, rounded pair by pair, would cost the rank its last digits.
 template <typename T>
 struct Shares {
   T value = 0, slope = 0;  // of the pairs up to the knee

@@ -44,7 +44,8 @@ inline int64_t words_of(int64_t columns) { return (columns + 31) / 32; }
 
 // The workspace of a launch at `memory`, or with null just its size.
 template <typename T>
-Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int capacity, char* memory, int64_t& bytes) {
+Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int capacity, char* memory,
+                          int64_t& bytes) {
   Carver carver(memory);
   Workspace<T> w;
   w.words = words_of(columns);
@@ -84,8 +85,8 @@ int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const
   return std::max<int64_t>(1, std::min(most, (bound - fixed) / std::max<int64_t>(1, each) - 1));
 }
 
-// Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device knows;
-// a launch for them comes along and finds nothing to do if there is none.
+// Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device
+// knows; a launch for them comes along and finds nothing to do if there is none.
 template <typename T>
 Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, const Resources& r) {
   Plan plan;
@@ -100,18 +101,21 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, c
   s.last_row = rows;
   s.steps = steps;
   const int64_t resident = int64_t(r.multiprocessors) * std::max(1, kMostThreads / s.threads);
-  // Few long rows: blocks share them, a step a launch. The launches cost as much as some ten thousand columns.
   const int64_t tiles = (columns + s.threads * kThreadColumns - 1) / (s.threads * kThreadColumns);
-  const bool few = 2 * rows <= resident ? columns >= 16384 : rows < 4 * r.multiprocessors && columns >= 65536;
   const auto add = [&](const Schedule& launch) {
     plan.launches.push_back(launch);
     plan.bytes = std::max(plan.bytes, workspace_bytes<T>(launch, rows, columns, r.capacity));
   };
+  // Few long rows: blocks share them, a step a launch, as many rows at a time as the workspace holds. The launches of a
+  // batch take as long as some ten thousand columns.
+  Schedule shared = s;
+  shared.on_chip = false;
+  shared.slots = fit_slots<T>(shared, rows, rows, columns, r);
+  const bool few = rows < 2 * resident && rows <= 8 * shared.slots && columns >= 16384;
   if (!count_only && (r.parts > 1 || (!r.parts && few))) {
-    s.on_chip = false;
-    s.parts = 1;
-    s.slots = fit_slots<T>(s, rows, rows, columns, r);
-    s.parts = r.parts ? r.parts : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({128, tiles, 2 * resident / s.slots})));
+    s = shared;
+    s.parts = r.parts ? r.parts
+                      : static_cast<int>(std::max<int64_t>(1, std::min({int64_t(128), tiles, 2 * resident / s.slots})));
     s.slots = fit_slots<T>(s, rows, rows, columns, r);
     for (int64_t first = 0; first < rows; first += s.slots) {
       s.first_row = first;

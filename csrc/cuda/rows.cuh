@@ -2,29 +2,27 @@
 //
 //   roles      masks or lists become two bits a column: negative, positive
 //   collect    the columns of the positives, ascending
-//   sort       the positives of a piece by score: neighbours share a centre, and far tiles are skipped for all that follow
-//   positives  rank+ of each, among the positives
-//   negatives  rank- of each, and its slope: the row streams past a few positives at a time
-//   weights    what a rank weighs in the loss; the loss
-//   own        smooth alone: the gradient between positives
-//   gradient   the row streams past all positives once more; every negative gets its gradient
-//   scatter    every positive gets its own
+//   sort       the positives of a piece by score: neighbours share a centre, and far tiles are skipped for all that
+//   follow positives  rank+ of each, among the positives negatives  rank- of each, and its slope: the row streams past
+//   a few positives at a time weights    what a rank weighs in the loss; the loss own        smooth alone: the gradient
+//   between positives gradient   the row streams past all positives once more; every negative gets its gradient scatter
+//   every positive gets its own
 //
 // A block works on a piece of the positives at a time, which lies in shared memory. Where all positives of a row fit,
-// nothing but the bits leaves the chip, and a block takes all steps of its rows in one launch ("on chip"). A longer list
-// goes by way of the workspace, in pieces. Few long rows are shared by many blocks: a step a launch.
+// nothing but the bits leaves the chip, and a block takes all steps of its rows in one launch ("on chip"). A longer
+// list goes by way of the workspace, in pieces. Few long rows are shared by many blocks: a step a launch.
 //
-// Scores stay untouched until the gradient is written, a column by the thread that has read it, and columns of positives
-// last of all: the gradient may overwrite the scores.
+// Scores stay untouched until the gradient is written, a column by the thread that has read it, and columns of
+// positives last of all: the gradient may overwrite the scores.
 #pragma once
 
 #include "pairs.cuh"
 
 namespace roadmap::cuda {
 
-constexpr int kGroup = 4;    // positives whose sums a thread holds in registers at a time
-constexpr int kWord = 32;    // columns of a word of a bitmap
-constexpr int kTiles = 32;   // after which sums leave their thread: longer ones would drift
+constexpr int kGroup = 4;   // positives whose sums a thread holds in registers at a time
+constexpr int kWord = 32;   // columns of a word of a bitmap
+constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
 // 16 bytes that are loaded and stored at once.
 template <typename T>
@@ -80,7 +78,9 @@ class RowKernel {
       if (!collect()) return;  // too many for the chip
     }
     if (!(wanted & (kRoles | kCollect))) size_ = count_parts(p_.schedule.parts);
-    if (wanted & kSort) sort();
+    if constexpr (sizeof(T) == 4) {
+      if (wanted & kSort) sort();
+    }
     if ((wanted & kPositives) && ranks()) rank_positives();
     if ((wanted & kNegatives) && p_.op != Op::kRankGradient) rank_negatives();
     if (wanted & kWeights) weights();
@@ -254,7 +254,7 @@ class RowKernel {
   // Sets or clears the bits of a row's listed columns within words [begin, end). No span and no column leads elsewhere.
   ROADMAP_DEVICE void mark(const Lists& lists, int begin, int end, bool set, const Global<uint32_t>& bits) {
     if (!lists.span) return;
-    const int64_t first = larger<int64_t>(0, lists.span[2 * row_]);
+    const int64_t first = smaller<int64_t>(lists.size, larger<int64_t>(0, lists.span[2 * row_]));
     const int64_t last = smaller<int64_t>(lists.size, lists.span[2 * row_ + 1]);
     const int64_t stop = stop_of(end);
     for (int64_t k = first + simt::thread(); k < last; k += simt::threads()) {
@@ -317,8 +317,8 @@ class RowKernel {
     return p_.column_scale ? raw * p_.column_scale[column] * p_.row_scale[row_] : raw;
   }
 
-  // Columns and scores of a piece to the chip, where columns are already if nothing leaves it. Off chip, a piece before it
-  // may still be read by other threads.
+  // Columns and scores of a piece to the chip, where columns are already if nothing leaves it. Off chip, a piece before
+  // it may still be read by other threads.
   ROADMAP_DEVICE void load(int piece) {
     const int n = piece_size(piece);
     if (!on_chip()) simt::barrier();
@@ -332,7 +332,6 @@ class RowKernel {
 
   // Pieces sorted by score, ties by column. float64 has no use for an order.
   ROADMAP_DEVICE void sort() {
-    if (sizeof(T) == 8) return;
     for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
       if (!on_chip()) load(piece);
       const int n = piece_size(piece);
@@ -732,9 +731,7 @@ class RowKernel {
   }
 
   // The share of rank- in the rank directly: 1 - AP would cancel where the ranking is nearly right.
-  static ROADMAP_DEVICE double miss(const Ranks& r) {
-    return is_finite(r.below) ? r.below / (r.above + r.below) : 1.0;
-  }
+  static ROADMAP_DEVICE double miss(const Ranks& r) { return is_finite(r.below) ? r.below / (r.above + r.below) : 1.0; }
 
   // Where the numbers of a positive lie among those of all, or -1.
   ROADMAP_DEVICE int64_t entry(int piece, int i) const {
@@ -811,8 +808,8 @@ class RowKernel {
     simt::barrier();
   }
 
-  // Unit of the weights, scale of the gradient (both as they are multiplied), whether a score is NaN, how many hinges of
-  // negatives are not 0, and their sum.
+  // Unit of the weights, scale of the gradient (both as they are multiplied), whether a score is NaN, how many hinges
+  // of negatives are not 0, and their sum.
   enum { kUnit, kScale, kNan, kHinges, kHingeSum };
   ROADMAP_DEVICE double outcome(int i) const {
     return on_chip() ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
@@ -928,7 +925,8 @@ class RowKernel {
         for (int j = 0; j < size_; ++j) {
           if (j == begin + i) continue;
           const T other = any_score(j), slope = logistic_of(gap_of(other, u), k_).slope;
-          if (slope != T(0) && !(other == u && !is_finite(u))) sum += (any_above(j) - weight) * static_cast<double>(slope);
+          if (slope != T(0) && !(other == u && !is_finite(u)))
+            sum += (any_above(j) - weight) * static_cast<double>(slope);
         }
         sum *= outcome(kUnit) / k_.tau;
         if (on_chip()) {
@@ -1119,16 +1117,16 @@ class RowKernel {
 
   // A piece of the positives, [capacity] each.
   simt::Shared<T> score_;
-  simt::Shared<T> factor_;          // of the exponential, see pairs.cuh
-  simt::Shared<T> centre_;          // that it was taken from
-  simt::Shared<T> weight_;          // dloss/drank- in units of the largest
-  simt::Shared<double> above_;      // rank+, then dloss/drank+ in units of the largest
-  simt::Shared<double> below_;      // rank-
-  simt::Shared<double> slope_;      // of rank-, then the positive's own gradient
+  simt::Shared<T> factor_;      // of the exponential, see pairs.cuh
+  simt::Shared<T> centre_;      // that it was taken from
+  simt::Shared<T> weight_;      // dloss/drank- in units of the largest
+  simt::Shared<double> above_;  // rank+, then dloss/drank+ in units of the largest
+  simt::Shared<double> below_;  // rank-
+  simt::Shared<double> slope_;  // of rank-, then the positive's own gradient
   simt::Shared<int32_t> column_;
-  simt::Shared<int32_t> order_;     // workspace of sort
-  simt::Shared<double> sums_;       // [warps, 2 kGroup]
-  simt::Shared<double> outcome_;    // [kOutcome]  of the row, for the steps that follow
+  simt::Shared<int32_t> order_;   // workspace of sort
+  simt::Shared<double> sums_;     // [warps, 2 kGroup]
+  simt::Shared<double> outcome_;  // [kOutcome]  of the row, for the steps that follow
 
   int part_ = 0;
   int64_t slot_ = 0, row_ = 0;

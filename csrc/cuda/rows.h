@@ -102,28 +102,28 @@ enum Step : uint32_t {
 // Who does what. Rows first_row, first_row + 1, ... are dealt to slots; `parts` blocks share a slot.
 struct Schedule {
   uint32_t steps = kAllSteps;
-  int threads = 0;            // a block; a multiple of 32
+  int threads = 0;  // a block; a multiple of 32
   int parts = 1;
   int64_t slots = 0;
   int64_t first_row = 0, last_row = 0;
-  bool on_chip = true;        // rows of one piece, which never leaves the block; else any row, by way of the workspace
-  bool only_longer = false;   // off chip: leave out the rows that were done on chip
+  bool on_chip = true;       // rows of one piece, which never leaves the block; else any row, by way of the workspace
+  bool only_longer = false;  // off chip: leave out the rows that were done on chip
 };
 
 // Memory for the rows in flight, [slots] each.
 template <typename T>
 struct Workspace {
-  int64_t words = 0;           // of a bitmap: a bit a column
-  Global<uint32_t> negative{};   // [slots, words]
-  Global<uint32_t> positive{};   // [slots, words]
-  Global<int32_t> count{};       // [rows]  positives of a row
+  int64_t words = 0;            // of a bitmap: a bit a column
+  Global<uint32_t> negative{};  // [slots, words]
+  Global<uint32_t> positive{};  // [slots, words]
+  Global<int32_t> count{};      // [rows]  positives of a row
   // Off chip:
   Global<int32_t> part_count{};  // [slots, parts]  positives that a part found
   Global<int32_t> column{};      // [slots, columns]  of the positives: ascending, then sorted by score within a piece
-  Global<double> above{};             // [slots, columns]  rank+, then dloss/drank+
-  Global<double> below{};             // [slots, columns]  rank-, then dloss/drank-
-  Global<double> slope{};             // [slots, columns]  slope of rank-, then the positive's own gradient
-  Global<double> partial{};           // [slots, parts, 2, capacity]  rank- and slope over a span of columns
+  Global<double> above{};        // [slots, columns]  rank+, then dloss/drank+
+  Global<double> below{};        // [slots, columns]  rank-, then dloss/drank-
+  Global<double> slope{};        // [slots, columns]  slope of rank-, then the positive's own gradient
+  Global<double> partial{};      // [slots, parts, 2, capacity]  rank- and slope over a span of columns
   Global<double> hinge{};        // [slots, parts]  sum of the negative hinges over a span
   Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
   Global<double> outcome{};      // [slots, kOutcome]
@@ -139,31 +139,31 @@ struct RowParams {
   PairConstants<T> pair;
   Op op = Op::kLoss;
   int64_t rows = 0, columns = 0, score_stride = 0;
-  Global<const S> scores{};             // [rows, columns]
+  Global<const S> scores{};  // [rows, columns]
   Relation relation;
-  Global<const T> row_scale{};          // [rows]  null for 1: what is ranked is score x row scale x column scale
-  Global<const T> column_scale{};       // [columns]  null if and only if row_scale is
+  Global<const T> row_scale{};     // [rows]  null for 1: what is ranked is score x row scale x column scale
+  Global<const T> column_scale{};  // [columns]  null if and only if row_scale is
   bool ap = true, calibration = false;
   double positive_margin = 0, negative_margin = 0;
 
   GradientType gradient_type = GradientType::kNone;
-  Global<T> gradient{};                 // [rows, columns]  kFull; may be the scores
-  Global<uint16_t> gradient_half{};     // [rows, columns]  kHalf, kBFloat
+  Global<T> gradient{};              // [rows, columns]  kFull; may be the scores
+  Global<uint16_t> gradient_half{};  // [rows, columns]  kHalf, kBFloat
 
-  Global<T> loss{};                     // [rows]  kLoss
-  Global<T> unscale{};                  // [rows]  kLoss of half types: gradient times this is the true one; may be null
-  Global<const double> weight{};        // [rows, 3]  kObjective
-  Global<double> value{};               // [rows, 5]  kObjective
-  Global<int64_t> counts{};             // [rows, 2]  kCount: positives and negatives
-  Global<const int64_t> first{};        // [rows + 1]  kRank, kRankGradient: where a row's entries begin
-  int64_t entries = 0;                // of which there are so many
-  Global<int64_t> query{}, reference{};   // [entries]  kRank
-  Global<T> positive_rank{};            // [entries]  kRank
-  Global<T> negative_rank{};            // [entries]  kRank
-  Global<T> slope_out{};                // [entries]  kRank; may be null
-  Global<const T> slope_in{};           // [entries]  kRankGradient
-  Global<const T> positive_weight{};    // [entries]  kRankGradient; may be null
-  Global<const T> negative_weight{};    // [entries]  kRankGradient
+  Global<T> loss{};               // [rows]  kLoss
+  Global<T> unscale{};            // [rows]  kLoss of half types: gradient times this is the true one; may be null
+  Global<const double> weight{};  // [rows, 3]  kObjective
+  Global<double> value{};         // [rows, 5]  kObjective
+  Global<int64_t> counts{};       // [rows, 2]  kCount: positives and negatives
+  Global<const int64_t> first{};  // [rows + 1]  kRank, kRankGradient: where a row's entries begin
+  int64_t entries = 0;            // of which there are so many
+  Global<int64_t> query{}, reference{};  // [entries]  kRank
+  Global<T> positive_rank{};             // [entries]  kRank
+  Global<T> negative_rank{};             // [entries]  kRank
+  Global<T> slope_out{};                 // [entries]  kRank; may be null
+  Global<const T> slope_in{};            // [entries]  kRankGradient
+  Global<const T> positive_weight{};     // [entries]  kRankGradient; may be null
+  Global<const T> negative_weight{};     // [entries]  kRankGradient
 
   Schedule schedule;
   Workspace<T> workspace;

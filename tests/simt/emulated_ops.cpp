@@ -1,12 +1,11 @@
-// The CUDA ops on the CPU, as torch.ops.roadmap_ext_emulated: csrc/cuda/ops.cpp as it is, with launchers that run the kernel
-// bodies under the emulator. tests/test_emulated.py builds this and holds it to the tests of the real ops.
-#include "../../csrc/cuda/ops.cpp"
-
+// The CUDA ops on the CPU, as torch.ops.roadmap_ext_emulated: csrc/cuda/ops.cpp as it is, with launchers that run the
+// kernel bodies under the emulator. tests/test_emulated.py builds this and holds it to the tests of the real ops.
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../../csrc/cuda/elements.cuh"
+#include "../../csrc/cuda/ops.cpp"
 #include "../../csrc/cuda/rows.cuh"
 
 namespace roadmap::cuda {
@@ -17,6 +16,7 @@ namespace {
 Resources emulated = {2};
 std::string failure;
 int64_t launched = 0;
+uint64_t noise = 1;  // of the errors of the fast functions
 
 constexpr int kShortPiece = 32;
 
@@ -24,7 +24,7 @@ template <typename Body>
 int emulate(int64_t blocks, int threads, int bytes, const Body& body) {
   ++launched;
   try {
-    simt::run({blocks, threads, bytes, 0}, body);
+    simt::run({blocks, threads, bytes, 0, noise}, body);
     return 0;
   } catch (const std::exception& error) {
     failure = error.what();
@@ -85,14 +85,29 @@ int read_back(Global<const int64_t> from, int64_t& to, void*) {
 
 }  // namespace roadmap::cuda
 
-// For the tests: what device to play, and the order of its threads.
-extern "C" __attribute__((visibility("default"))) void emulate_device(int multiprocessors, int64_t workspace, int threads,
-                                                                      int parts, int short_pieces, uint64_t seed) {
+// For the tests: what device to play, the order of its threads, and the errors of its fast functions.
+#define ROADMAP_EXPORT extern "C" __attribute__((visibility("default")))
+
+ROADMAP_EXPORT void emulate_device(int multiprocessors, int64_t workspace, int threads, int parts, int short_pieces,
+                                   uint64_t seed, uint64_t noise) {
   roadmap::cuda::emulated = {multiprocessors, workspace, threads, parts,
                              short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece};
   roadmap::simt::seed() = seed;
+  roadmap::cuda::noise = noise;
 }
-extern "C" __attribute__((visibility("default"))) int64_t launches() { return roadmap::cuda::launched; }
+ROADMAP_EXPORT int64_t launches() { return roadmap::cuda::launched; }
+// Launches and bytes of workspace of the plan for a matrix on a device of so many multiprocessors.
+ROADMAP_EXPORT void plan_of(int64_t rows, int64_t columns, int is_double, int multiprocessors, int64_t* out) {
+  using namespace roadmap::cuda;
+  const Plan plan = is_double ? make_plan<double>(rows, columns, false, kAllSteps, {multiprocessors})
+                              : make_plan<float>(rows, columns, false, kAllSteps, {multiprocessors});
+  out[0] = static_cast<int64_t>(plan.launches.size());
+  out[1] = plan.bytes;
+  out[2] = 0;  // blocks in flight at least, over the launches that do most of the work
+  for (const Schedule& s : plan.launches) {
+    if (s.steps & kNegatives) out[2] = std::max(out[2], s.slots * s.parts * s.threads);
+  }
+}
 
 STABLE_TORCH_LIBRARY(roadmap_ext_emulated, m) { roadmap::ops::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext_emulated, CPU, m) { roadmap::cuda::implement(m); }

@@ -600,8 +600,17 @@ inline float perturbed(double y, float argument) {
 
 }  // namespace detail
 
-inline float exp2_fast(float x) { return detail::perturbed(std::exp2(static_cast<double>(detail::flush(x))), x); }
-inline float reciprocal_fast(float x) { return detail::perturbed(1.0 / static_cast<double>(detail::flush(x)), x); }
+// 2^0 is 1, by the PTX manual. That 1 / 2^n is exact no manual says; tables that the hardware interpolates start there,
+// and what rests on it (ties, constant rows) a GPU confirms by the same tests.
+inline float exp2_fast(float x) {
+  return x == 0 ? 1 : detail::perturbed(std::exp2(static_cast<double>(detail::flush(x))), x);
+}
+inline float reciprocal_fast(float x) {
+  int exponent;
+  const float y = detail::flush(static_cast<float>(1.0 / static_cast<double>(detail::flush(x))));
+  if (std::fabs(std::frexp(x, &exponent)) == 0.5f) return y;
+  return detail::perturbed(1.0 / static_cast<double>(detail::flush(x)), x);
+}
 
 using roadmap::bfloat_to_float;
 using roadmap::float_to_bfloat;

@@ -1,7 +1,7 @@
 """A pytest plugin: the ops of this run are the CUDA ones, emulated on the CPU.
 
-`python -m pytest -p plugin` with ROADMAP_EMULATED naming the library that tests/test_emulated.py builds. Tests then call
-the package as ever; each test plays one of several devices, so that every schedule meets every kind of input.
+`python -m pytest -p plugin` with ROADMAP_EMULATED naming the library that tests/test_emulated.py builds. Tests then
+call the package as ever; each test plays one of several devices, so that every schedule meets every kind of input.
 """
 
 import ctypes
@@ -51,17 +51,23 @@ def pytest_configure(config):
     path = os.environ["ROADMAP_EMULATED"]
     library = ctypes.CDLL(path)
     torch.ops.load_library(path)
-    library.emulate_device.argtypes = [*[ctypes.c_int, ctypes.c_int64], *[ctypes.c_int] * 3, ctypes.c_uint64]
+    library.emulate_device.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_int] * 3, *[ctypes.c_uint64] * 2]
+    library.plan_of.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_int] * 2, ctypes.POINTER(ctypes.c_int64)]
     library.launches.restype = ctypes.c_int64
     config.emulated = library
     torch.ops.roadmap_ext = Ops(torch.ops.roadmap_ext, torch.ops.roadmap_ext_emulated)
 
 
+@pytest.fixture
+def emulated(request):
+    """The library itself."""
+    return request.config.emulated
+
+
 @pytest.fixture(autouse=True)
 def _device(request):
     name = zlib.crc32(request.node.nodeid.encode())
-    request.config.emulated.emulate_device(*DEVICES[name % len(DEVICES)], 1 + name)
-    yield
+    request.config.emulated.emulate_device(*DEVICES[name % len(DEVICES)], 1 + name, 1 + name)
 
 
 def pytest_terminal_summary(terminalreporter, config):
