@@ -58,7 +58,7 @@ def test_first_real_toolkit_is_taken(tmp_path):
     ("case", "reason"),
     [
         ("cpu torch", "torch 2.13.0 is a CPU build: install a CUDA build of torch and build again"),
-        ("no sources", "this version of roadmap_ext has CPU kernels only"),
+        ("no sources", "the sources of the CUDA kernels, csrc/cuda, are not in this tree"),
         ("no toolkit", "no CUDA toolkit was found for torch's CUDA 13.0"),
         ("wrapper", "no CUDA toolkit was found for torch's CUDA 13.0"),
         ("other major", "is CUDA 12.8, but torch 2.13.0 was built with CUDA 13.0: their major versions must agree"),

@@ -99,7 +99,7 @@ def _decide(
     if environ.get("FORCE_CUDA") == "0":
         return Decision(False, "FORCE_CUDA=0 was set")
     if not sources:
-        return Decision(False, "this version of roadmap_ext has CPU kernels only")
+        return Decision(False, "the sources of the CUDA kernels, csrc/cuda, are not in this tree")
     if not torch_cuda:
         return Decision(False, f"torch {torch_version} is a CPU build: install a CUDA build of torch and build again")
     tried = candidates(environ)
