@@ -251,7 +251,8 @@ def roadmap_loss(
     The AP loss is :func:`ap_loss`'s, whose settings are taken here, too. Loss and gradients are computed together, a
     chunk of queries at a time; for backward the embeddings and their gradients are kept. Half types, and anything
     under autocast, are computed in float32 on the CPU, and gradients are rounded to the embeddings' dtype after the
-    gradient of the loss (GradScaler's factor) has been multiplied in. Second derivatives raise.
+    gradient of the loss (GradScaler's factor) has been multiplied in. On CUDA half types enter the products as they
+    are, and the sums are float32. Second derivatives raise.
 
     Args:
         embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.

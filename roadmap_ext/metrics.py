@@ -217,7 +217,7 @@ def _by_kernel(
     rows, columns = len(queries), len(references)
     values = queries.new_empty((rows, 4), dtype=torch.float64)
     step = _chunk_rows(rows, _BUDGET // max(1, columns * queries.element_size()), chunk_size)
-    buffer = _chunk(references, min(step, rows), columns)
+    buffer = _chunk(references, min(step, rows), columns, references.dtype)
     positive, left_out = relation.positive, relation.left_out
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
