@@ -92,7 +92,7 @@ lint: $(MADE)/lint
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 # Needs a compiler alone: the core knows nothing of torch.
 asan:

@@ -297,8 +297,9 @@ def sweep(
                     others.add(gradient.T, vectors, every, first)
         if not rows:
             others.gradient.zero_()
-        own = queries.finish(raised)
-        return values, own, own.new_empty((0, 0)) if references is None else others.finish(raised)
+        first_gradient = queries.finish(raised)
+        none = first_gradient.new_empty((0, 0))
+        return values, first_gradient, none if references is None else others.finish(raised)
 
 
 def _product_dtype(embeddings: Tensor, references: Tensor | None, dtype: torch.dtype) -> torch.dtype:
