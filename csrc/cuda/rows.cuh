@@ -20,7 +20,6 @@
 
 namespace roadmap::cuda {
 
-constexpr int kGroup = 4;   // positives whose sums a thread holds in registers at a time
 constexpr int kWord = 32;   // columns of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
@@ -37,6 +36,7 @@ class RowKernel {
   // Columns of a thread at a time: 16 bytes of a half type, and a whole number of them in a byte of a bitmap.
   static constexpr int kColumns = sizeof(T) == 8 ? 4 : 8;
   static constexpr uint32_t kColumnBits = (1u << kColumns) - 1;
+  static constexpr int kGroup = sizeof(T) == 8 ? 2 : 4;  // positives whose sums a thread holds in registers
 
  public:
   ROADMAP_DEVICE RowKernel(const Params& p, char* shared)
@@ -440,37 +440,47 @@ class RowKernel {
 
   // --- the row ------------------------------------------------------------------------------------------------------
 
-  // Columns [at, at + 8) of the row, and the byte of their negatives. All others, and what lies past the end, are -inf:
-  // there H- and its slope vanish. `at` is a multiple of 8.
-  ROADMAP_DEVICE uint32_t load_columns(int at, int end, T (&x)[kColumns]) const {
-    const uint32_t bits = at < end ? p_.workspace.negative[word_at(at / kWord)] >> (at % kWord) & kColumnBits : 0u;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) x[j] = -infinity();
-    if (!bits) return 0;
+  // Columns [at, at + 8) of the row as they lie in memory, and the word of their negatives. `at` is a multiple of 8.
+  static constexpr int kEach = 16 / sizeof(S);
+  struct Fetched {
+    uint32_t word;
+    Vector<S> part[kColumns / kEach];
+  };
+  // Nothing is computed here and no load waits for another, so that a tile is on its way while the one before is worked
+  // on.
+  ROADMAP_DEVICE Fetched fetch(int at, int end) const {
+    Fetched f;
+    f.word = 0;
+    if (at < end) f.word = p_.workspace.negative[word_at(at / kWord)];
     const Global<const S> scores = p_.scores + row_ * p_.score_stride;
-    if (at + kColumns <= p_.columns && simt::address(scores) % 16 == 0) {
-      constexpr int kEach = 16 / sizeof(S);
+    const bool whole = at + kColumns <= end && simt::address(scores) % 16 == 0;
 #pragma unroll
-      for (int v = 0; v < kColumns / kEach; ++v) {
-        const auto part = simt::load_as<Vector<S>>(scores, at + v * kEach);
+    for (int v = 0; v < kColumns / kEach; ++v) {
+      if (whole) {
+        f.part[v] = simt::load_as<Vector<S>>(scores, at + v * kEach);
+      } else {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) x[v * kEach + j] = widen(part.at[j]);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        if (bits >> j & 1) x[j] = widen(scores[at + j]);
+        for (int j = 0; j < kEach; ++j) f.part[v].at[j] = at + v * kEach + j < end ? scores[at + v * kEach + j] : S{};
       }
     }
-    if (p_.column_scale) {  // in the order of score_of: equal scores are to be ties
+    return f;
+  }
+
+  // The columns as they are ranked, and the byte of their negatives. All others, and what lies past the end, are -inf:
+  // there H- and its slope vanish.
+  ROADMAP_DEVICE uint32_t unpack(const Fetched& f, int at, T (&x)[kColumns]) const {
+    const uint32_t bits = f.word >> (at % kWord) & kColumnBits;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) x[j] = widen(f.part[j / kEach].at[j % kEach]);
+    if (p_.column_scale && bits) {  // in the order of score_of: equal scores are to be ties
       const T row_scale = p_.row_scale[row_];
       if (at + kColumns <= p_.columns && simt::address(p_.column_scale) % 16 == 0) {
-        constexpr int kEach = 16 / sizeof(T);
+        constexpr int kScales = 16 / sizeof(T);
 #pragma unroll
-        for (int v = 0; v < kColumns / kEach; ++v) {
-          const auto part = simt::load_as<Vector<T>>(p_.column_scale, at + v * kEach);
+        for (int v = 0; v < kColumns / kScales; ++v) {
+          const auto part = simt::load_as<Vector<T>>(p_.column_scale, at + v * kScales);
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) x[v * kEach + j] = x[v * kEach + j] * part.at[j] * row_scale;
+          for (int j = 0; j < kScales; ++j) x[v * kScales + j] = x[v * kScales + j] * part.at[j] * row_scale;
         }
       } else {
 #pragma unroll
@@ -568,9 +578,13 @@ class RowKernel {
     const T lowest = n > 0 ? static_cast<T>(score_[first]) : infinity();  // float: they are sorted
     const T out_of_reach = sizeof(T) == 4 ? lowest - k_.cut : -infinity();
     Shares<T> sum[kGroup];
-    for (; tile < last; ++tile) {
+    const int stride = simt::threads() * kColumns;
+    int at = begin + tile * stride + simt::thread() * kColumns;
+    Fetched next = fetch(at, end);
+    for (; tile < last; ++tile, at += stride) {
       T x[kColumns], a[kColumns];
-      load_columns(begin + (tile * simt::threads() + simt::thread()) * kColumns, end, x);
+      unpack(next, at, x);
+      if (tile + 1 < last) next = fetch(at + stride, end);
       if (look) look_at(x, nan);
       const T top = warp_top(x);
       if (top < out_of_reach || n <= 0) continue;
@@ -966,10 +980,12 @@ class RowKernel {
     int begin, end;
     share_columns(part_, p_.schedule.parts, begin, end);
     const int tile = simt::threads() * kColumns, tiles = (end - begin + tile - 1) / tile;
-    for (int t = 0; t < tiles; ++t) {
-      const int at = begin + t * tile + simt::thread() * kColumns;
+    int at = begin + simt::thread() * kColumns;
+    Fetched next = fetch(at, end);
+    for (int t = 0; t < tiles; ++t, at += tile) {
       T x[kColumns], g[kColumns];
-      const uint32_t bits = load_columns(at, end, x);
+      const uint32_t bits = unpack(next, at, x);
+      if (t + 1 < tiles) next = fetch(at + tile, end);
       const T top = warp_top(x);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[j] = 0;
@@ -977,7 +993,7 @@ class RowKernel {
         if (count > 1) load_weighted(piece);
         add_gradient(piece_size(piece), bits, x, top, g);
       }
-      if (at >= end || at < begin) continue;
+      if (at >= end) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         g[j] = nan && (bits >> j & 1) ? not_a_number() : g[j] * by;
