@@ -327,7 +327,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
     """out = left @ right, or with ``first`` off out += it; half types are summed in float32."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=0 if first else 1, out=out)
-    elif out.device.type == "cuda":
+    elif out.device.type == "cuda":  # which fake tensors do not know; `sweep` is opaque to them
         torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, beta=0 if first else 1, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=0 if first else 1, out=out)

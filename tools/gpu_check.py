@@ -25,7 +25,7 @@ from tools.cuda import is_toolkit, toolkit_candidates
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 470
 """For everything together."""
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,18 @@ ROADMAP_DEVICE void scale_rows(const ScaleParams<S>& p) {
   const bool aligned = simt::address(p.gradient + from) % 16 == 0 && simt::address(p.out + from) % 16 == 0;
   const int64_t whole = aligned ? p.columns / kEach : 0;
   const int64_t stride = int64_t(simt::threads()) * p.segments;
-  for (int64_t v = segment * simt::threads() + simt::thread(); v < whole; v += stride) {
-    auto x = simt::load_as<Elements<S>>(p.gradient, from + v * kEach);
+  for (int64_t v = segment * simt::threads() + simt::thread(); v < whole; v += kScaleVectors * stride) {
+    Elements<S> x[kScaleVectors];  // all on their way before the first is written: a store holds back loads that follow
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) x.at[j] = scaled(x.at[j], by);
-    simt::store_as(p.out, from + v * kEach, x);
+    for (int k = 0; k < kScaleVectors; ++k) {
+      if (v + k * stride < whole) x[k] = simt::load_as<Elements<S>>(p.gradient, from + (v + k * stride) * kEach);
+    }
+#pragma unroll
+    for (int k = 0; k < kScaleVectors; ++k) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) x[k].at[j] = scaled(x[k].at[j], by);
+      if (v + k * stride < whole) simt::store_as(p.out, from + (v + k * stride) * kEach, x[k]);
+    }
   }
   for (int64_t j = whole * kEach + segment * simt::threads() + simt::thread(); j < p.columns; j += stride) {
     const S x = p.gradient[from + j];

@@ -358,6 +358,7 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
     p.calibration = calibration;
     p.positive_margin = positive_margin;
     p.negative_margin = negative_margin;
+    p.margin = static_cast<T>(negative_margin);
     if (row_scale) {
       p.row_scale = global_of<const T>(*row_scale);
       p.column_scale = global_of<const T>(*column_scale);

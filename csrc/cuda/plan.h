@@ -77,12 +77,15 @@ int64_t workspace_bytes(const Schedule& s, int64_t rows, int64_t columns, int ca
 // As many slots as there is work and workspace for.
 template <typename T>
 int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const Resources& r) {
-  const int64_t bound = std::max(r.workspace, 32 * columns);
   s.slots = 0;
   const int64_t fixed = workspace_bytes<T>(s, rows, columns, r.capacity);
   s.slots = 1;
   const int64_t each = workspace_bytes<T>(s, rows, columns, r.capacity) - fixed;
-  return std::max<int64_t>(1, std::min(most, (bound - fixed) / std::max<int64_t>(1, each) - 1));
+  int64_t bound = std::max(r.workspace, 32 * columns);
+  if (fixed > bound / 2) bound += fixed;  // counts of so many rows must not leave all of them to one slot
+  s.slots = std::max<int64_t>(1, std::min(most, (bound - fixed) / std::max<int64_t>(1, each) + 1));
+  while (s.slots > 1 && workspace_bytes<T>(s, rows, columns, r.capacity) > bound) --s.slots;
+  return s.slots;
 }
 
 // Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device
@@ -97,6 +100,7 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, c
   if (!s.threads) {
     s.threads = 64;
     while (s.threads < kMostThreads && s.threads * kThreadColumns < columns) s.threads *= 2;
+    s.threads = std::min(s.threads, kMostThreads);
   }
   s.last_row = rows;
   s.steps = steps;

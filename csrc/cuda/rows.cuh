@@ -61,7 +61,7 @@ class RowKernel {
     slot_ = simt::block() / s.parts;
     if (slot_ >= s.slots) return;
     for (row_ = s.first_row + slot_; row_ < s.last_row; row_ += s.slots) {
-      if (s.only_longer && p_.workspace.count[row_] <= kCapacity) continue;
+      if (s.only_longer && !find_longer()) return;
       steps(s.steps);
       simt::barrier();  // the next row's roles overwrite what this one's last step reads
     }
@@ -87,6 +87,19 @@ class RowKernel {
     if ((wanted & kOwn) && smooth && gradient && weighs() && outcome(kNan) == 0) own();
     if ((wanted & kGradient) && gradient) gradients();
     if ((wanted & kScatter) && gradient) scatter();
+  }
+
+  // Goes on to the next row with more positives than fit on chip. Mostly there is none, so all threads look at once.
+  ROADMAP_DEVICE bool find_longer() {
+    const Schedule& s = p_.schedule;
+    for (; row_ < s.last_row; row_ += s.slots * simt::threads()) {
+      const int64_t row = row_ + s.slots * simt::thread();
+      const bool longer = row < s.last_row && p_.workspace.count[row] > kCapacity;
+      if (!simt::barrier_or(longer)) continue;
+      row_ -= s.slots * static_cast<int>(largest_over_block(longer ? -simt::thread() : -simt::threads()));
+      return true;
+    }
+    return false;
   }
 
   ROADMAP_DEVICE bool on_chip() const { return p_.schedule.on_chip; }
@@ -133,17 +146,23 @@ class RowKernel {
   struct Largest {
     ROADMAP_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
   };
+  // The sum over a warp, for every lane: a butterfly adds the same pairs in each.
+  template <typename N>
+  static ROADMAP_DEVICE N sum_over_warp(N x) {
+    for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) x += simt::shuffle_xor(x, mask);
+    return x;
+  }
   ROADMAP_DEVICE double sum_over_block(double x) { return over_block(x, Add()); }
   ROADMAP_DEVICE double largest_over_block(double x) { return over_block(x, Largest()); }
 
-  // The sum of x over the threads before this one; total: over all.
+  // The sum of x over the threads before this one; total: over all. Its caller has just met
+  // all others at a barrier, so that nobody still reads sums_.
   ROADMAP_DEVICE int sum_before(int x, int& total) {
     int inclusive = x;
     for (int delta = 1; delta < simt::kWarp; delta *= 2) {
       const int other = simt::shuffle_up(inclusive, delta);
       if (lane() >= delta) inclusive += other;
     }
-    simt::barrier();  // others may still read what was here
     if (lane() == simt::kWarp - 1) sums_[warp()] = inclusive;
     simt::barrier();
     int before = 0;
@@ -164,15 +183,11 @@ class RowKernel {
   ROADMAP_DEVICE void roles() {
     int begin, end;
     share_words(part_, p_.schedule.parts, begin, end);
-    if (p_.relation.target) {
-      mask_roles(begin, end);
-    } else {
-      list_roles(begin, end);
-    }
     int positives = 0, negatives = 0;
-    for (int w = begin + simt::thread(); w < end; w += simt::threads()) {  // words that this thread has written
-      positives += simt::count_bits(p_.workspace.positive[word_at(w)]);
-      negatives += simt::count_bits(p_.workspace.negative[word_at(w)]);
+    if (p_.relation.target) {
+      mask_roles(begin, end, positives, negatives);
+    } else {
+      list_roles(begin, end, positives, negatives);
     }
     const double found = sum_over_block(positives);
     if (p_.op == Op::kCount) {
@@ -192,7 +207,7 @@ class RowKernel {
     }
   }
 
-  ROADMAP_DEVICE void mask_roles(int begin, int end) {
+  ROADMAP_DEVICE void mask_roles(int begin, int end, int& positives, int& negatives) {
     const Relation& r = p_.relation;
     const Global<const uint8_t> target = r.target + row_ * r.target_stride;
     const Global<const uint8_t> ignore = r.ignore ? r.ignore + row_ * r.ignore_stride : r.ignore;
@@ -201,8 +216,11 @@ class RowKernel {
       const uint32_t valid = count == kWord ? ~0u : (1u << count) - 1;
       const uint32_t left_out = ignore ? mask_bits(ignore, at, count) : 0u;
       const uint32_t positive = mask_bits(target, at, count) & ~left_out;
+      const uint32_t negative = valid & ~positive & ~left_out;
       p_.workspace.positive[word_at(w)] = positive;
-      p_.workspace.negative[word_at(w)] = valid & ~positive & ~left_out;
+      p_.workspace.negative[word_at(w)] = negative;
+      positives += simt::count_bits(positive);
+      negatives += simt::count_bits(negative);
     }
   }
 
@@ -222,7 +240,7 @@ class RowKernel {
     return bits;
   }
 
-  ROADMAP_DEVICE void list_roles(int begin, int end) {
+  ROADMAP_DEVICE void list_roles(int begin, int end, int& positives, int& negatives) {
     const Relation& r = p_.relation;
     for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
       const int count = smaller(kWord, static_cast<int>(p_.columns) - w * kWord);
@@ -243,8 +261,10 @@ class RowKernel {
     simt::barrier();
     for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
       const uint32_t positive = p_.workspace.positive[word_at(w)];
-      const uint32_t negative = p_.workspace.negative[word_at(w)];
-      p_.workspace.negative[word_at(w)] = negative & ~positive;
+      const uint32_t negative = p_.workspace.negative[word_at(w)] & ~positive;
+      p_.workspace.negative[word_at(w)] = negative;
+      positives += simt::count_bits(positive);
+      negatives += simt::count_bits(negative);
     }
   }
 
@@ -274,8 +294,8 @@ class RowKernel {
   // How many the first `parts` parts have found.
   ROADMAP_DEVICE int count_parts(int parts) const {
     int sum = 0;
-    for (int part = 0; part < parts; ++part) sum += p_.workspace.part_count[part_at(part)];
-    return sum;
+    for (int part = lane(); part < parts; part += simt::kWarp) sum += p_.workspace.part_count[part_at(part)];
+    return sum_over_warp(sum);
   }
 
   // Their columns, ascending, to the chip or the workspace. False: too many for the chip, where this row is not done.
@@ -500,9 +520,9 @@ class RowKernel {
 
   // The largest of a warp's columns, NaN aside.
   ROADMAP_DEVICE T warp_top(const T (&x)[kColumns]) const {
-    T top = x[0] == x[0] ? x[0] : -infinity();
+    T top = -infinity();
 #pragma unroll
-    for (int j = 1; j < kColumns; ++j) top = larger(x[j] == x[j] ? x[j] : top, top);
+    for (int j = 0; j < kColumns; ++j) top = larger(x[j], top);
 #pragma unroll
     for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) top = larger(top, simt::shuffle_xor(top, mask));
     return top;
@@ -588,10 +608,12 @@ class RowKernel {
       if (look) look_at(x, nan);
       const T top = warp_top(x);
       if (top < out_of_reach || n <= 0) continue;
-      const bool below = k_.smooth || (sizeof(T) == 4 && top < lowest);  // no pair of this warp has t >= 0
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         if (i >= n) continue;
+        const T u = score_[first + i];
+        if (sizeof(T) == 4 && top < u - k_.cut) continue;  // with all that follow: they are sorted
+        const bool below = k_.smooth || top < u;           // no pair of this warp has t >= 0
         const T c = centre_[first + i], f = factor_[first + i];
         if (i == 0 || c != centre_[first + i - 1]) {
 #pragma unroll
@@ -607,7 +629,6 @@ class RowKernel {
             slope[j] = h.slope;
           }
         } else {
-          const T u = score_[first + i];
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
             const T t = x[j] - u;
@@ -643,15 +664,15 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
-    const T margin = static_cast<T>(p_.negative_margin);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) nan |= x[j] != x[j];
+    if (!p_.calibration) return;
     T sum = 0;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      nan |= x[j] != x[j];
-      if (p_.calibration && x[j] > margin) {
-        sum += x[j] - margin;
-        hinges_ += 1;
-      }
+      const bool above = x[j] > p_.margin;
+      sum += above ? x[j] - p_.margin : T(0);
+      hinges_ += above;
     }
     hinge_ += static_cast<double>(sum);
   }
@@ -706,25 +727,35 @@ class RowKernel {
 
   // --- weights ------------------------------------------------------------------------------------------------------
 
-  // rank+, rank- and slope of positive i of a piece, summed over spans.
+  // rank+, rank- and slope of positive i of a piece.
   struct Ranks {
     double above, below, slope;
   };
   ROADMAP_DEVICE Ranks ranks_of(int piece, int i) const {
     if (on_chip()) return {above_[i], below_[i], slope_[i]};
     const int64_t at = place(piece_begin(piece) + i);
+    return {p_.workspace.above[at], p_.workspace.below[at], p_.workspace.slope[at]};
+  }
+
+  // Off chip: rank- and slope of every positive, summed over spans, a warp a positive.
+  ROADMAP_DEVICE void sum_spans() {
     const int spans = p_.schedule.parts / pieces();
-    Ranks r = {p_.workspace.above[at], 0, 0};
-    if (spans <= 1) {
-      r.below = p_.workspace.below[at];
-      r.slope = p_.workspace.slope[at];
+    if (spans <= 1) return;
+    for (int i = warp(); i < size_; i += warps_) {
+      const int piece = i / kCapacity;
+      double rank = 0, slope = 0;
+      for (int span = lane(); span < spans; span += simt::kWarp) {
+        const int64_t from = part_at(piece * spans + span) * 2 * kCapacity + i % kCapacity;
+        rank += p_.workspace.partial[from];
+        slope += p_.workspace.partial[from + kCapacity];
+      }
+      rank = sum_over_warp(rank);
+      slope = sum_over_warp(slope);
+      if (lane() != 0) continue;
+      p_.workspace.below[place(i)] = rank;
+      p_.workspace.slope[place(i)] = slope;
     }
-    for (int span = 0; spans > 1 && span < spans; ++span) {
-      const int64_t from = part_at(piece * spans + span) * 2 * kCapacity + i;
-      r.below += p_.workspace.partial[from];
-      r.slope += p_.workspace.partial[from + kCapacity];
-    }
-    return r;
+    simt::barrier();  // sums are read by others than have written them
   }
 
   struct Weight {
@@ -756,6 +787,7 @@ class RowKernel {
   ROADMAP_DEVICE void weights() {
     if (part_ != 0) return;
     Seen seen = look_back();
+    if (!on_chip() && ranks() && size_ > 0) sum_spans();
     const bool ranked = p_.op == Op::kRankGradient || ranks();
     const int count = ranked ? pieces() : 0;
     double loss = 0, unit = 0, total = 0, largest = 0;
@@ -845,11 +877,15 @@ class RowKernel {
     }
     const int count = ranks() && pieces() ? pieces() : 1;
     const int spans = p_.schedule.parts / count > 1 ? p_.schedule.parts / count : 1;
-    for (int span = 0; span < spans; ++span) {
+    bool nan = false;
+    for (int span = lane(); span < spans; span += simt::kWarp) {
       seen.hinge_sum += p_.workspace.hinge[part_at(span)];
       seen.hinges += p_.workspace.flag[2 * part_at(span)];
-      seen.nan = seen.nan || p_.workspace.flag[2 * part_at(span) + 1];
+      nan |= p_.workspace.flag[2 * part_at(span) + 1] != 0;
     }
+    seen.hinge_sum = sum_over_warp(seen.hinge_sum);
+    seen.hinges = sum_over_warp(seen.hinges);
+    seen.nan = simt::warp_any(nan);
     return seen;
   }
 
@@ -950,7 +986,6 @@ class RowKernel {
         }
       }
     }
-    simt::barrier();
   }
   ROADMAP_DEVICE double any_above(int j) const {
     return on_chip() ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
@@ -965,27 +1000,37 @@ class RowKernel {
       }
     }
     centre(piece_size(piece));
+    bool limits = false;
+    for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
+      limits |= !is_finite(static_cast<T>(score_[i])) || !is_finite(static_cast<T>(weight_[i]));
+    }
+    limits_ = simt::barrier_or(limits);
   }
 
   ROADMAP_DEVICE void gradients() {
-    const bool nan = outcome(kNan) != 0;
-    const int count = weighs() && !nan ? pieces() : 0;
+    int begin, end;
+    share_columns(part_, p_.schedule.parts, begin, end);
+    const int tile = simt::threads() * kColumns;
+    if (outcome(kNan) != 0) {
+      fill_nan(begin, end);
+      return;
+    }
+    const int count = weighs() ? pieces() : 0;
     if (count == 1) load_weighted(0);
-    const bool hinges = p_.calibration && outcome(kHinges) > 0;
-    const T margin = static_cast<T>(p_.negative_margin);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
     const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
     const T by = static_cast<T>(outcome(kUnit) / k_.tau * outcome(kScale) * weight * row);
-    const T hinge = hinges ? static_cast<T>(p_.weight[3 * row_ + 2] * row) : T(0);
-    int begin, end;
-    share_columns(part_, p_.schedule.parts, begin, end);
-    const int tile = simt::threads() * kColumns, tiles = (end - begin + tile - 1) / tile;
-    int at = begin + simt::thread() * kColumns;
+    T hinge = 0;
+    if (p_.calibration && outcome(kHinges) > 0) hinge = static_cast<T>(p_.weight[3 * row_ + 2] * row);
+    const int tiles = (end - begin + tile - 1) / tile;
+    if (tiles == 0) return;
+    // Last tiles first: they were read last and are still in the cache.
+    int at = begin + (tiles - 1) * tile + simt::thread() * kColumns;
     Fetched next = fetch(at, end);
-    for (int t = 0; t < tiles; ++t, at += tile) {
+    for (int t = 0; t < tiles; ++t, at -= tile) {
       T x[kColumns], g[kColumns];
       const uint32_t bits = unpack(next, at, x);
-      if (t + 1 < tiles) next = fetch(at + tile, end);
+      if (t + 1 < tiles) next = fetch(at - tile, end);
       const T top = warp_top(x);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[j] = 0;
@@ -995,9 +1040,10 @@ class RowKernel {
       }
       if (at >= end) continue;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        g[j] = nan && (bits >> j & 1) ? not_a_number() : g[j] * by;
-        if (hinges && x[j] > margin) g[j] += hinge;
+      for (int j = 0; j < kColumns; ++j) g[j] *= by;
+      if (hinge != T(0)) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) g[j] += x[j] > p_.margin ? hinge : T(0);
       }
       if (p_.column_scale) {
 #pragma unroll
@@ -1006,6 +1052,15 @@ class RowKernel {
         }
       }
       store_columns(at, g);
+    }
+  }
+
+  // A row with a NaN: so are the gradients of all that is not left out.
+  ROADMAP_DEVICE void fill_nan(int begin, int end) const {
+    for (int at = begin + simt::thread(); at < end; at += simt::threads()) {
+      const int64_t word = word_at(at / kWord);
+      if (p_.workspace.positive[word] >> (at % kWord) & 1) continue;  // which come later
+      store(row_ * p_.columns + at, p_.workspace.negative[word] >> (at % kWord) & 1 ? not_a_number() : T(0));
     }
   }
 
@@ -1020,7 +1075,7 @@ class RowKernel {
       const int last = first + kTogether < n ? first + kTogether : n;
       for (int i = first; i < last; ++i) {
         const T u = score_[i], w = weight_[i];
-        if (!is_finite(u) || !is_finite(w)) {
+        if (limits_ && (!is_finite(u) || !is_finite(w))) {
           add_limit_gradient(u, w, bits, x, sum);
           continue;
         }
@@ -1146,7 +1201,8 @@ class RowKernel {
 
   int part_ = 0;
   int64_t slot_ = 0, row_ = 0;
-  int size_ = 0;  // positives of the row
+  int size_ = 0;         // positives of the row
+  bool limits_ = false;  // whether a score or a weight of the piece is not finite
 
   // Hinges of the negatives that this thread has seen.
   double hinge_ = 0;

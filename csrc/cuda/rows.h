@@ -145,6 +145,7 @@ struct RowParams {
   Global<const T> column_scale{};  // [columns]  null if and only if row_scale is
   bool ap = true, calibration = false;
   double positive_margin = 0, negative_margin = 0;
+  T margin = 0;  // negative_margin as rounded to T, by which scores are decided
 
   GradientType gradient_type = GradientType::kNone;
   Global<T> gradient{};              // [rows, columns]  kFull; may be the scores
@@ -171,8 +172,8 @@ struct RowParams {
 
 // Positives of a piece, which is what a block works on at a time.
 constexpr int kPiece = 512;
-// Threads of a block at most: 128 registers each.
-constexpr int kMostThreads = 512;
+// Threads of a block at most: 168 registers each. Eight columns a thread keep its pipes as busy as more warps would.
+constexpr int kMostThreads = 384;
 
 // Shared memory of a block, in bytes.
 template <typename T>

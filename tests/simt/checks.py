@@ -102,7 +102,7 @@ def test_no_list_leads_out_of_bounds(device, emulated):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_the_order_of_threads(dtype, surrogate, device, emulated):
+def test_bits_do_not_depend_on_the_order(dtype, surrogate, device, emulated):
     scores, target = (torch.randn(5, 700) / 4).to(dtype), torch.rand(5, 700) < 0.15
     seen = []
     for seed in range(1, 5):
@@ -118,8 +118,8 @@ def test_bits_do_not_depend_on_the_order_of_threads(dtype, surrogate, device, em
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_long_sums_leave_their_thread(surrogate, emulated):
-    """More tiles than a thread may sum in a row."""
-    emulated.emulate_device(1, 64 << 20, 32, 0, 0, 1, 1)
+    """More tiles than a thread may sum in a row, and one block a row."""
+    emulated.emulate_device(1, 64 << 20, 32, 1, 0, 1, 1)
     columns = 32 * 8 * 32 * 2 + 77
     scores, target = (torch.randn(2, columns) * 16).round() / 64, torch.rand(2, columns) < 1e-3
     leaf = scores.clone().requires_grad_()
@@ -133,7 +133,7 @@ def test_long_sums_leave_their_thread(surrogate, emulated):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_exponents_carry_their_rounding_errors(device, emulated):
+def test_compensated_exponents(device, emulated):
     """Within reach of its positive, the share of a single negative is as good as float32 can say."""
     emulated.emulate_device(*device, 7, 7)
     positives = 0.3 + 0.19 * torch.rand(300, 64)
@@ -242,3 +242,61 @@ def test_empty(shape):
         assert (loss == 0).all()
         assert loss.shape == (shape[:1] if reduction == "none" else ())
     assert all(len(part) == 0 for part in smooth_rank(scores, target))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("surrogate", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ap", [True, False])
+def test_on_the_knee_and_on_the_margins(ap, dtype, surrogate, device, emulated):
+    """Gaps of exactly delta, scores of exactly a margin: neither is past it. And how many hinges are not 0."""
+    emulated.emulate_device(*device, 3, 3)
+    scores = (torch.randn(6, 200, dtype=dtype) * 20).round() / 64
+    target = torch.rand(6, 200) < 0.3
+    scores[:, 0], target[:, 0] = 0.875, True  # one of each on its margin
+    scores[:, 1], target[:, 1] = 0.625, False
+    values = torch.full((6, 5), float("nan"), dtype=torch.float64)
+    weight = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).expand(6, 3).contiguous()
+    work = scores.clone()
+    torch.ops.roadmap_ext.objective_rows_(
+        work, values, *lists_of(target), None, None, None, None, -1, weight, ap, True,
+        surrogate, 0.01, 100.0, 0.0625, 0.5, None, 0.875, 0.625, None, None, True, None,
+    )  # fmt: skip
+    leaf = scores.to(torch.float64, copy=True).requires_grad_()
+    loss = reference.ap_loss(leaf, target, reduction="none", delta=0.0625, surrogate=["sup", "smooth"][surrogate]) * ap
+    below, above = ((0.875 - leaf).relu() * target).sum(1), ((leaf - 0.625).relu() * ~target).sum(1)
+    (0.5 * loss + 0.25 * below + 0.125 * above).sum().backward()
+    counts = [(leaf < 0.875) & target, (leaf > 0.625) & ~target]
+    truth = torch.stack([loss, below, above, *(count.sum(1).double() for count in counts)], 1).detach()
+    torch.testing.assert_close(values, truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(work.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("column", [9, 300, 599])
+def test_nan_is_seen_whichever_thread_reads_it(column, device, emulated):
+    emulated.emulate_device(*device, 3, 3)
+    for positive in (True, False):
+        scores, target = torch.randn(3, 600), torch.rand(3, 600) < 0.2
+        scores[1, column], target[1, column] = float("nan"), positive
+        leaf = scores.requires_grad_()
+        loss = ap_loss(leaf, target, reduction="none")
+        loss.sum().backward()
+        assert loss.isnan().tolist() == [False, True, False]
+        assert leaf.grad.isnan().all(1).tolist() == [False, True, False]
+        assert not leaf.grad[::2].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_of_just_a_piece(device, emulated):
+    """A row whose positives just fill a piece is done once: a second time would start from its gradient."""
+    emulated.emulate_device(*device, 3, 3)
+    for piece in (32, 512):
+        scores = (torch.randn(4, 2 * piece) * 20).round() / 64
+        target = torch.zeros(4, 2 * piece, dtype=torch.bool)
+        for row, positives in enumerate((piece - 1, piece, piece + 1, 2 * piece)):
+            target[row, torch.randperm(2 * piece)[:positives]] = True
+        values, gradient = objective(scores, lists_of(target))
+        truth, true_gradient = expected(scores, target, torch.zeros_like(target))
+        torch.testing.assert_close(values[:, :3], truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-4, atol=1e-5)

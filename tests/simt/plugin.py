@@ -15,7 +15,7 @@ import torch
 DEVICES = [
     (2, 64 << 20, 0, 0, 0),  # as it is chosen for a small GPU
     (2, 64 << 20, 64, 0, 1),  # longer rows by way of the workspace
-    (3, 64 << 20, 64, 3, 0),  # rows shared by three blocks
+    (3, 64 << 20, 64, 2, 0),  # rows shared by two blocks
     (3, 1 << 15, 32, 5, 1),  # the same in pieces, with room for few rows at a time
 ]
 
