@@ -75,7 +75,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
     if tool:
         options = ["--report-api-errors", "no", "--error-exitcode", "9"]
         for name in SANITIZERS:
-            planned.append(Step(name, [tool, "--tool", name, *options, *small], 40, exact))
+            planned.append(Step(name, [tool, "--tool", name, *options, *small], 30, exact))
     return planned
 
 
