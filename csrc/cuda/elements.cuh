@@ -87,11 +87,6 @@ ROADMAP_DEVICE SplitFactor factor_as(double by, Half) { return SplitFactor(by); 
 ROADMAP_DEVICE SplitFactor factor_as(double by, BFloat) { return SplitFactor(by); }
 
 template <typename S>
-struct alignas(16) Elements {
-  S at[16 / sizeof(S)];
-};
-
-template <typename S>
 ROADMAP_DEVICE void scale_rows(const ScaleParams<S>& p) {
   constexpr int kEach = 16 / sizeof(S);
   const int64_t row = simt::block() / p.segments, segment = simt::block() % p.segments;
@@ -104,10 +99,10 @@ ROADMAP_DEVICE void scale_rows(const ScaleParams<S>& p) {
   const int64_t whole = aligned ? p.columns / kEach : 0;
   const int64_t stride = int64_t(simt::threads()) * p.segments;
   for (int64_t v = segment * simt::threads() + simt::thread(); v < whole; v += kScaleVectors * stride) {
-    Elements<S> x[kScaleVectors];  // all on their way before the first is written: a store holds back loads that follow
+    Vector<S> x[kScaleVectors];  // all on their way before the first is written: a store holds back loads that follow
 #pragma unroll
     for (int k = 0; k < kScaleVectors; ++k) {
-      if (v + k * stride < whole) x[k] = simt::load_as<Elements<S>>(p.gradient, from + (v + k * stride) * kEach);
+      if (v + k * stride < whole) x[k] = simt::load_as<Vector<S>>(p.gradient, from + (v + k * stride) * kEach);
     }
 #pragma unroll
     for (int k = 0; k < kScaleVectors; ++k) {

@@ -161,7 +161,7 @@ struct Listed {
   }
 };
 
-// Runs the plan of a matrix. Returns the workspace, in whose first bytes the number of positives of each row is left.
+// Runs the plan of a matrix. Returns the workspace, in which the numbers of positives are left.
 template <typename S>
 Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, void* stream) {
   using T = Accumulation<S>;
@@ -236,14 +236,14 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
     using S = decltype(zero);
     using T = Accumulation<S>;
     RowParams<S> p(constants<S>(settings, columns));
-    Tensor counts;
+    Tensor workspace;  // whose counts the reduction reads
     if (!nothing) {
       input.fill(p);
       p.op = Op::kLoss;
       p.loss = global_of<T>(loss);
       if (want_gradient) set_gradient(p, gradient);
       if (want_gradient && half) p.unscale = global_of<T>(factor);
-      counts = run_rows(p, scores, steps_of(p), device.stream);
+      workspace = run_rows(p, scores, steps_of(p), device.stream);
     }
     if (each) return;
     ReduceParams<T> r;

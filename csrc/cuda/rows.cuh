@@ -23,12 +23,6 @@ namespace roadmap::cuda {
 constexpr int kWord = 32;   // columns of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
-// 16 bytes that are loaded and stored at once.
-template <typename T>
-struct alignas(16) Vector {
-  T at[16 / sizeof(T)];
-};
-
 template <typename S, int kCapacity>
 class RowKernel {
   using T = Accumulation<S>;

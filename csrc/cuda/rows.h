@@ -19,6 +19,12 @@ struct BFloat {
   uint16_t bits;
 };
 
+// 16 bytes of them, which are loaded and stored at once.
+template <typename S>
+struct alignas(16) Vector {
+  S at[16 / sizeof(S)];
+};
+
 // Sums run in float at least.
 template <typename S>
 struct AccumulationOf {
