@@ -23,8 +23,9 @@ using torch::stable::Tensor;
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
-                                       std::optional<double> offset) {
+                                       std::optional<double> offset, int64_t method = 0) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
+  STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (tiled) or 2 (sorted), got ", method);
   STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
   STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
                   "rho, rho * tau and delta must be finite in float32 and not negative");
@@ -32,7 +33,7 @@ inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho
   // By default the surrogate is continuous at the knee.
   const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
   STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
-  return {surrogate, tau, rho, delta, start, above};
+  return {surrogate, tau, rho, delta, start, above, static_cast<Method>(method)};
 }
 
 inline ScoreType score_type(const Tensor& t) {
@@ -80,14 +81,14 @@ template <typename Library>
 void define(Library& m) {
   m.def(
       "average_precision(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float "
-      "delta, float start, float? offset, int reduction, bool want_gradient) -> (Tensor loss, Tensor gradient, Tensor "
-      "factor)");
+      "delta, float start, float? offset, int reduction, bool want_gradient, int method=0) -> (Tensor loss, Tensor "
+      "gradient, Tensor factor)");
   m.def(
       "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor positive_span, Tensor positive_column, Tensor? "
       "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
       "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
       "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient, "
-      "Tensor(c!)? gradient=None) -> ()");
+      "Tensor(c!)? gradient=None, int method=0) -> ()");
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
@@ -98,15 +99,16 @@ void define(Library& m) {
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def(
       "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
-      "float start, float? offset, bool want_slope) -> (Tensor query, Tensor reference, Tensor positive_rank, "
-      "Tensor negative_rank, Tensor slope)");
+      "float start, float? offset, bool want_slope, int method=0) -> (Tensor query, Tensor reference, Tensor "
+      "positive_rank, Tensor negative_rank, Tensor slope)");
   m.def(
       "rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? "
       "left_out_column, Tensor? negative_span, Tensor? negative_column, int own) -> Tensor");
   m.def("rank_metrics_masked(Tensor scores, Tensor target, Tensor? ignore) -> Tensor");
   m.def(
       "smooth_rank_backward(Tensor scores, Tensor target, Tensor? ignore, Tensor slope, Tensor? positive_grad, "
-      "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset) -> Tensor");
+      "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset, int "
+      "method=0) -> Tensor");
 }
 
 }  // namespace roadmap::ops

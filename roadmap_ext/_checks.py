@@ -13,7 +13,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SURROGATES = ("sup", "smooth")  # the ops take their places
 REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
-METHODS = ("auto", "tiled", "reference")
+METHODS = ("auto", "tiled", "sorted", "reference")  # the ops take the places of all but the last
 CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
 # A vector of smaller norm has no direction: normalised it is 0, with no gradient.
 SMALLEST_NORM = 1e-12

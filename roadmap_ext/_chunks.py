@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import FirstDerivativeOnly, check_no_transform, is_known_to_be_1, resolve_method
-from ._checks import SMALLEST_NORM, Objective
+from ._checks import METHODS, SMALLEST_NORM, Objective
 from ._relation import Relation
 
 # Bytes of a chunk of scores, by kind of device. A smaller chunk would be nearer to the caches, but the products would
@@ -38,7 +38,8 @@ def embedding_loss(
 ) -> Tensor:
     """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs."""
     tensors = (embeddings,) if references is None else (embeddings, references)
-    if resolve_method(method, *tensors) == "reference":
+    method = resolve_method(method, *tensors)
+    if method == "reference":
         target, ignore = relation.masks(len(tensors[-1]))
         return reference.embedding_loss(embeddings, references, target, ignore, objective)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
@@ -46,9 +47,12 @@ def embedding_loss(
         *relation.tensors(), 0 if relation.own else -1, len(embeddings), len(tensors[-1])
     )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        loss: Tensor = _EmbeddingLoss.apply(embeddings, references, counts, objective, rows, *relation.flat())
+        loss: Tensor = _EmbeddingLoss.apply(
+            embeddings, references, counts, objective, rows, METHODS.index(method), *relation.flat()
+        )
         return loss
-    values, weight, _ = _evaluate(embeddings, references, relation, counts, objective, rows, (False, False))
+    of = METHODS.index(method)
+    values, weight, _ = _evaluate(embeddings, references, relation, counts, objective, rows, of, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -63,12 +67,15 @@ class _EmbeddingLoss(torch.autograd.Function):
         counts: Tensor,
         objective: Objective,
         chunk_size: int,
+        method: int,
         *relation: Any,
     ) -> Tensor:
         pairs = Relation.from_flat(*relation)
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        values, weight, gradients = _evaluate(embeddings, references, pairs, counts, objective, chunk_size, wants)
-        ctx.objective, ctx.chunk_size, ctx.own = objective, chunk_size, pairs.own
+        values, weight, gradients = _evaluate(
+            embeddings, references, pairs, counts, objective, chunk_size, method, wants
+        )
+        ctx.objective, ctx.chunk_size, ctx.method, ctx.own = objective, chunk_size, method, pairs.own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
         ctx.known = objective.reduction != "none"
         # Held by ctx alone, the gradients can be handed on without a copy. A compiled graph has to see them saved.
@@ -100,6 +107,7 @@ class _EmbeddingLoss(torch.autograd.Function):
                 ctx.objective,
                 weight * grad_loss.detach().to(weight.dtype).reshape(-1, 1),
                 ctx.chunk_size,
+                ctx.method,
                 wants,
             )
         # Cast last: what GradScaler's factor lifts into the range of a half type has not been lost before.
@@ -120,6 +128,7 @@ def _evaluate(
     counts: Tensor,
     objective: Objective,
     chunk_size: int,
+    method: int,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Values [B, 5] of the rows, their weights [B, 3] in the loss, and the gradients that forward can know."""
@@ -127,13 +136,13 @@ def _evaluate(
         wants = (False, False)
     if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
         weight = _weights(counts, None, objective)
-        values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
+        values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
         return values, weight, gradients
     unknown = _weights(counts, None, objective) * 0
-    values, *gradients = _sweep(embeddings, references, relation, objective, unknown, chunk_size, (False, False))
+    values, *gradients = _sweep(embeddings, references, relation, objective, unknown, chunk_size, method, (False, False))
     weight = _weights(counts, values[:, 3:].sum(0, keepdim=True), objective)
     if any(wants):
-        _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, wants)
+        _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
     return values, weight, gradients
 
 
@@ -179,6 +188,7 @@ def _sweep(
     objective: Objective,
     weight: Tensor,
     chunk_size: int,
+    method: int,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     swept: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
@@ -190,6 +200,7 @@ def _sweep(
         objective.normalize,
         chunk_size,
         *wants,
+        method,
     )
     return swept
 
@@ -219,6 +230,7 @@ def sweep(
     chunk_size: int,
     want_embeddings: bool,
     want_references: bool,
+    method: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values of the rows, and the gradients of their weighted sum.
 
@@ -227,6 +239,7 @@ def sweep(
             then holds both shares.
         weight: [B, 3] float64: what the first three values of a row weigh.
         chunk_size: queries a chunk, 0 to choose.
+        method: its place in METHODS.
 
     Returns:
         values [B, 5] float64: AP loss, sums of the positive and of the negative hinges, numbers of both that are not 0
@@ -281,6 +294,7 @@ def sweep(
                 others.scale,
                 want,
                 gradient if narrow else None,
+                method,
             )
             first = begin == 0
             if references is None and want_embeddings:
@@ -399,7 +413,7 @@ def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> in
 
 
 def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_embeddings, want_references = arguments[-2:]
+    want_embeddings, want_references = arguments[20:22]
     dtype = _compute_dtype(embeddings, references)
     return (
         embeddings.new_empty((len(embeddings), 5), dtype=torch.float64),

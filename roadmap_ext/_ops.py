@@ -17,7 +17,7 @@ def accumulation_dtype(scores: Tensor) -> torch.dtype:
 
 
 def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    reduction, want_gradient = arguments[-2:]
+    reduction, want_gradient = arguments[8:10]
     rows, columns = scores.shape
     dtype = accumulation_dtype(scores)
     half = scores.dtype in (torch.float16, torch.bfloat16)
@@ -29,7 +29,7 @@ def _average_precision(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor,
 
 
 def _smooth_rank(scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    want_slope = arguments[-1]
+    want_slope = arguments[8]
     count = torch.library.get_ctx().new_dynamic_size()  # the number of positives: known when the op has run
     dtype = accumulation_dtype(scores)
     return (

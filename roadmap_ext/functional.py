@@ -40,9 +40,10 @@ class _AveragePrecision(torch.autograd.Function):
         ignore: Tensor | None,
         settings: Settings,
         reduction: str,
+        method: str,
     ) -> Tensor:
         loss, gradient, factor = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), True
+            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), True, METHODS.index(method)
         )
         ctx.save_for_backward(gradient, factor, anchor)
         return cast(Tensor, loss)
@@ -53,7 +54,7 @@ class _AveragePrecision(torch.autograd.Function):
         result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, factor)
         if torch.is_grad_enabled():
             result = FirstDerivativeOnly.apply(result, anchor, grad_loss)
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 class _SmoothRank(torch.autograd.Function):
@@ -61,12 +62,12 @@ class _SmoothRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings
+        ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings, method: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, column, positive_rank, negative_rank, slope = torch.ops.roadmap_ext.smooth_rank(
-            scores, target, ignore, *settings.for_op(), True
+            scores, target, ignore, *settings.for_op(), True, METHODS.index(method)
         )
-        ctx.settings = settings
+        ctx.settings, ctx.method = settings, METHODS.index(method)
         ctx.save_for_backward(scores, target, ignore, slope)
         ctx.mark_non_differentiable(query, column)
         if settings.surrogate == "sup":
@@ -79,12 +80,12 @@ class _SmoothRank(torch.autograd.Function):
         positive_grad = None if ctx.settings.surrogate == "sup" else grads[2]
         negative_grad = grads[3]
         result = torch.ops.roadmap_ext.smooth_rank_backward(
-            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings.for_op()
+            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings.for_op(), ctx.method
         )
         if torch.is_grad_enabled():
             depends_on = [scores, negative_grad] + ([] if positive_grad is None else [positive_grad])
             result = FirstDerivativeOnly.apply(result, *depends_on)
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def ap_loss(
@@ -157,13 +158,16 @@ def ap_loss(
     one_of("reduction", reduction, REDUCTIONS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    if resolve_method(method, scores) == "reference":
+    method = resolve_method(method, scores)
+    if method == "reference":
         return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        loss: Tensor = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction)
+        loss: Tensor = _AveragePrecision.apply(
+            scores, anchor(scores), target, ignore, settings, reduction, method
+        )
     else:
         loss = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False
+            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False, METHODS.index(method)
         )[0]
     return loss
 
@@ -208,11 +212,15 @@ def smooth_rank(
     one_of("method", method, METHODS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    if resolve_method(method, scores) == "reference":
+    method = resolve_method(method, scores)
+    if method == "reference":
         return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings))
-    return SmoothRank(*torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings.for_op(), False)[:4])
+        return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings, method))
+    ranks = torch.ops.roadmap_ext.smooth_rank(
+        scores, target, ignore, *settings.for_op(), False, METHODS.index(method)
+    )
+    return SmoothRank(*ranks[:4])
 
 
 def roadmap_loss(

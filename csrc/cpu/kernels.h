@@ -1,12 +1,14 @@
-// What the vector kernels take and give: the interface between the schedules (rows.h, ranking.h) and the kernels
-// (tiled_body.h, counting_body.h), which are compiled once for each instruction set.
+// What the vector kernels take and give: the interface between the schedules (rows.h, sorted.h, ranking.h) and the
+// kernels (tiled_body.h, sorted_body.h, counting_body.h), which are compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "../series.h"
 #include "../smooth_rank.h"
 
 namespace roadmap {
@@ -179,6 +181,79 @@ struct Kernels {
                              double* out);
 };
 
+// A score and where it came from, as they are sorted.
+template <typename T>
+struct Entry {
+  using Index = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  T value;
+  Index index;
+};
+
+// Finite scores in ascending order, cut into leaves, and where leaves meet the exponential sums that a target reads in
+// place of all scores below and above. With weights w (1 where there are none), k = 1 ... kDegree,
+//
+//     below[l][k - 1] = sum_{j < l leaf} w_j e^(-k (value[l leaf - 1] - value[j]) / tau)
+//     above[l][k - 1] = sum_{j >= l leaf} w_j e^(-k (value[j] - value[l leaf]) / tau)
+//
+// No exponent is positive, whatever the scores.
+template <typename T>
+struct Sources {
+  static constexpr int kMostLeaf = 64;
+  static constexpr int kDegree = Series<T>::kDegree;
+  static constexpr int kStride = (kDegree + 7) / 8 * 8;
+
+  int leaf = kMostLeaf;  // scores in a leaf
+  int64_t n = 0;
+  std::vector<T> value;         // [n + kPad]
+  std::vector<T> weight;        // [n + kPad]  empty: 1
+  std::vector<double> below;    // [leaves + 1, kStride]
+  std::vector<double> above;    // [leaves + 1, kStride]
+  std::vector<double> weights;  // [leaves + 1]  sum of w_j, j >= l leaf
+  std::vector<double> sums;     // [leaves + 1]  sum of value[j] - value[0] of the same, without weights
+
+  int64_t leaves() const { return (n + leaf - 1) / leaf; }
+  // Allocates all but `weight`, which is left to the caller.
+  void resize(int64_t size, int of_leaf) {
+    n = size;
+    leaf = of_leaf;
+    value.resize(n + kPad);
+    below.resize((leaves() + 1) * kStride);
+    above.resize((leaves() + 1) * kStride);
+    weights.resize(leaves() + 1);
+    sums.resize(leaves() + 1);
+  }
+};
+
+// The kernels of the sorted scan. All may be called for parts at once where they take a range.
+template <typename T>
+struct Sorting {
+  // The negatives of a block that reach the lowest positive, with their columns, `first` being the block's first.
+  // Returns how many; widens [low, high] to hold them; `nan` is set if a negative is NaN.
+  int (*keep_entries)(const Block<T>&, T lowest, int64_t first, const Settings<T>&, Scratch<T>&, Entry<T>* out, T& low,
+                      T& high, bool& nan);
+  // count[b] += how many of n entries lie in bucket b of [low, high].
+  void (*count_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* count);
+  // Deals them to `to`, where bucket b goes on at place[b]. Stable.
+  void (*deal_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to);
+  // Sorts n entries, values within about [low, high], into `to`, which must not overlap them: by value, equal ones by
+  // index if they come so. `from` is overwritten.
+  void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace);
+  // The sums of each leaf in [first, last) alone; join_leaves() makes them those of all below and above.
+  void (*sum_leaves)(Sources<T>&, int64_t first, int64_t last, const Settings<T>&);
+  void (*join_below)(Sources<T>&, const Settings<T>&);
+  void (*join_above)(Sources<T>&, const Settings<T>&);
+  // For the ascending targets x_i, i in [begin, end): rank[i] = sum_j H-(value_j - x_i), slope[i] = sum_j H-'(...).
+  // `slope` may be null. Sources without weights.
+  void (*rank_targets)(const Sources<T>&, const T* target, int64_t begin, int64_t end, const Settings<T>&, Scratch<T>&,
+                       double* rank, double* slope);
+  // slope[i] = tau sum_j w_j H-'(value_j - x_i).
+  void (*slope_targets)(const Sources<T>&, const T* target, int64_t begin, int64_t end, const Settings<T>&, Scratch<T>&,
+                        double* slope);
+  // As Kernels::gradient_block, from what each column has: slope [count].
+  void (*spread_block)(const Block<T>&, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
+                       Scratch<T>&, T* out);
+};
+
 // The positives of one row in ascending order, and where many, a table that leads any score to its place among them. A
 // score is in bucket floor((score - low) * scale), cut to those there are. This never falls where the score rises, so
 // what lies in lower buckets is lower, and only the positives of its own bucket have to be compared with it.
@@ -225,6 +300,8 @@ struct InstructionSet {
   Kernels<double> kernels_double;
   Counting<float> counting_float;
   Counting<double> counting_double;
+  Sorting<float> sorting_float;
+  Sorting<double> sorting_double;
   Conversions conversions;
 
   template <typename T>
@@ -241,6 +318,14 @@ struct InstructionSet {
       return counting_float;
     } else {
       return counting_double;
+    }
+  }
+  template <typename T>
+  const Sorting<T>& sorting() const {
+    if constexpr (sizeof(T) == 4) {
+      return sorting_float;
+    } else {
+      return sorting_double;
     }
   }
 };

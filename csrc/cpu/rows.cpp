@@ -11,6 +11,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "relation.h"
+#include "sorted.h"
 
 namespace roadmap {
 namespace {
@@ -37,13 +38,15 @@ struct Row {
   std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
   std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
   std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
-  std::vector<std::pair<T, int64_t>> order;                           // [P]  score, k
+  std::vector<Entry<T>> found, order;                                 // [P]  score, k: as found, and sorted
+  std::vector<uint16_t> sorting;                                      // workspace
   std::vector<double> partial;                                        // [spans, 2, P]
   std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
   bool nan = false;
   double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
+  SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row goes the tiled way
 
   int64_t size() const { return p.size(); }
   int64_t spans(int64_t columns) const {
@@ -52,6 +55,9 @@ struct Row {
 };
 
 constexpr Objective kApAlone = {true, false, 0, 0};
+
+// Whether the sorted scan is the faster way, by benchmarks/sorted_scan.py.
+bool pays(int64_t positives, int64_t columns) { return positives >= 64 && columns >= 512; }
 
 // One pass over a matrix: the steps of a row, each on a part that one thread can do alone.
 template <typename T>
@@ -63,6 +69,8 @@ class Pass {
         objective_(objective),
         set_(instruction_set()),
         kernels_(set_.kernels<T>()),
+        sorting_(set_.sorting<T>()),
+        method_(s.method),
         settings_(static_cast<Surrogate>(s.surrogate), s.tau, s.rho, s.delta, s.start, s.offset, m.columns),
         roles_(m.relation, set_.conversions),
         smooth_(settings_.surrogate == Surrogate::kSmooth),
@@ -74,6 +82,7 @@ class Pass {
   bool ranks() const { return ranks_; }
   const Objective& objective() const { return objective_; }
   const Settings<T>& settings() const { return settings_; }
+  const Sorting<T>& sorting() const { return sorting_; }
 
   struct Found {
     std::vector<T> score;
@@ -95,20 +104,27 @@ class Pass {
     }
   }
 
-  // Sorts what collect() found and groups neighbours.
+  // Sorts what collect() found.
   void arrange(int64_t index, Found& found, Row<T>& row) const {
     const int64_t size = static_cast<int64_t>(found.score.size());
     row.index = index;
     row.nan = false;
     row.scale = 1;
+    row.sorted = nullptr;
     row.column.swap(found.column);
+    row.found.resize(size);
     row.order.resize(size);
     for (int64_t k = 0; k < size; ++k) {
-      row.order[k] = {found.score[k], k};
+      row.found[k] = {found.score[k], static_cast<typename Entry<T>::Index>(k)};
       row.nan |= found.score[k] != found.score[k];
     }
     // A NaN has no place in an order; such a row is not computed at all.
-    if (!row.nan && objective_.ap) std::sort(row.order.begin(), row.order.end());
+    if (!row.nan && objective_.ap) {
+      const auto [low, high] = std::minmax_element(found.score.begin(), found.score.end());
+      sorting_.sort(row.found.data(), size, size ? *low : T(0), size ? *high : T(0), row.order.data(), row.sorting);
+    } else {
+      row.order.swap(row.found);
+    }
     Positives<T>& p = row.p;
     p.score.resize(size);
     p.exponential.resize(size);
@@ -117,8 +133,8 @@ class Pass {
     p.weight_positive.resize(smooth_ ? size : 0);
     row.position.resize(size);
     for (int64_t i = 0; i < size; ++i) {
-      p.score[i] = row.order[i].first;
-      row.position[row.order[i].second] = i;
+      p.score[i] = row.order[i].value;
+      row.position[row.order[i].index] = i;
     }
     row.rank_positive.assign(size, 1.0);
     row.rank_negative.assign(size, 0.0);
@@ -126,6 +142,20 @@ class Pass {
     row.gradient.resize(size);
     p.groups.clear();
     if (row.nan || !objective_.ap) return;
+    if (!smooth_) {  // positives at least as high, ties included
+      for (int64_t i = 0; i < size;) {
+        int64_t end = i;
+        while (end < size && p.score[end] == p.score[i]) row.rank_positive[end++] = static_cast<double>(size - i);
+        i = end;
+      }
+    }
+  }
+
+  // Groups neighbouring positives, for the tiled kernels.
+  void group(Row<T>& row) const {
+    if (row.nan || !objective_.ap) return;
+    Positives<T>& p = row.p;
+    const int64_t size = row.size();
     // Few positives share their exponentials over all the range there is; with many, pairs count for more, and a narrow
     // group skips more of them.
     const T span = size <= kSparse ? settings_.group_span : settings_.group_span / 2;
@@ -138,13 +168,30 @@ class Pass {
       i = end;
     }
     kernels_.exponentials(p, settings_);
-    if (!smooth_) {  // positives at least as high, ties included
-      for (int64_t i = 0; i < size;) {
-        int64_t end = i;
-        while (end < size && p.score[end] == p.score[i]) row.rank_positive[end++] = static_cast<double>(size - i);
-        i = end;
-      }
+  }
+
+  // Whether the sorted scan takes a row whose positives are arranged, as far as these can tell.
+  bool scans(const Row<T>& row) const {
+    const std::vector<T>& score = row.p.score;
+    if (row.nan || !objective_.ap || score.empty() || method_ == Method::kTiled) return false;
+    if (!(std::fabs(score.front()) <= kLargestSorted<T> && std::fabs(score.back()) <= kLargestSorted<T>)) return false;
+    if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
+    return method_ == Method::kSorted || pays(row.size(), m_.columns);
+  }
+
+  // The negatives of columns [begin, end) that reach a positive, and the hinges of all. Returns whether one is NaN.
+  bool keep(const Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, SortedRow<T>& sorted,
+            typename SortedRow<T>::Part& part, HingeSum* hinges) const {
+    bool nan = false;
+    part.begin = begin;
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
+      part.count += sorting_.keep_entries(block, row.p.score.front(), at, settings_, scratch,
+                                          sorted.room(begin) + part.count, part.low, part.high, nan);
+      if (hinges && block.top > static_cast<T>(objective_.negative_margin))
+        kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
+    return nan;
   }
 
   // Ranks of the positives in groups [first, last) among the negatives of one span of columns, and the hinges of these,
@@ -169,7 +216,9 @@ class Pass {
   // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in.
   void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch) const {
     double* out = row.gradient.data() + begin;
-    if (smooth_ && objective_.ap) {
+    if (row.sorted && smooth_) {
+      // The scan has them.
+    } else if (smooth_ && objective_.ap) {
       kernels_.gradient_positives(row.p, begin, end, settings_, scratch, out);
     } else {
       std::fill(out, out + (end - begin), 0.0);
@@ -185,8 +234,8 @@ class Pass {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
     // Slopes that were kept need no scores, nor do hinges that are all 0.
     const bool hinges = row.negative_hinges > 0;
-    const Block<T> block =
-        trace && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count} : load(row.index, begin, count, scratch);
+    const Block<T> block = (trace || row.sorted) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
+                                                                        : load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
     const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
     T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);
@@ -198,9 +247,15 @@ class Pass {
       static const Positives<T> none;
       const double by = row_scale(row.index);
       const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
-      kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinges ? &hinge : nullptr,
-                              m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr, scratch, out,
-                              trace);
+      const Hinge<T>* const hinged = hinges ? &hinge : nullptr;
+      const T* const column_scales = m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr;
+      if (row.sorted) {
+        sorting_.spread_block(block, row.sorted->gradient() + begin, row.scale * by, hinged, column_scales, scratch,
+                              out);
+      } else {
+        kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinged, column_scales,
+                                scratch, out, trace);
+      }
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
         const int64_t i = row.position[k];
@@ -262,6 +317,8 @@ class Pass {
   const Objective objective_;
   const InstructionSet& set_;
   const Kernels<T>& kernels_;
+  const Sorting<T>& sorting_;
+  const Method method_;
   const Settings<T> settings_;
   const Roles roles_;
   const bool smooth_, ranks_, slope_;
@@ -361,6 +418,13 @@ Scratch<T>& scratch() {
   return *own;
 }
 
+// So is the workspace of its sorted rows, as long as it is not large.
+template <typename T>
+SortedRow<T>& sorted_row() {
+  static thread_local SortedRow<T> own;
+  return own;
+}
+
 // Boundaries of pieces of groups, about kPiece positives each. A piece sees the columns packed in its own way, on which
 // the last bits of float64 sums depend: rows that are not shared are worked in the same pieces.
 template <typename T>
@@ -418,6 +482,43 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     }
   };
 
+  // Collects and sorts the negatives of a row, and reads its ranks off them. Returns whether the scan takes the row.
+  const auto scan = [&](Row<T>& row, const Parallel& parallel) {
+    if (!pass.scans(row) || !(reads || gradient)) return false;
+    SortedRow<T>& sorted = sorted_row<T>();
+    const int64_t spans = divide_up(m.columns, kSpan);
+    sorted.begin(m.columns, spans);
+    row.hinges.assign(pass.objective().calibration ? spans : 0, {});
+    std::vector<char> nan(spans, 0);
+    parallel.run(spans, [&](int64_t span, int) {
+      nan[span] = pass.keep(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(), sorted,
+                            sorted.part(span), hinges_of(row, span, 0));
+    });
+    row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
+    if (row.nan) return true;
+    if (!sorted.finite()) return false;
+    sorted.sort(pass.sorting(), parallel);
+    row.sorted = &sorted;
+    if (!pass.ranks()) return true;
+    sorted.rank(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>, row.rank_negative.data(),
+                pass.wants_slope() ? row.slope.data() : nullptr);
+    if (pass.smooth()) {
+      sorted.rank_positives(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>,
+                            row.rank_positive.data());
+    }
+    return true;
+  };
+  // The gradients of a sorted row, once it has weights.
+  const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) {
+    Positives<T>& p = row.p;
+    row.sorted->gradient(p.score, p.weight_negative, m.columns, p.unit / pass.settings().tau, pass.settings(),
+                         pass.sorting(), parallel, scratch<T>);
+    if (pass.smooth()) {
+      row.sorted->gradient_positives(p.score, p.weight_positive, p.unit / pass.settings().tau, pass.settings(),
+                                     pass.sorting(), parallel, scratch<T>, row.gradient.data());
+    }
+  };
+
   const bool shared = parallel.workers > 1 && m.rows < 4 * parallel.workers && m.columns >= 2 * kBlock;
   if (!shared) {
     std::vector<Row<T>> rows(parallel.workers);
@@ -429,12 +530,14 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       founds[worker].column.clear();
       pass.collect(index, 0, m.columns, own, founds[worker]);
       pass.arrange(index, founds[worker], row);
+      const bool scanned = scan(row, serial());
+      if (!scanned) pass.group(row);
       const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
       const int64_t groups = pieces.back();
       Trace<T>& trace = own.trace;
       trace.clear();
       trace.whole = gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
-      if (reads && !row.nan) {
+      if (reads && !row.nan && !scanned) {
         const int64_t spans = row.spans(m.columns);
         clear_spans(row, spans);
         for (int64_t span = 0; span < spans; ++span) {
@@ -449,6 +552,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
       finish(row);
       if (!gradient) return;
+      if (row.sorted) scan_gradient(row, serial());
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
           pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), own);
@@ -474,9 +578,11 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       found.column.insert(found.column.end(), part.column.begin(), part.column.end());
     }
     pass.arrange(index, found, row);
+    const bool scanned = scan(row, parallel);
+    if (!scanned) pass.group(row);
     const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
     const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
-    if (reads && !row.nan) {
+    if (reads && !row.nan && !scanned) {
       const int64_t spans = row.spans(m.columns);
       clear_spans(row, spans);
       std::vector<char> nan(spans * count, 0);
@@ -496,6 +602,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     }
     finish(row);
     if (!gradient) continue;
+    if (row.sorted) scan_gradient(row, parallel);
     if (!row.nan) {
       parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
         pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch<T>());

@@ -1,7 +1,8 @@
 // The row op on the CPU: what happens to a row, and how rows are dealt to threads. Knows nothing of torch.
 //
 // A row goes through five steps: its positives are collected and sorted; every block of its columns adds to their
-// ranks; ranks become weights; every block gets its gradient. Many rows: a thread does a whole row. Few rows: all
+// ranks; ranks become weights; every block gets its gradient. With many positives the two passes over the blocks give
+// way to the sorted scan (sorted.h). Many rows: a thread does a whole row. Few rows: all
 // threads share the steps of one row, split by columns and by positives. Either way each sum is taken over fixed spans
 // of columns in fixed order, so the bits of a result do not depend on the number of threads.
 #pragma once
@@ -44,9 +45,14 @@ struct Matrix {
   const void* column_scale = nullptr;  // [columns]  null if and only if row_scale is
 };
 
+// Which kernels: tiled meets every positive with every negative in reach; sorted sorts these and reads sums instead.
+// Both give the same up to rounding. Auto takes the faster for each row.
+enum class Method : int64_t { kAuto = 0, kTiled = 1, kSorted = 2 };
+
 struct SurrogateSettings {
   int64_t surrogate;
   double tau, rho, delta, start, offset;
+  Method method = Method::kAuto;
 };
 
 // Outputs of the average-precision op. T is double for double scores, float for all others.

@@ -26,6 +26,8 @@ namespace avx2 {
 #include "tiled_body.h"
 //
 #include "counting_body.h"
+//
+#include "sorted_body.h"
 }  // namespace avx2
 }  // namespace roadmap
 
@@ -42,6 +44,8 @@ const InstructionSet kAvx2 = {"avx2",
                               avx2::make_kernels<double>(),
                               avx2::make_counting<float>(),
                               avx2::make_counting<double>(),
+                              avx2::make_sorting<float>(),
+                              avx2::make_sorting<double>(),
                               {avx2::mask_bits, avx2::widen_half, avx2::narrow_half}};
 
 }  // namespace roadmap

@@ -33,6 +33,8 @@ namespace avx512 {
 #include "tiled_body.h"
 //
 #include "counting_body.h"
+//
+#include "sorted_body.h"
 }  // namespace avx512
 }  // namespace roadmap
 
@@ -49,6 +51,8 @@ const InstructionSet kAvx512 = {"avx512",
                                 avx512::make_kernels<double>(),
                                 avx512::make_counting<float>(),
                                 avx512::make_counting<double>(),
+                                avx512::make_sorting<float>(),
+                                avx512::make_sorting<double>(),
                                 {avx512::mask_bits, avx512::widen_half, avx512::narrow_half}};
 
 }  // namespace roadmap

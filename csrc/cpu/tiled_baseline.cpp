@@ -15,6 +15,8 @@ namespace baseline {
 #include "tiled_body.h"
 //
 #include "counting_body.h"
+//
+#include "sorted_body.h"
 }  // namespace baseline
 
 const InstructionSet kBaseline = {"baseline",
@@ -22,6 +24,8 @@ const InstructionSet kBaseline = {"baseline",
                                   baseline::make_kernels<double>(),
                                   baseline::make_counting<float>(),
                                   baseline::make_counting<double>(),
+                                  baseline::make_sorting<float>(),
+                                  baseline::make_sorting<double>(),
                                   {baseline::mask_bits, baseline::widen_half, baseline::narrow_half}};
 
 }  // namespace roadmap

@@ -29,8 +29,8 @@ int padded(int n) {
   return (n + Vec<T>::kWidth - 1) / Vec<T>::kWidth * Vec<T>::kWidth;
 }
 
-// e^x for |x| <= Settings::exponent_max, x = high + low with |low| < 1: 1 ulp.
-template <typename T>
+// e^x for |x| <= Settings::exponent_max, x = high + low with |low| < 1: 1 ulp at the default degree.
+template <typename T, int kDegree = sizeof(T) == 4 ? 7 : 13>
 typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) {
   using X = Vec<T>;
   using V = typename X::V;
@@ -47,8 +47,7 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
   const V ln2_high = X::set(kFloat ? T(-0.693359375) : T(-6.93145751953125e-1));
   const V ln2_low = X::set(kFloat ? T(2.12194440054690583e-4) : T(-1.42860682030941723212e-6));
   const V r = X::mul_add(n, ln2_low, X::mul_add(n, ln2_high, high)) + low;
-  // Taylor: the next term is below 5e-9 (float) and 5e-18 (double) for |r| <= 0.35.
-  constexpr int kDegree = kFloat ? 7 : 13;
+  // Taylor: the next term is below 5e-9 at degree 7 and 5e-18 at 13 for |r| <= 0.35.
   constexpr double kInverseFactorial[14] = {
       1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -63,8 +62,7 @@ typename Vec<T>::V exponential(typename Vec<T>::V high, typename Vec<T>::V low) 
 }
 
 // e^((a - b) / tau). The difference and the product with 1 / tau carry their rounding errors along: without them an
-// exponent of 50 would be off by 3e-6. b may lie far above a, where the exponent stops at -exponent_max; it does not
-// lie further below than skipping allows.
+// exponent of 50 would be off by 3e-6. The exponent stops at +-exponent_max.
 template <typename T>
 typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>::V b, const Settings<T>& s) {
   using X = Vec<T>;
@@ -73,7 +71,7 @@ typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>:
   const V b_used = a - d;
   const V a_used = d + b_used;
   const V lost = (a - a_used) - (b - b_used);
-  d = X::max(d, X::set(-s.exponent_max * static_cast<T>(s.tau)));
+  d = X::clamp(d, s.exponent_max * static_cast<T>(s.tau));
   const V rate = X::set(s.rate_hi);
   const V high = d * rate;
   const V low = X::mul_add(lost, rate, X::mul_add(d, X::set(s.rate_lo), X::product_error(d, rate, high)));

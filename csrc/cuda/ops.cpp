@@ -215,8 +215,8 @@ void set_gradient(RowParams<S>& p, const Tensor& gradient) {
 std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
                                                      int64_t surrogate, double tau, double rho, double delta,
                                                      double start, std::optional<double> offset, int64_t reduction,
-                                                     bool want_gradient) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+                                                     bool want_gradient, int64_t method) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                   "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   const Masked input(scores, target, ignore);
@@ -306,8 +306,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
                     double start, std::optional<double> offset, double positive_margin, double negative_margin,
                     std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
-                    std::optional<Tensor> gradient) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+                    std::optional<Tensor> gradient, int64_t method) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
   STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
                   "margins must be finite in float32");
   STD_TORCH_CHECK(scores.dim() == 2 && on_device(scores) && scores.is_contiguous() &&
@@ -415,8 +415,9 @@ Tensor first_positives(const Masked& input, void* stream) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Tensor target,
                                                                std::optional<Tensor> ignore, int64_t surrogate,
                                                                double tau, double rho, double delta, double start,
-                                                               std::optional<double> offset, bool want_slope) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+                                                               std::optional<double> offset, bool want_slope,
+                                                               int64_t method) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
   const Masked input(scores, target, ignore);
   const Device device(scores);
   const Tensor first = first_positives(input, device.stream);
@@ -451,8 +452,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
 
 Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> ignore, Tensor slope,
                             std::optional<Tensor> positive_grad, Tensor negative_grad, int64_t surrogate, double tau,
-                            double rho, double delta, double start, std::optional<double> offset) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset);
+                            double rho, double delta, double start, std::optional<double> offset, int64_t method) {
+  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
   const Masked input(scores, target, ignore);
   const Device device(scores);
   const int64_t entries = slope.numel();

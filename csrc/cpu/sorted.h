@@ -1,0 +1,234 @@
+// One row by the sorted scan: its steps and their order. The work itself is in sorted_body.h.
+//
+// The negatives are kept and sorted; ranks of the positives are read off them; once ranks have become weights, the
+// gradients of the negatives are read off the positives. The second is the first in a mirror: with both scores negated
+// and in reverse order, v - u = (-u) - (-v), so that one kernel does both.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace roadmap {
+
+// Which scores the scan takes: sums of them, times a count, must be finite in float64.
+template <typename T>
+constexpr double kLargestSorted = sizeof(T) == 4 ? 3.5e38 : 1e150;
+
+// Runs tasks one after the other on the calling thread.
+inline Parallel serial() {
+  return {1, [](int64_t tasks, const std::function<void(int64_t, int)>& task) {
+            for (int64_t index = 0; index < tasks; ++index) task(index, 0);
+          }};
+}
+
+template <typename T>
+class SortedRow {
+ public:
+  // Sources in a leaf: few where many targets read them, for they are met pair by pair.
+  static constexpr int kLeaf = 32, kWeightedLeaf = 16;
+  // Leaves and targets of one task.
+  static constexpr int64_t kLeaves = 64, kPiece = 2048;
+  // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
+  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
+
+  // ---- collecting, a span of columns at a time: spans may be given to several threads ----
+
+  void begin(int64_t columns, int64_t spans) {
+    parts_.assign(spans, {});
+    if (from_.size() < static_cast<size_t>(columns + kPad)) from_.resize(columns + kPad);
+  }
+  // Where the entries of a span that begins at this column go.
+  Entry<T>* room(int64_t column) { return from_.data() + column; }
+  struct Part {
+    int64_t begin = 0, count = 0;
+    T low = std::numeric_limits<T>::infinity(), high = -std::numeric_limits<T>::infinity();
+  };
+  Part& part(int64_t span) { return parts_[span]; }
+
+  // Whether all that was collected can be sorted; false for infinities.
+  bool finite() const {
+    for (const Part& part : parts_) {
+      if (part.count && !(std::fabs(part.low) <= kLargestSorted<T> && std::fabs(part.high) <= kLargestSorted<T>))
+        return false;
+    }
+    return true;
+  }
+
+  int64_t size() const { return negatives_.n; }
+
+  // Sorts what was collected.
+  void sort(const Sorting<T>& kernels, const Parallel& parallel) {
+    T low = std::numeric_limits<T>::infinity(), high = -low;
+    int64_t n = 0;
+    for (const Part& part : parts_) {
+      n += part.count;
+      low = std::min(low, part.low);
+      high = std::max(high, part.high);
+    }
+    negatives_.weight.clear();
+    negatives_.resize(n, kLeaf);
+    column_.resize(n);
+    if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
+    workspaces_.resize(parallel.workers);
+    if (n <= kSmall) {
+      int64_t end = 0;
+      for (const Part& part : parts_) {
+        std::copy_n(from_.data() + part.begin, part.count, from_.data() + end);  // never to the right
+        end += part.count;
+      }
+      kernels.sort(from_.data(), n, low, high, to_.data(), workspaces_[0]);
+      take(to_.data(), 0, n);
+      return;
+    }
+    const auto buckets = static_cast<int32_t>(std::min(n / kBucket, kMostBuckets));
+    const auto tasks = static_cast<int64_t>(parts_.size());
+    place_.assign(tasks * buckets, 0);
+    parallel.run(tasks, [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.count_buckets(from_.data() + part.begin, part.count, low, high, buckets, &place_[task * buckets]);
+    });
+    edges_.assign(buckets + 1, 0);
+    uint32_t at = 0;
+    for (int32_t b = 0; b < buckets; ++b) {
+      edges_[b] = at;
+      for (int64_t task = 0; task < tasks; ++task) {
+        const uint32_t count = place_[task * buckets + b];
+        place_[task * buckets + b] = at;
+        at += count;
+      }
+    }
+    edges_[buckets] = at;
+    parallel.run(tasks, [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.deal_buckets(from_.data() + part.begin, part.count, low, high, buckets, &place_[task * buckets],
+                           to_.data());
+    });
+    parallel.run(buckets, [&](int64_t b, int worker) {
+      const int64_t begin = edges_[b], count = edges_[b + 1] - begin;
+      const T width = (high - low) / static_cast<T>(buckets), first = low + static_cast<T>(b) * width;
+      kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin, workspaces_[worker]);
+      take(from_.data(), begin, count);
+    });
+  }
+
+  // ---- reading ----
+
+  // Ranks of the ascending positives among the negatives, and their slopes if `slope` is not null.
+  void rank(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
+            Scratch<T>& (*scratch)(), double* rank, double* slope) {
+    read(negatives_, positive, s, kernels, parallel, scratch, rank, slope);
+  }
+
+  // Smooth: ranks of the positives among themselves, from 1.
+  void rank_positives(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels,
+                      const Parallel& parallel, Scratch<T>& (*scratch)(), double* rank) {
+    mirrored_.weight.clear();
+    mirrored_.resize(static_cast<int64_t>(positive.size()), kLeaf);
+    std::copy(positive.begin(), positive.end(), mirrored_.value.begin());
+    read(mirrored_, positive, s, kernels, parallel, scratch, rank, nullptr);
+    for (size_t i = 0; i < positive.size(); ++i) rank[i] += 0.5;  // less sigma(0) of itself, plus 1
+  }
+
+  // What each negative gets: gradient by column [columns], 0 for columns that were not collected. weight is that of the
+  // positives' ranks in units that slopes times `scale` are returned in.
+  void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale,
+                const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel, Scratch<T>& (*scratch)()) {
+    mirror(positive, weight, s, kernels, parallel);
+    const int64_t n = size();
+    gradient_.resize(columns);
+    parallel.run((columns + kSpread - 1) / kSpread, [&](int64_t task, int) {
+      const int64_t begin = task * kSpread;
+      std::fill(gradient_.begin() + begin, gradient_.begin() + std::min(columns, begin + kSpread), T(0));
+    });
+    parallel.run((n + kPiece - 1) / kPiece, [&](int64_t task, int) {
+      const int64_t begin = task * kPiece, count = std::min(n - begin, kPiece);
+      T target[kPiece];
+      double slope[kPiece];
+      for (int64_t j = 0; j < count; ++j) target[j] = -negatives_.value[n - 1 - begin - j];
+      kernels.slope_targets(mirrored_, target, 0, count, s, scratch(), slope);
+      for (int64_t j = 0; j < count; ++j) gradient_[column_[n - 1 - begin - j]] = static_cast<T>(slope[j] * scale);
+    });
+  }
+  const T* gradient() const { return gradient_.data(); }
+
+  // Smooth: out[j] = sum_i (w_i - w_j) tau H'(s_j - s_i) of positives among themselves, times scale.
+  void gradient_positives(const std::vector<T>& positive, const std::vector<T>& weight, double scale,
+                          const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
+                          Scratch<T>& (*scratch)(), double* out) {
+    const auto size = static_cast<int64_t>(positive.size());
+    std::vector<double> all(size), weighted(size);
+    const auto slopes = [&](const std::vector<T>& weights, std::vector<double>& slope) {
+      mirror(positive, weights, s, kernels, parallel);
+      parallel.run((size + kPiece - 1) / kPiece, [&](int64_t task, int) {
+        const int64_t begin = task * kPiece;
+        kernels.slope_targets(mirrored_, mirrored_.value.data(), begin, std::min(size, begin + kPiece), s, scratch(),
+                              slope.data());
+      });
+    };
+    slopes(std::vector<T>(size, T(1)), all);
+    slopes(weight, weighted);
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = (weighted[size - 1 - i] - static_cast<double>(weight[i]) * all[size - 1 - i]) * scale;
+    }
+  }
+
+ private:
+  static constexpr int64_t kSpread = 1 << 16;
+
+  void take(const Entry<T>* entry, int64_t begin, int64_t count) {
+    for (int64_t j = begin; j < begin + count; ++j) {
+      negatives_.value[j] = entry[j].value;
+      column_[j] = entry[j].index;
+    }
+  }
+
+  void sum(Sources<T>& sources, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel) {
+    const int64_t leaves = sources.leaves();
+    parallel.run((leaves + kLeaves - 1) / kLeaves, [&](int64_t task, int) {
+      kernels.sum_leaves(sources, task * kLeaves, std::min(leaves, (task + 1) * kLeaves), s);
+    });
+    parallel.run(2, [&](int64_t task, int) { task ? kernels.join_above(sources, s) : kernels.join_below(sources, s); });
+  }
+
+  void read(Sources<T>& sources, const std::vector<T>& target, const Settings<T>& s, const Sorting<T>& kernels,
+            const Parallel& parallel, Scratch<T>& (*scratch)(), double* rank, double* slope) {
+    const auto size = static_cast<int64_t>(target.size());
+    if (!sources.n) {
+      std::fill_n(rank, size, 0.0);
+      if (slope) std::fill_n(slope, size, 0.0);
+      return;
+    }
+    sum(sources, s, kernels, parallel);
+    parallel.run((size + kPiece - 1) / kPiece, [&](int64_t task, int) {
+      const int64_t begin = task * kPiece;
+      kernels.rank_targets(sources, target.data(), begin, std::min(size, begin + kPiece), s, scratch(), rank, slope);
+    });
+  }
+
+  void mirror(const std::vector<T>& positive, const std::vector<T>& weight, const Settings<T>& s,
+              const Sorting<T>& kernels, const Parallel& parallel) {
+    const auto size = static_cast<int64_t>(positive.size());
+    mirrored_.weight.resize(size + kPad);
+    mirrored_.resize(size, kWeightedLeaf);
+    for (int64_t i = 0; i < size; ++i) {
+      mirrored_.value[size - 1 - i] = -positive[i];
+      mirrored_.weight[size - 1 - i] = weight[i];
+    }
+    sum(mirrored_, s, kernels, parallel);
+  }
+
+  std::vector<Part> parts_;
+  std::vector<Entry<T>> from_, to_;
+  std::vector<uint32_t> place_, edges_;
+  std::vector<std::vector<uint16_t>> workspaces_;
+  std::vector<typename Entry<T>::Index> column_;  // [n]  of each sorted negative
+  Sources<T> negatives_, mirrored_;
+  std::vector<T> gradient_;  // [columns]
+};
+
+}  // namespace roadmap

@@ -1,0 +1,724 @@
+// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file (after tiled_body.h).
+//
+// On a half line the sigmoid is a short sum of exponentials (series.h), and a sum of e^(-k |v - u| / tau) over all v on
+// one side of u is the sum at any other point times a power of a decay. So the sources v are sorted and cut into leaves
+// of equal size; where leaves meet, the sums over all sources below and above are kept. A target u reads
+//
+//     the sources below its own leaf                one series
+//     its own leaf, and whatever else is near       pair by pair
+//     from there to the leaf of the knee u + delta  a count less the series of both ends
+//     the leaf of the knee                          pair by pair
+//     the sources above that                        a count and a sum
+//
+// Neighbouring targets do so together. Series are float64: their coefficients alternate, which would cost float32 two
+// digits where scores lie close. Steps and knees are decided pair by pair, exactly as by the tiled kernels.
+
+namespace {
+
+// Sources between the steps, or the knees, of the first and the last of the targets that are worked on together.
+constexpr int64_t kSpread = 256;
+// So few targets at once meet a vector of sources at a time; more meet one source at a time, each in a lane.
+constexpr int kFewTargets = 2;
+// Vectors of targets that read together: ranks, of which each has several, and slopes.
+constexpr int kRankVectors = 2, kSlopeVectors = 4;
+template <typename T>
+constexpr int kTargets = kSlopeVectors * Vec<T>::kWidth;
+
+// Relative error 8e-12 where scores are float, 5e-18 where they are double.
+template <typename T>
+constexpr int kDecayDegree = sizeof(T) == 4 ? 9 : 13;
+
+// e^x for x <= 0; from -600 on it stops falling, which keeps a product with any sum of sources a normal number.
+template <typename T>
+Vec<double>::V decay(Vec<double>::V x) {
+  using X = Vec<double>;
+  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(-600)), X::set(0));
+}
+
+// The same where powers up to the degree are taken of it.
+template <typename T>
+Vec<double>::V power_decay(Vec<double>::V x) {
+  using X = Vec<double>;
+  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(sizeof(T) == 4 ? -55 : -600)), X::set(0));
+}
+
+// ---- sorting ----
+
+template <typename T>
+struct Bucketing {
+  T low, scale, last;
+
+  Bucketing(T low, T high, int32_t buckets) : low(low), scale(buckets / (high - low)), last(T(buckets - 1)) {}
+  // Whether the buckets tell anything apart: the range may be too wide or too narrow for T.
+  bool usable() const { return scale > 0 && scale < infinity<T>(); }
+  // Never falls where the value rises.
+  uint32_t of(T value) const {
+    const T x = (value - low) * scale, from = x > 0 ? x : T(0);
+    return static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last));
+  }
+};
+
+template <typename T>
+int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<T>& s, Scratch<T>& scratch,
+                 Entry<T>* out, T& low, T& high, bool& nan) {
+  using X = Vec<T>;
+  using Index = typename Entry<T>::Index;
+  const int kept = keep(block, lowest, s, scratch, nan);
+  // The columns, packed as the scores were: their bits pass for scores, no arithmetic is done on them.
+  typedef Index Indices __attribute__((vector_size(sizeof(typename X::V))));
+  Indices column;
+  for (int lane = 0; lane < X::kWidth; ++lane) column[lane] = static_cast<Index>(first + lane);
+  int front = 0;
+  for (int j = 0; j < block.count; j += X::kWidth, column += static_cast<Index>(X::kWidth)) {
+    const unsigned bits = scratch.kept_bits[j / X::kWidth];
+    if (!bits) continue;
+    typename X::V packed;
+    std::memcpy(&packed, &column, sizeof packed);
+    X::compress(scratch.band + front, packed, bits);
+    front += __builtin_popcount(bits);
+  }
+  for (int j = 0; j < kept; ++j) {
+    out[j].value = scratch.kept[j];
+    std::memcpy(&out[j].index, &scratch.band[j], sizeof(Index));
+  }
+  if (kept && !nan) {
+    high = std::max(high, highest(scratch.kept, kept));
+    for (int j = 0; j < kept; ++j) scratch.band[j] = -scratch.kept[j];
+    X::store(scratch.band + kept, X::set(-infinity<T>()));
+    low = std::min(low, -highest(scratch.band, kept));
+  }
+  return kept;
+}
+
+template <typename T>
+void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* count) {
+  const Bucketing<T> bucket(low, high, buckets);
+  if (!bucket.usable()) {
+    count[0] += static_cast<uint32_t>(n);
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) ++count[bucket.of(entry[j].value)];
+}
+
+template <typename T>
+void deal_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to) {
+  const Bucketing<T> bucket(low, high, buckets);
+  if (!bucket.usable()) {
+    std::copy_n(entry, n, to + place[0]);
+    place[0] += static_cast<uint32_t>(n);
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) to[place[bucket.of(entry[j].value)]++] = entry[j];
+}
+
+template <typename T>
+void insertion_sort(Entry<T>* entry, int64_t n) {
+  for (int64_t j = 1; j < n; ++j) {
+    const Entry<T> moved = entry[j];
+    int64_t at = j;
+    for (; at > 0 && moved.value < entry[at - 1].value; --at) entry[at] = entry[at - 1];
+    entry[at] = moved;
+  }
+}
+
+// Sorts entries that lie between low and high, about: by 16 bits of where they lie in that range, two stable passes of
+// 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range.
+template <typename T>
+void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace, int depth) {
+  constexpr int64_t kFewEntries = 24, kCrowd = 24;
+  constexpr int32_t kKeys = 1 << 16;
+  if (n <= kFewEntries) {
+    std::copy_n(from, n, to);
+    insertion_sort(to, n);
+    return;
+  }
+  const Bucketing<T> bucket(low, high, kKeys);
+  if (!bucket.usable() || depth > 3) {
+    std::copy_n(from, n, to);
+    std::sort(to, to + n, [](const Entry<T>& a, const Entry<T>& b) {
+      return a.value < b.value || (a.value == b.value && a.index < b.index);
+    });
+    return;
+  }
+  const size_t base = workspace.size();
+  workspace.resize(base + 2 * n);
+  uint16_t *key = workspace.data() + base, *half = key + n;
+  for (int64_t j = 0; j < n; ++j) key[j] = static_cast<uint16_t>(bucket.of(from[j].value));
+  uint32_t fine[257] = {}, coarse[257] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    ++fine[(key[j] & 255) + 1];
+    ++coarse[(key[j] >> 8) + 1];
+  }
+  for (int b = 1; b <= 256; ++b) {
+    fine[b] += fine[b - 1];
+    coarse[b] += coarse[b - 1];
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t at = fine[key[j] & 255]++;
+    to[at] = from[j];
+    half[at] = key[j];
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t at = coarse[half[j] >> 8]++;
+    from[at] = to[j];
+    key[at] = half[j];
+  }
+  for (int64_t begin = 0; begin + kCrowd < n;) {
+    if (key[begin] != key[begin + kCrowd]) {  // no crowd begins here, nor before the next change of key
+      ++begin;
+      continue;
+    }
+    int64_t end = begin + kCrowd;
+    const uint16_t own = key[begin];
+    while (end < n && key[end] == own) ++end;
+    T bottom = from[begin].value, top = bottom;
+    for (int64_t j = begin; j < end; ++j) {
+      bottom = from[j].value < bottom ? from[j].value : bottom;
+      top = from[j].value > top ? from[j].value : top;
+    }
+    if (bottom < top) {
+      sort_entries(from + begin, end - begin, bottom, top, to, workspace, depth + 1);
+      std::copy_n(to, end - begin, from + begin);
+      key = workspace.data() + base;  // which may have moved
+    }
+    begin = end;
+  }
+  workspace.resize(base);
+  std::copy_n(from, n, to);
+  insertion_sort(to, n);
+}
+
+template <typename T>
+void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace) {
+  workspace.clear();
+  sort_entries(from, n, low, high, to, workspace, 0);
+}
+
+// ---- the sums of the leaves ----
+
+// Processors are slow at denormal numbers. Float's lowest decay has no power so low.
+template <typename T>
+Vec<double>::V next_power(Vec<double>::V power, Vec<double>::V y) {
+  if constexpr (sizeof(T) == 8) return Vec<double>::max(power * y, Vec<double>::set(1e-280));
+  return power * y;
+}
+
+// Sums of the powers of q, a leaf in each lane: sum[k - 1] += w q^k for `count` vectors. weight null: 1.
+template <typename T>
+void power_sums(const double* q, const double* weight, int count, Vec<double>::V* sum) {
+  using X = Vec<double>;
+  constexpr int kDegree = Sources<T>::kDegree;
+  for (int k = 0; k < kDegree; ++k) sum[k] = X::set(0);
+  for (int j = 0; j < count; ++j) {
+    const X::V y = X::load(q + j * X::kWidth);
+    X::V power = y;
+    if (weight) {
+      const X::V w = X::load(weight + j * X::kWidth);
+      for (int k = 0; k < kDegree; ++k) {
+        sum[k] = X::mul_add(w, power, sum[k]);
+        power = next_power<T>(power, y);
+      }
+    } else {
+      for (int k = 0; k < kDegree; ++k) {
+        sum[k] = sum[k] + power;
+        power = next_power<T>(power, y);
+      }
+    }
+  }
+}
+
+template <typename T>
+void sum_leaves(Sources<T>& sources, int64_t first, int64_t last, const Settings<T>& s) {
+  using X = Vec<double>;
+  constexpr int kLanes = X::kWidth, kStride = Sources<T>::kStride, kDegree = Sources<T>::kDegree;
+  constexpr int kMost = Sources<T>::kMostLeaf * kLanes;
+  const int size = sources.leaf;
+  const bool weighted = !sources.weight.empty();
+  const X::V rate = X::set(1 / s.tau);
+  const double origin = static_cast<double>(sources.value[0]);
+  alignas(64) double value[kMost], weight[kMost], q[kMost], low[kLanes], high[kLanes];
+  for (int64_t leaf = first; leaf < last; leaf += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, last - leaf));
+    const int64_t begin = leaf * size;
+    const int count = static_cast<int>(std::min<int64_t>(sources.n - begin, lanes * size));
+    // Element j of a leaf stands in row j; those there are not weigh nothing.
+    const bool full = count == kLanes * size;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int own = std::max(0, std::min(size, count - lane * size));
+      const T* const v = sources.value.data() + begin + lane * size;
+      for (int j = 0; j < own; ++j) value[j * kLanes + lane] = static_cast<double>(v[j]);
+      for (int j = own; j < size; ++j) value[j * kLanes + lane] = static_cast<double>(own ? v[own - 1] : T(0));
+      if (weighted || !full) {
+        const T* const w = weighted ? sources.weight.data() + begin + lane * size : nullptr;
+        for (int j = 0; j < size; ++j) weight[j * kLanes + lane] = j >= own ? 0 : w ? static_cast<double>(w[j]) : 1.0;
+      }
+      low[lane] = own ? static_cast<double>(v[0]) : 0;
+      high[lane] = own ? static_cast<double>(v[own - 1]) : 0;
+    }
+    const double* const given = weighted || !full ? weight : nullptr;
+    const X::V bottom = X::load(low), top = X::load(high);
+    X::V weights = X::set(0), sums = X::set(0), powers[kDegree];
+    for (int j = 0; j < size * kLanes; j += kLanes) {
+      const X::V v = X::load(value + j), w = given ? X::load(weight + j) : X::set(1);
+      weights = weights + w;
+      if (!weighted) sums = X::mul_add(w, v - X::set(origin), sums);
+      X::store(q + j, power_decay<T>((v - top) * rate));
+    }
+    const auto put = [&](double* out, int64_t stride, X::V v) {
+      double all[kLanes];
+      X::store(all, v);
+      for (int lane = 0; lane < lanes; ++lane) out[lane * stride] = all[lane];
+    };
+    put(&sources.weights[leaf], 1, weights);
+    put(&sources.sums[leaf], 1, sums);
+    power_sums<T>(q, given, size, powers);
+    for (int k = 0; k < kStride; ++k) {
+      put(&sources.below[(leaf + 1) * kStride + k], kStride, k < kDegree ? powers[k] : X::set(0));
+    }
+    for (int j = 0; j < size * kLanes; j += kLanes) {
+      X::store(q + j, power_decay<T>((bottom - X::load(value + j)) * rate));
+    }
+    power_sums<T>(q, given, size, powers);
+    for (int k = 0; k < kStride; ++k) {
+      put(&sources.above[leaf * kStride + k], kStride, k < kDegree ? powers[k] : X::set(0));
+    }
+  }
+}
+
+// out[k - 1] = a[k - 1] + sign e^(-k distance / tau) b[k - 1].
+template <typename T>
+void join(const double* a, double sign, double distance, const double* b, const Settings<T>& s, double* out) {
+  using X = Vec<double>;
+  const X::V exponent = X::set(-distance / s.tau);
+  alignas(64) static constexpr double kNumbers[24] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
+                                                      13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24};
+  for (int k = 0; k < Sources<T>::kStride; k += X::kWidth) {
+    const X::V by = decay<T>(exponent * X::load(kNumbers + k)) * X::set(sign);
+    X::store(out + k, X::mul_add(by, X::load(b + k), X::load(a + k)));
+  }
+}
+
+template <typename T>
+void join_below(Sources<T>& sources, const Settings<T>& s) {
+  const int size = sources.leaf;
+  constexpr int kStride = Sources<T>::kStride;
+  std::fill_n(sources.below.data(), kStride, 0.0);
+  for (int64_t leaf = 1; leaf < sources.leaves(); ++leaf) {
+    const int64_t end = std::min(sources.n, (leaf + 1) * size);
+    const double distance =
+        static_cast<double>(sources.value[end - 1]) - static_cast<double>(sources.value[leaf * size - 1]);
+    double* const own = sources.below.data() + (leaf + 1) * kStride;
+    join(own, 1, distance, own - kStride, s, own);
+  }
+}
+
+template <typename T>
+void join_above(Sources<T>& sources, const Settings<T>& s) {
+  const int size = sources.leaf;
+  constexpr int kStride = Sources<T>::kStride;
+  const int64_t leaves = sources.leaves();
+  std::fill_n(sources.above.data() + leaves * kStride, kStride, 0.0);
+  KahanSum weights, sum;
+  sources.weights[leaves] = sources.sums[leaves] = 0;
+  for (int64_t leaf = leaves - 1; leaf >= 0; --leaf) {
+    weights.add(sources.weights[leaf]);
+    sum.add(sources.sums[leaf]);
+    sources.weights[leaf] = weights.sum;
+    sources.sums[leaf] = sum.sum;
+    if (leaf + 1 == leaves) continue;
+    const double distance =
+        static_cast<double>(sources.value[(leaf + 1) * size]) - static_cast<double>(sources.value[leaf * size]);
+    double* const own = sources.above.data() + leaf * kStride;
+    join(own, 1, distance, own + kStride, s, own);
+  }
+}
+
+// ---- what targets read ----
+
+// Where neighbouring targets find what, in leaves: [near, far) and [knee, end) are met pair by pair, and in between
+// steps are 1.
+struct Reach {
+  int64_t near, far, knee, end;
+  bool merged;  // steps and knees lie together, all in [near, far)
+};
+
+// Neighbouring targets that read together, and what they have read so far.
+template <typename T>
+struct Readers {
+  const T* target;
+  int count;
+  Reach reach;
+  alignas(64) double curve[kTargets<T>];
+  alignas(64) double slope[kTargets<T>];  // in units of 1 / tau
+  alignas(64) double steps[kTargets<T>];
+  alignas(64) double tails[kTargets<T>];
+  alignas(64) double past[kTargets<T>];
+};
+
+// The first of the ascending values from `from` on of which `before` is not true: near, mostly. before(v) are the
+// lanes' bits of a vector.
+template <typename T, typename Before>
+int64_t seek(const T* value, int64_t from, int64_t n, const Before& before) {
+  using X = Vec<T>;
+  constexpr unsigned kLanes = (1u << X::kWidth) - 1;
+  const auto all = [&](int64_t j) { return before(X::set(value[j])) == kLanes; };
+  for (int vector = 0; vector < 4; ++vector) {
+    if (from + X::kWidth > n) break;
+    const unsigned bits = before(X::load(value + from));
+    if (bits != kLanes) return from + __builtin_popcount(bits);
+    from += X::kWidth;
+  }
+  int64_t step = 4 * X::kWidth;
+  while (from + step <= n && all(from + step - 1)) {
+    from += step;
+    step *= 2;
+  }
+  int64_t end = std::min(n, from + step);
+  while (from < end) {
+    const int64_t middle = from + (end - from) / 2;
+    if (all(middle)) {
+      from = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return from;
+}
+
+// Walks along the targets and the steps and knees of the sources with them.
+template <bool Smooth, typename T>
+class Walk {
+ public:
+  Walk(const Sources<T>& sources, const Settings<T>& s)
+      : v_(sources.value.data()), n_(sources.n), leaf_(sources.leaf), s_(s) {}
+
+  // As many targets from target[0] on as may read together; those after it must not be lower.
+  void next(const T* target, int64_t left, int most, Readers<T>& readers) {
+    step_ = seek_step(step_, target[0]);
+    knee_ = Smooth ? n_ : seek_knee(knee_, target[0]);
+    int count = static_cast<int>(std::min<int64_t>(left, most));
+    int64_t step = step_, knee = knee_;
+    for (; count > 1; count = (count + 1) / 2) {
+      const T last = target[count - 1];
+      if (last - target[0] <= s_.group_span) {
+        step = seek_step(step_, last);
+        knee = Smooth ? n_ : seek_knee(knee_, last);
+        if (step - step_ <= kSpread && knee - knee_ <= kSpread) break;
+      }
+      step = step_;
+      knee = knee_;
+    }
+    readers.target = target;
+    readers.count = count;
+    Reach& r = readers.reach;
+    r = {step_ / leaf_, up(step), knee_ == n_ ? up(n_) : knee_ / leaf_, up(knee), false};
+    if (r.knee < r.far) {
+      r.far = std::max(r.far, r.end);
+      r.knee = r.end = r.far;
+      r.merged = true;
+    }
+  }
+
+ private:
+  int64_t up(int64_t n) const { return (n + leaf_ - 1) / leaf_; }
+  int64_t seek_step(int64_t from, T x) const {
+    const auto low = Vec<T>::set(x);
+    return seek(v_, from, n_, [&](typename Vec<T>::V v) { return Vec<T>::bits(Vec<T>::greater(low, v)); });
+  }
+  int64_t seek_knee(int64_t from, T x) const {
+    const auto low = Vec<T>::set(x), delta = Vec<T>::set(s_.delta);
+    constexpr unsigned kLanes = (1u << Vec<T>::kWidth) - 1;
+    return seek(v_, from, n_,
+                [&](typename Vec<T>::V v) { return kLanes & ~Vec<T>::bits(Vec<T>::greater(v - low, delta)); });
+  }
+
+  const T* const v_;
+  const int64_t n_;
+  const int leaf_;
+  const Settings<T>& s_;
+  int64_t step_ = 0, knee_ = 0;
+};
+
+// Adds sign times the series of exponential sums at the distance of each target from the anchor.
+template <bool Curve, bool Slope, typename T>
+void add_series(const double* sums, double anchor, double sign, const Settings<T>& s, Readers<T>& readers) {
+  using X = Vec<double>;
+  constexpr int kDegree = Sources<T>::kDegree;
+  double a[kDegree], b[kDegree];
+  for (int k = 0; k < kDegree; ++k) {
+    a[k] = sign * Series<T>::kSigmoid[k] * sums[k];
+    b[k] = Series<T>::kSlope[k] * sums[k];
+  }
+  const double rate = 1 / s.tau;
+  alignas(64) double exponent[kTargets<T>];
+  const int full = padded<double>(readers.count);
+  for (int i = 0; i < readers.count; ++i) {
+    exponent[i] = -std::fabs(static_cast<double>(readers.target[i]) - anchor) * rate;
+  }
+  for (int i = readers.count; i < full; ++i) exponent[i] = 0;
+  for (int i = 0; i < full; i += X::kWidth) {
+    const X::V q = decay<T>(X::load(exponent + i));
+    X::V curve = X::set(0), slope = X::set(0);
+    for (int k = kDegree - 1; k >= 0; --k) {
+      if constexpr (Curve) curve = X::mul_add(curve, q, X::set(a[k]));
+      if constexpr (Slope) slope = X::mul_add(slope, q, X::set(b[k]));
+    }
+    if constexpr (Curve) X::store(readers.curve + i, X::mul_add(curve, q, X::load(readers.curve + i)));
+    if constexpr (Slope) X::store(readers.slope + i, X::mul_add(slope, q, X::load(readers.slope + i)));
+  }
+}
+
+// The two series of the sources that are not met pair by pair. Above the target sigma is 1 less the series.
+template <bool Curve, bool Slope, typename T>
+void add_both_series(const Sources<T>& sources, const Settings<T>& s, Readers<T>& readers) {
+  const int size = sources.leaf;
+  constexpr int kStride = Sources<T>::kStride;
+  const Reach& r = readers.reach;
+  const T* const v = sources.value.data();
+  if (r.near > 0) {
+    add_series<Curve, Slope>(sources.below.data() + r.near * kStride, static_cast<double>(v[r.near * size - 1]), 1.0, s,
+                             readers);
+  }
+  if (r.far >= r.knee) return;
+  const double anchor = static_cast<double>(v[r.far * size]);
+  const double* sums = sources.above.data() + r.far * kStride;
+  alignas(64) double window[kStride];
+  if (r.knee * size < sources.n) {
+    join(sums, -1.0, static_cast<double>(v[r.knee * size]) - anchor, sources.above.data() + r.knee * kStride, s,
+         window);
+    sums = window;
+  }
+  add_series<Curve, Slope>(sums, anchor, -1.0, s, readers);
+}
+
+// The sources that are met pair by pair, in a row: values, exponentials around the centre, weights. Returns how many.
+template <bool Weighted, typename T>
+int gather(const Sources<T>& sources, const Reach& r, T centre, const Settings<T>& s, Scratch<T>& scratch) {
+  const int size = sources.leaf;
+  int count = 0;
+  const auto take = [&](int64_t first, int64_t last) {
+    const int64_t begin = first * size, end = std::min(sources.n, last * size);
+    if (begin >= end) return;
+    std::copy_n(sources.value.data() + begin, end - begin, scratch.band + count);
+    if constexpr (Weighted) std::copy_n(sources.weight.data() + begin, end - begin, scratch.band_weight + count);
+    count += static_cast<int>(end - begin);
+  };
+  take(r.near, r.far);
+  take(r.knee, r.end);
+  Vec<T>::store(scratch.band + count, Vec<T>::set(-infinity<T>()));
+  band_exponentials(scratch.band, count, centre, s, scratch);
+  return count;
+}
+
+template <typename T>
+T centre_of(const Readers<T>& readers) {
+  return readers.target[0] / 2 + readers.target[readers.count - 1] / 2;
+}
+
+// Loads the targets, the last one repeated, and their exponentials around the centre.
+template <int Vectors, typename T>
+void load_targets(const Readers<T>& readers, T centre, const Settings<T>& s, typename Vec<T>::V* x,
+                  typename Vec<T>::V* ex) {
+  using X = Vec<T>;
+  constexpr int kLanes = Vectors * X::kWidth;
+  alignas(64) T lanes[kLanes];
+  const int count = std::min(readers.count, kLanes);
+  std::copy_n(readers.target, count, lanes);
+  std::fill(lanes + count, lanes + kLanes, lanes[count - 1]);
+  for (int r = 0; r < Vectors; ++r) {
+    x[r] = X::load(lanes + r * X::kWidth);
+    ex[r] = difference_exponential<T>(x[r], X::set(centre), s);
+  }
+}
+
+// Ranks from the pairs with the gathered sources [first, last): many targets. Below the knees of all targets only steps
+// have to be told apart, above their steps only tails.
+enum class Where { kBelowKnees, kAboveSteps, kAnywhere };
+template <bool Smooth, bool Slope, Where Place, int Vectors, typename T>
+void rank_pairs(int first, int last, T centre, const Settings<T>& s, const Scratch<T>& scratch, Readers<T>& readers) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  constexpr int kRun = 64;  // of sources whose shares are summed in T
+  constexpr bool kSteps = !Smooth && Place != Where::kAboveSteps, kTails = !Smooth && Place != Where::kBelowKnees;
+  if (first == last) return;
+  const V delta = X::set(s.delta), origin = X::set(s.origin), one = X::set(1), zero = X::set(0);
+  V x[Vectors], ex[Vectors];
+  load_targets<Vectors>(readers, centre, s, x, ex);
+  for (int begin = first; begin < last; begin += kRun) {
+    const int end = std::min(last, begin + kRun);
+    V curve[Vectors], slope[Vectors], steps[Vectors], tails[Vectors], past[Vectors];
+    for (int r = 0; r < Vectors; ++r) curve[r] = slope[r] = steps[r] = tails[r] = past[r] = zero;
+    for (int j = begin; j < end; ++j) {
+      const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
+      for (int r = 0; r < Vectors; ++r) {
+        const V value = sigma<T>(ev, ex[r]), t = v - x[r];
+        if constexpr (kSteps) steps[r] = X::add_where(X::greater_equal(t, zero), steps[r], one);
+        if constexpr (kTails) {
+          const auto tail = X::greater(t, delta);
+          curve[r] = X::add_unless(tail, curve[r], value);
+          if constexpr (Slope) slope[r] = X::add_unless(tail, slope[r], sigma_slope<T>(ev, ex[r], value));
+          tails[r] = X::add_where(tail, tails[r], one);
+          past[r] = X::add_where(tail, past[r], t - origin);
+        } else {
+          curve[r] = curve[r] + value;
+          if constexpr (Slope) slope[r] = slope[r] + sigma_slope<T>(ev, ex[r], value);
+        }
+      }
+    }
+    for (int r = 0; r < Vectors; ++r) {
+      const int at = r * X::kWidth;
+      X::accumulate(readers.curve + at, curve[r]);
+      if constexpr (Slope) X::accumulate(readers.slope + at, slope[r]);
+      if constexpr (kTails) {
+        X::accumulate(readers.tails + at, tails[r]);
+        X::accumulate(readers.past + at, past[r]);
+      }
+      if constexpr (!Smooth) X::accumulate(readers.steps + at, kSteps ? steps[r] : X::set(static_cast<T>(end - begin)));
+    }
+  }
+}
+
+// The gathered sources: near ones, then those around the knee, if these are apart.
+template <bool Smooth, bool Slope, int Vectors, typename T>
+void rank_gathered(int near, int count, T centre, const Settings<T>& s, const Scratch<T>& scratch,
+                   Readers<T>& readers) {
+  if (readers.reach.merged) {
+    rank_pairs<Smooth, Slope, Where::kAnywhere, Vectors>(0, count, centre, s, scratch, readers);
+  } else {
+    rank_pairs<Smooth, Slope, Where::kBelowKnees, Vectors>(0, near, centre, s, scratch, readers);
+    rank_pairs<Smooth, Slope, Where::kAboveSteps, Vectors>(near, count, centre, s, scratch, readers);
+  }
+}
+
+template <bool Smooth, bool Slope, typename T>
+void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
+                     Scratch<T>& scratch, double* rank, double* slope) {
+  Walk<Smooth, T> walk(sources, s);
+  Readers<T> readers;
+  for (int64_t i = begin; i < end; i += readers.count) {
+    walk.next(target + i, end - i, kRankVectors * Vec<T>::kWidth, readers);
+    const Reach& r = readers.reach;
+    for (double* lanes : {readers.curve, readers.slope, readers.steps, readers.tails, readers.past}) {
+      std::fill_n(lanes, kTargets<T>, 0.0);
+    }
+    const T centre = centre_of(readers);
+    const int count = gather<false>(sources, r, centre, s, scratch);
+    double direct[kFewTargets] = {}, direct_slope[kFewTargets] = {};
+    const bool few = readers.count <= kFewTargets;
+    if (few) {
+      T ex[kFewTargets];
+      alignas(64) T lanes[kTargets<T>];
+      typename Vec<T>::V x, exponential;
+      load_targets<1>(readers, centre, s, &x, &exponential);
+      Vec<T>::store(lanes, exponential);
+      for (int k = 0; k < readers.count; ++k) {
+        ex[k] = lanes[k];
+        rank_rows<Smooth, Slope, false, 1>(scratch.band, scratch.band_exponential, count, readers.target + k, ex + k, s,
+                                           direct + k, direct_slope + k, static_cast<T*>(nullptr));
+      }
+    } else {
+      const int near = static_cast<int>(std::min(sources.n, r.far * sources.leaf) - r.near * sources.leaf);
+      const auto rank_some = readers.count <= Vec<T>::kWidth ? rank_gathered<Smooth, Slope, 1, T>
+                                                             : rank_gathered<Smooth, Slope, kRankVectors, T>;
+      rank_some(near, count, centre, s, scratch, readers);
+    }
+    add_both_series<true, Slope>(sources, s, readers);
+    const double all = sources.weights[r.far] - sources.weights[r.knee];  // from the steps to the knees
+    const double tail = Smooth ? 0 : sources.weights[r.end];
+    const double tail_sum = Smooth ? 0 : sources.sums[r.end];
+    const double first = static_cast<double>(sources.value[0]);
+    for (int k = 0; k < readers.count; ++k) {
+      double value = readers.curve[k] + all, d = readers.slope[k] / s.tau;
+      if constexpr (!Smooth) {
+        value += s.exact_start * (readers.steps[k] - readers.tails[k] + all);
+        const double tails = readers.tails[k] + tail;
+        if (tails != 0) {
+          const double x = static_cast<double>(readers.target[k]) - first + static_cast<double>(s.origin);
+          value += tail_value(readers.past[k] + (tail_sum - tail * x), tails, s);
+          if constexpr (Slope) d += s.exact_rho * tails;
+        }
+      }
+      rank[i + k] = value + (few ? direct[k] : 0);
+      if constexpr (Slope) slope[i + k] = d + (few ? direct_slope[k] : 0);
+    }
+  }
+}
+
+template <typename T>
+void rank_targets(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
+                  Scratch<T>& scratch, double* rank, double* slope) {
+  if (s.surrogate == Surrogate::kSmooth) {
+    slope ? rank_targets_as<true, true>(sources, target, begin, end, s, scratch, rank, slope)
+          : rank_targets_as<true, false>(sources, target, begin, end, s, scratch, rank, slope);
+  } else {
+    slope ? rank_targets_as<false, true>(sources, target, begin, end, s, scratch, rank, slope)
+          : rank_targets_as<false, false>(sources, target, begin, end, s, scratch, rank, slope);
+  }
+}
+
+template <bool Smooth, typename T>
+void slope_targets_as(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
+                      Scratch<T>& scratch, double* slope) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  constexpr int kRun = 32;  // of sources whose shares are summed in T
+  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
+  Walk<Smooth, T> walk(sources, s);
+  Readers<T> readers;
+  for (int64_t i = begin; i < end; i += readers.count) {
+    walk.next(target + i, end - i, kTargets<T>, readers);
+    const Reach& r = readers.reach;
+    std::fill_n(readers.slope, kTargets<T>, 0.0);
+    const T centre = centre_of(readers);
+    const int count = gather<true>(sources, r, centre, s, scratch);
+    V x[kSlopeVectors], ex[kSlopeVectors];
+    load_targets<kSlopeVectors>(readers, centre, s, x, ex);
+    for (int run = 0; run < count; run += kRun) {
+      V sum[kSlopeVectors];
+      for (int k = 0; k < kSlopeVectors; ++k) sum[k] = X::set(0);
+      for (int j = run; j < std::min(count, run + kRun); ++j) {
+        const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
+        const V w = X::set(scratch.band_weight[j]);
+        for (int k = 0; k < kSlopeVectors; ++k) {
+          sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v, ev, x[k], ex[k], delta, rho_tau), sum[k]);
+        }
+      }
+      for (int k = 0; k < kSlopeVectors; ++k) X::accumulate(readers.slope + k * X::kWidth, sum[k]);
+    }
+    add_both_series<false, true>(sources, s, readers);
+    const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.weights[r.end];
+    for (int k = 0; k < readers.count; ++k) slope[i + k] = readers.slope[k] + tail;
+  }
+}
+
+template <typename T>
+void slope_targets(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
+                   Scratch<T>& scratch, double* slope) {
+  if (s.surrogate == Surrogate::kSmooth) {
+    slope_targets_as<true>(sources, target, begin, end, s, scratch, slope);
+  } else {
+    slope_targets_as<false>(sources, target, begin, end, s, scratch, slope);
+  }
+}
+
+// The block's slopes stand in scratch.kept, as if each of its columns had been kept.
+template <typename T>
+void spread_block(const Block<T>& block, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
+                  Scratch<T>& scratch, T* out) {
+  for (int j = 0; j < block.count; ++j) scratch.kept[j] = static_cast<T>(slope[j] * scale);
+  std::fill_n(scratch.kept_bits, padded<T>(block.count) / Vec<T>::kWidth,
+              static_cast<uint16_t>((1u << Vec<T>::kWidth) - 1));
+  if (hinge) {
+    unpack<true>(block, scratch.kept_bits, hinge, column_scale, scratch, out);
+  } else {
+    unpack<false>(block, scratch.kept_bits, hinge, column_scale, scratch, out);
+  }
+}
+
+template <typename T>
+constexpr Sorting<T> make_sorting() {
+  return {keep_entries<T>, count_buckets<T>, deal_buckets<T>, sort<T>,          sum_leaves<T>,
+          join_below<T>,   join_above<T>,    rank_targets<T>, slope_targets<T>, spread_block<T>};
+}
+
+}  // namespace

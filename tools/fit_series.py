@@ -1,0 +1,129 @@
+"""Coefficients of the sorted scan: the sigmoid and its slope as short sums of exponentials, in closed form.
+
+For t <= 0 and y = e^(t / tau) in (0, 1]
+
+    sigma(t / tau)              = y / (1 + y)    ~  sum_{k=1..K} a_k y^k
+    sigma (1 - sigma)(t / tau)  = y / (1 + y)^2  ~  sum_{k=1..K} b_k y^k
+
+with the relative error |1 - (1 + y) sum a_k y^(k-1)|, and |1 - (1 + y)^2 sum b_k y^(k-1)|. The first is a polynomial of
+degree K that is 1 at y = -1. Of all these the Chebyshev polynomial T_K(2y - 1) / T_K(-3) is smallest on [0, 1]: the best
+coefficients are the quotient, and the error is 1 / T_K(3). The second has degree K + 1, is 1 at -1 and has no slope
+there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for exactly.
+All of it in rational numbers, rounded once.
+
+`python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
+"""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+
+Polynomial = list[Fraction]  # coefficients, the constant first
+
+DEGREES = {"float": 12, "double": 24}
+HEADER = Path(__file__).resolve().parent.parent / "csrc" / "series.h"
+
+
+def evaluate(p: Polynomial, x: Fraction) -> Fraction:
+    """p(x)."""
+    value = Fraction(0)
+    for coefficient in reversed(p):
+        value = value * x + coefficient
+    return value
+
+
+def derivative(p: Polynomial) -> Polynomial:
+    """p'."""
+    return [k * coefficient for k, coefficient in enumerate(p)][1:]
+
+
+def chebyshev(degree: int) -> Polynomial:
+    """T_degree(2y - 1): within 1 of 0 on [0, 1]."""
+    before, now = [Fraction(1)], [Fraction(-1), Fraction(2)]
+    if degree == 0:
+        return before
+    for _ in range(degree - 1):
+        following = [Fraction(0)] * (len(now) + 1)
+        for k, coefficient in enumerate(now):  # 2 (2y - 1) T_n - T_(n-1)
+            following[k] -= 2 * coefficient
+            following[k + 1] += 4 * coefficient
+        for k, coefficient in enumerate(before):
+            following[k] -= coefficient
+        before, now = now, following
+    return now
+
+
+def divided(p: Polynomial) -> Polynomial:
+    """p / (1 + y), which has to go without remainder."""
+    quotient = [Fraction(0)] * (len(p) - 1)
+    rest = Fraction(0)
+    for k in range(len(p) - 1, 0, -1):
+        rest = p[k] - rest
+        quotient[k - 1] = rest
+    if p[0] != rest:
+        raise ValueError("1 + y does not divide the polynomial")
+    return quotient
+
+
+def sigmoid(degree: int) -> tuple[Polynomial, float]:
+    """a_1 ... a_degree, and the relative error on (0, 1]."""
+    t = chebyshev(degree)
+    at = evaluate(t, Fraction(-1))
+    return divided([Fraction(k == 0) - c / at for k, c in enumerate(t)]), float(1 / abs(at))
+
+
+def slope(degree: int) -> tuple[Polynomial, float]:
+    """b_1 ... b_degree, and a bound on the relative error on (0, 1]."""
+    low, high = chebyshev(degree), chebyshev(degree + 1)
+    minus_one = Fraction(-1)
+    # x low + z high is 1 at -1, and its derivative 0.
+    p, q = evaluate(low, minus_one), evaluate(high, minus_one)
+    dp, dq = evaluate(derivative(low), minus_one), evaluate(derivative(high), minus_one)
+    determinant = p * dq - q * dp
+    x, z = dq / determinant, -dp / determinant
+    rest = [x * (low[k] if k < len(low) else 0) + z * high[k] for k in range(len(high))]
+    return divided(divided([Fraction(k == 0) - c for k, c in enumerate(rest)])), float(abs(x) + abs(z))
+
+
+def header() -> str:
+    """The text of csrc/series.h."""
+    lines = [
+        "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0, y = e^(t / tau),",
+        "//",
+        "//     sigma ~ sum_k kSigmoid[k - 1] y^k    sigma (1 - sigma) ~ sum_k kSlope[k - 1] y^k    relative errors below",
+        "#pragma once",
+        "",
+        "namespace roadmap {",
+        "",
+        "template <typename T>",
+        "struct Series;",
+    ]
+    for name, degree in DEGREES.items():
+        lines += ["", "template <>", f"struct Series<{name}> {{", f"  static constexpr int kDegree = {degree};"]
+        for title, (coefficients, bound) in (("kSigmoid", sigmoid(degree)), ("kSlope", slope(degree))):
+            lines.append(f"  static constexpr double {title}[{degree}] = {{  // {bound:.1e}")
+            lines += [f"      {float(c)!r}," for c in coefficients]
+            lines.append("  };")
+        lines.append("};")
+    return "\n".join([*lines, "", "}  // namespace roadmap", ""])
+
+
+def main() -> None:
+    """Print the bound of every degree; write the header if asked."""
+    parser = argparse.ArgumentParser(description="Coefficients of the sorted scan.")
+    parser.add_argument("--write", action="store_true", help=f"write csrc/{HEADER.name}")
+    arguments = parser.parse_args()
+    print("degree  sigma    slope    largest |a|  largest |b|")
+    for degree in range(4, 27):
+        (a, first), (b, second) = sigmoid(degree), slope(degree)
+        largest = [float(max(abs(c) for c in p)) for p in (a, b)]
+        used = ", ".join(name for name, k in DEGREES.items() if k == degree)
+        print(f"{degree:6}  {first:.1e}  {second:.1e}  {largest[0]:11.3f}  {largest[1]:11.3f}  {used}")
+    if arguments.write:
+        HEADER.write_text(header())
+
+
+if __name__ == "__main__":
+    main()
