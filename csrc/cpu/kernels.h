@@ -237,7 +237,7 @@ struct Sorting {
   void (*deal_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to);
   // Sorts n entries, values within about [low, high], into `to`, which must not overlap them: by value, equal ones by
   // index if they come so. `from` is overwritten.
-  void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace);
+  void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to);
   // The sums of each leaf in [first, last) alone; join_leaves() makes them those of all below and above.
   void (*sum_leaves)(Sources<T>&, int64_t first, int64_t last, const Settings<T>&);
   void (*join_below)(Sources<T>&, const Settings<T>&);

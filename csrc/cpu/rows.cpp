@@ -39,7 +39,6 @@ struct Row {
   std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
   std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
   std::vector<Entry<T>> found, order;                                 // [P]  score, k: as found, and sorted
-  std::vector<uint16_t> sorting;                                      // workspace
   std::vector<double> partial;                                        // [spans, 2, P]
   std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
   bool nan = false;
@@ -121,7 +120,7 @@ class Pass {
     // A NaN has no place in an order; such a row is not computed at all.
     if (!row.nan && objective_.ap) {
       const auto [low, high] = std::minmax_element(found.score.begin(), found.score.end());
-      sorting_.sort(row.found.data(), size, size ? *low : T(0), size ? *high : T(0), row.order.data(), row.sorting);
+      sorting_.sort(row.found.data(), size, size ? *low : T(0), size ? *high : T(0), row.order.data());
     } else {
       row.order.swap(row.found);
     }
@@ -357,8 +356,10 @@ double ap_weights(Row<T>& row, bool smooth) {
     const double negative = row.rank_negative[i];
     return std::isinf(negative) ? 1.0 : negative / (row.rank_positive[i] + negative);
   };
-  KahanSum loss;
-  for (int64_t i = 0; i < size; ++i) loss.add(miss(i));
+  // Four sums side by side: one would wait for its own additions.
+  KahanSum losses[4], loss;
+  for (int64_t i = 0; i < size; ++i) losses[i % 4].add(miss(i));
+  for (const KahanSum& part : losses) loss.add(part.sum);
   set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
     const double rank = row.rank_positive[i] + row.rank_negative[i], all = static_cast<double>(size);
     // Divided twice: rank squared can overflow.

@@ -30,7 +30,7 @@ template <typename T>
 class SortedRow {
  public:
   // Sources in a leaf: few where many targets read them, for they are met pair by pair.
-  static constexpr int kLeaf = 32, kWeightedLeaf = 16;
+  static constexpr int kLeaf = 32, kWeightedLeaf = 8;
   // Leaves and targets of one task.
   static constexpr int64_t kLeaves = 64, kPiece = 2048;
   // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
@@ -74,14 +74,13 @@ class SortedRow {
     negatives_.resize(n, kLeaf);
     column_.resize(n);
     if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
-    workspaces_.resize(parallel.workers);
     if (n <= kSmall) {
       int64_t end = 0;
       for (const Part& part : parts_) {
         std::copy_n(from_.data() + part.begin, part.count, from_.data() + end);  // never to the right
         end += part.count;
       }
-      kernels.sort(from_.data(), n, low, high, to_.data(), workspaces_[0]);
+      kernels.sort(from_.data(), n, low, high, to_.data());
       take(to_.data(), 0, n);
       return;
     }
@@ -108,10 +107,10 @@ class SortedRow {
       kernels.deal_buckets(from_.data() + part.begin, part.count, low, high, buckets, &place_[task * buckets],
                            to_.data());
     });
-    parallel.run(buckets, [&](int64_t b, int worker) {
+    parallel.run(buckets, [&](int64_t b, int) {
       const int64_t begin = edges_[b], count = edges_[b + 1] - begin;
       const T width = (high - low) / static_cast<T>(buckets), first = low + static_cast<T>(b) * width;
-      kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin, workspaces_[worker]);
+      kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin);
       take(from_.data(), begin, count);
     });
   }
@@ -225,7 +224,6 @@ class SortedRow {
   std::vector<Part> parts_;
   std::vector<Entry<T>> from_, to_;
   std::vector<uint32_t> place_, edges_;
-  std::vector<std::vector<uint16_t>> workspaces_;
   std::vector<typename Entry<T>::Index> column_;  // [n]  of each sorted negative
   Sources<T> negatives_, mirrored_;
   std::vector<T> gradient_;  // [columns]

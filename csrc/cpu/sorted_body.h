@@ -16,7 +16,7 @@
 namespace {
 
 // Sources between the steps, or the knees, of the first and the last of the targets that are worked on together.
-constexpr int64_t kSpread = 256;
+constexpr int64_t kSpread = 160;
 // So few targets at once meet a vector of sources at a time; more meet one source at a time, each in a lane.
 constexpr int kFewTargets = 2;
 // Vectors of targets that read together: ranks, of which each has several, and slopes.
@@ -90,6 +90,18 @@ int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<
   return kept;
 }
 
+// body(j, bucket) for each entry. The buckets of many are found before any is used, in vectors.
+template <typename T, typename Body>
+void for_buckets(const Entry<T>* entry, int64_t n, const Bucketing<T>& bucket, const Body& body) {
+  constexpr int kMany = 512;
+  uint16_t of[kMany];
+  for (int64_t begin = 0; begin < n; begin += kMany) {
+    const int count = static_cast<int>(std::min<int64_t>(kMany, n - begin));
+    for (int j = 0; j < count; ++j) of[j] = static_cast<uint16_t>(bucket.of(entry[begin + j].value));
+    for (int j = 0; j < count; ++j) body(begin + j, of[j]);
+  }
+}
+
 template <typename T>
 void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* count) {
   const Bucketing<T> bucket(low, high, buckets);
@@ -97,7 +109,7 @@ void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buck
     count[0] += static_cast<uint32_t>(n);
     return;
   }
-  for (int64_t j = 0; j < n; ++j) ++count[bucket.of(entry[j].value)];
+  for_buckets(entry, n, bucket, [&](int64_t, uint16_t b) { ++count[b]; });
 }
 
 template <typename T>
@@ -108,28 +120,31 @@ void deal_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t bucke
     place[0] += static_cast<uint32_t>(n);
     return;
   }
-  for (int64_t j = 0; j < n; ++j) to[place[bucket.of(entry[j].value)]++] = entry[j];
+  for_buckets(entry, n, bucket, [&](int64_t j, uint16_t b) { to[place[b]++] = entry[j]; });
 }
 
+// Sorts `from` into `to`; gives up, and returns false, where that takes more than `most` moves.
 template <typename T>
-void insertion_sort(Entry<T>* entry, int64_t n) {
-  for (int64_t j = 1; j < n; ++j) {
-    const Entry<T> moved = entry[j];
+bool insertion_sort(const Entry<T>* from, int64_t n, int64_t most, Entry<T>* to) {
+  for (int64_t j = 0; j < n; ++j) {
+    const Entry<T> moved = from[j];
     int64_t at = j;
-    for (; at > 0 && moved.value < entry[at - 1].value; --at) entry[at] = entry[at - 1];
-    entry[at] = moved;
+    for (; at > 0 && moved.value < to[at - 1].value; --at) to[at] = to[at - 1];
+    to[at] = moved;
+    most -= j - at;
+    if (most < 0) return false;
   }
+  return true;
 }
 
 // Sorts entries that lie between low and high, about: by 16 bits of where they lie in that range, two stable passes of
 // 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range.
 template <typename T>
-void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace, int depth) {
+void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, int depth) {
   constexpr int64_t kFewEntries = 24, kCrowd = 24;
   constexpr int32_t kKeys = 1 << 16;
   if (n <= kFewEntries) {
-    std::copy_n(from, n, to);
-    insertion_sort(to, n);
+    insertion_sort(from, n, n * n, to);
     return;
   }
   const Bucketing<T> bucket(low, high, kKeys);
@@ -140,58 +155,38 @@ void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::v
     });
     return;
   }
-  const size_t base = workspace.size();
-  workspace.resize(base + 2 * n);
-  uint16_t *key = workspace.data() + base, *half = key + n;
-  for (int64_t j = 0; j < n; ++j) key[j] = static_cast<uint16_t>(bucket.of(from[j].value));
   uint32_t fine[257] = {}, coarse[257] = {};
-  for (int64_t j = 0; j < n; ++j) {
-    ++fine[(key[j] & 255) + 1];
-    ++coarse[(key[j] >> 8) + 1];
-  }
+  for_buckets(from, n, bucket, [&](int64_t, uint16_t key) {
+    ++fine[(key & 255) + 1];
+    ++coarse[(key >> 8) + 1];
+  });
   for (int b = 1; b <= 256; ++b) {
     fine[b] += fine[b - 1];
     coarse[b] += coarse[b - 1];
   }
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t at = fine[key[j] & 255]++;
-    to[at] = from[j];
-    half[at] = key[j];
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t at = coarse[half[j] >> 8]++;
-    from[at] = to[j];
-    key[at] = half[j];
-  }
-  for (int64_t begin = 0; begin + kCrowd < n;) {
-    if (key[begin] != key[begin + kCrowd]) {  // no crowd begins here, nor before the next change of key
-      ++begin;
-      continue;
-    }
-    int64_t end = begin + kCrowd;
-    const uint16_t own = key[begin];
-    while (end < n && key[end] == own) ++end;
+  for_buckets(from, n, bucket, [&](int64_t j, uint16_t key) { to[fine[key & 255]++] = from[j]; });
+  for_buckets(to, n, bucket, [&](int64_t j, uint16_t key) { from[coarse[key >> 8]++] = to[j]; });
+  if (insertion_sort(from, n, 4 * n, to)) return;
+  for (int64_t begin = 0; begin < n;) {
+    const uint32_t key = bucket.of(from[begin].value);
     T bottom = from[begin].value, top = bottom;
-    for (int64_t j = begin; j < end; ++j) {
-      bottom = from[j].value < bottom ? from[j].value : bottom;
-      top = from[j].value > top ? from[j].value : top;
+    int64_t end = begin + 1;
+    for (; end < n && bucket.of(from[end].value) == key; ++end) {
+      bottom = from[end].value < bottom ? from[end].value : bottom;
+      top = from[end].value > top ? from[end].value : top;
     }
-    if (bottom < top) {
-      sort_entries(from + begin, end - begin, bottom, top, to, workspace, depth + 1);
+    if (end - begin > kCrowd && bottom < top) {
+      sort_entries(from + begin, end - begin, bottom, top, to, depth + 1);
       std::copy_n(to, end - begin, from + begin);
-      key = workspace.data() + base;  // which may have moved
     }
     begin = end;
   }
-  workspace.resize(base);
-  std::copy_n(from, n, to);
-  insertion_sort(to, n);
+  insertion_sort(from, n, n * n, to);
 }
 
 template <typename T>
-void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, std::vector<uint16_t>& workspace) {
-  workspace.clear();
-  sort_entries(from, n, low, high, to, workspace, 0);
+void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to) {
+  sort_entries(from, n, low, high, to, 0);
 }
 
 // ---- the sums of the leaves ----
@@ -272,16 +267,12 @@ void sum_leaves(Sources<T>& sources, int64_t first, int64_t last, const Settings
     put(&sources.weights[leaf], 1, weights);
     put(&sources.sums[leaf], 1, sums);
     power_sums<T>(q, given, size, powers);
-    for (int k = 0; k < kStride; ++k) {
-      put(&sources.below[(leaf + 1) * kStride + k], kStride, k < kDegree ? powers[k] : X::set(0));
-    }
+    for (int k = 0; k < kDegree; ++k) put(&sources.below[(leaf + 1) * kStride + k], kStride, powers[k]);
     for (int j = 0; j < size * kLanes; j += kLanes) {
       X::store(q + j, power_decay<T>((bottom - X::load(value + j)) * rate));
     }
     power_sums<T>(q, given, size, powers);
-    for (int k = 0; k < kStride; ++k) {
-      put(&sources.above[leaf * kStride + k], kStride, k < kDegree ? powers[k] : X::set(0));
-    }
+    for (int k = 0; k < kDegree; ++k) put(&sources.above[leaf * kStride + k], kStride, powers[k]);
   }
 }
 
@@ -396,7 +387,7 @@ class Walk {
   void next(const T* target, int64_t left, int most, Readers<T>& readers) {
     step_ = seek_step(step_, target[0]);
     knee_ = Smooth ? n_ : seek_knee(knee_, target[0]);
-    int count = static_cast<int>(std::min<int64_t>(left, most));
+    int count = static_cast<int>(std::min<int64_t>({left, most, 2 * count_}));
     int64_t step = step_, knee = knee_;
     for (; count > 1; count = (count + 1) / 2) {
       const T last = target[count - 1];
@@ -409,7 +400,7 @@ class Walk {
       knee = knee_;
     }
     readers.target = target;
-    readers.count = count;
+    readers.count = count_ = count;
     Reach& r = readers.reach;
     r = {step_ / leaf_, up(step), knee_ == n_ ? up(n_) : knee_ / leaf_, up(knee), false};
     if (r.knee < r.far) {
@@ -437,6 +428,7 @@ class Walk {
   const int leaf_;
   const Settings<T>& s_;
   int64_t step_ = 0, knee_ = 0;
+  int count_ = kTargets<T>;  // how many read together last
 };
 
 // Adds sign times the series of exponential sums at the distance of each target from the anchor.
@@ -508,6 +500,12 @@ int gather(const Sources<T>& sources, const Reach& r, T centre, const Settings<T
   Vec<T>::store(scratch.band + count, Vec<T>::set(-infinity<T>()));
   band_exponentials(scratch.band, count, centre, s, scratch);
   return count;
+}
+
+// How many of them are near.
+template <typename T>
+int near_count(const Sources<T>& sources, const Reach& r) {
+  return static_cast<int>(std::max<int64_t>(0, std::min(sources.n, r.far * sources.leaf) - r.near * sources.leaf));
 }
 
 template <typename T>
@@ -599,7 +597,7 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
     walk.next(target + i, end - i, kRankVectors * Vec<T>::kWidth, readers);
     const Reach& r = readers.reach;
     for (double* lanes : {readers.curve, readers.slope, readers.steps, readers.tails, readers.past}) {
-      std::fill_n(lanes, kTargets<T>, 0.0);
+      std::fill_n(lanes, kRankVectors * Vec<T>::kWidth, 0.0);
     }
     const T centre = centre_of(readers);
     const int count = gather<false>(sources, r, centre, s, scratch);
@@ -617,7 +615,7 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
                                            direct + k, direct_slope + k, static_cast<T*>(nullptr));
       }
     } else {
-      const int near = static_cast<int>(std::min(sources.n, r.far * sources.leaf) - r.near * sources.leaf);
+      const int near = near_count(sources, r);
       const auto rank_some = readers.count <= Vec<T>::kWidth ? rank_gathered<Smooth, Slope, 1, T>
                                                              : rank_gathered<Smooth, Slope, kRankVectors, T>;
       rank_some(near, count, centre, s, scratch, readers);
@@ -656,13 +654,33 @@ void rank_targets(const Sources<T>& sources, const T* target, int64_t begin, int
   }
 }
 
+// Slopes from the pairs with the gathered sources [first, last).
+template <bool Smooth, typename T>
+void slope_pairs(int first, int last, const typename Vec<T>::V* x, const typename Vec<T>::V* ex, const Settings<T>& s,
+                 const Scratch<T>& scratch, Readers<T>& readers) {
+  using X = Vec<T>;
+  using V = typename X::V;
+  constexpr int kRun = 32;  // of sources whose shares are summed in T
+  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
+  for (int begin = first; begin < last; begin += kRun) {
+    V sum[kSlopeVectors];
+    for (int k = 0; k < kSlopeVectors; ++k) sum[k] = X::set(0);
+    for (int j = begin; j < std::min(last, begin + kRun); ++j) {
+      const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
+      const V w = X::set(scratch.band_weight[j]);
+      for (int k = 0; k < kSlopeVectors; ++k) {
+        sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v, ev, x[k], ex[k], delta, rho_tau), sum[k]);
+      }
+    }
+    for (int k = 0; k < kSlopeVectors; ++k) X::accumulate(readers.slope + k * X::kWidth, sum[k]);
+  }
+}
+
 template <bool Smooth, typename T>
 void slope_targets_as(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
                       Scratch<T>& scratch, double* slope) {
   using X = Vec<T>;
   using V = typename X::V;
-  constexpr int kRun = 32;  // of sources whose shares are summed in T
-  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   Walk<Smooth, T> walk(sources, s);
   Readers<T> readers;
   for (int64_t i = begin; i < end; i += readers.count) {
@@ -673,18 +691,9 @@ void slope_targets_as(const Sources<T>& sources, const T* target, int64_t begin,
     const int count = gather<true>(sources, r, centre, s, scratch);
     V x[kSlopeVectors], ex[kSlopeVectors];
     load_targets<kSlopeVectors>(readers, centre, s, x, ex);
-    for (int run = 0; run < count; run += kRun) {
-      V sum[kSlopeVectors];
-      for (int k = 0; k < kSlopeVectors; ++k) sum[k] = X::set(0);
-      for (int j = run; j < std::min(count, run + kRun); ++j) {
-        const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
-        const V w = X::set(scratch.band_weight[j]);
-        for (int k = 0; k < kSlopeVectors; ++k) {
-          sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v, ev, x[k], ex[k], delta, rho_tau), sum[k]);
-        }
-      }
-      for (int k = 0; k < kSlopeVectors; ++k) X::accumulate(readers.slope + k * X::kWidth, sum[k]);
-    }
+    const int near = r.merged ? 0 : near_count(sources, r);
+    slope_pairs<true>(0, near, x, ex, s, scratch, readers);
+    slope_pairs<Smooth>(near, count, x, ex, s, scratch, readers);
     add_both_series<false, true>(sources, s, readers);
     const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.weights[r.end];
     for (int k = 0; k < readers.count; ++k) slope[i + k] = readers.slope[k] + tail;
