@@ -248,7 +248,9 @@ class Pass {
       const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
       const Hinge<T>* const hinged = hinges ? &hinge : nullptr;
       const T* const column_scales = m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr;
-      if (row.sorted) {
+      if (row.sorted && !row.sorted->gradient()) {
+        // There already.
+      } else if (row.sorted) {
         sorting_.spread_block(block, row.sorted->gradient() + begin, row.scale * by, hinged, column_scales, scratch,
                               out);
       } else {
@@ -272,6 +274,15 @@ class Pass {
       }
     }
   }
+
+  // Where the scan may write the gradient of a row at once: nothing is to be added to it, narrowed or scaled by column.
+  T* direct(const Row<T>& row, void* gradient) const {
+    const bool whole = m_.type == ScoreType::kFloat || m_.type == ScoreType::kDouble;
+    return whole && !m_.column_scale && !row.negative_hinges ? static_cast<T*>(gradient) + row.index * m_.columns
+                                                             : nullptr;
+  }
+  // What the gradient of the AP loss by the ranked scores is multiplied with.
+  double factor(const Row<T>& row) const { return row.scale * row_scale(row.index); }
 
   bool wants_slope() const { return slope_; }
 
@@ -512,7 +523,9 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   // The gradients of a sorted row, once it has weights.
   const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) {
     Positives<T>& p = row.p;
-    row.sorted->gradient(p.score, p.weight_negative, m.columns, p.unit / pass.settings().tau, pass.settings(),
+    T* const out = pass.direct(row, gradient);
+    row.sorted->gradient(p.score, p.weight_negative, m.columns,
+                         (out ? pass.factor(row) : 1.0) * p.unit / pass.settings().tau, out, pass.settings(),
                          pass.sorting(), parallel, scratch<T>);
     if (pass.smooth()) {
       row.sorted->gradient_positives(p.score, p.weight_positive, p.unit / pass.settings().tau, pass.settings(),

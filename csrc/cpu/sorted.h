@@ -133,16 +133,18 @@ class SortedRow {
     for (size_t i = 0; i < positive.size(); ++i) rank[i] += 0.5;  // less sigma(0) of itself, plus 1
   }
 
-  // What each negative gets: gradient by column [columns], 0 for columns that were not collected. weight is that of the
-  // positives' ranks in units that slopes times `scale` are returned in.
-  void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale,
+  // What each negative gets, by column, 0 for columns that were not collected: scale times its slope, weight being that
+  // of the positives' ranks. It goes to `out` [columns], or is kept for gradient() where that is null.
+  void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale, T* out,
                 const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel, Scratch<T>& (*scratch)()) {
     mirror(positive, weight, s, kernels, parallel);
     const int64_t n = size();
-    gradient_.resize(columns);
+    direct_ = out != nullptr;
+    if (!direct_) gradient_.resize(columns);
+    T* const by_column = direct_ ? out : gradient_.data();
     parallel.run((columns + kSpread - 1) / kSpread, [&](int64_t task, int) {
       const int64_t begin = task * kSpread;
-      std::fill(gradient_.begin() + begin, gradient_.begin() + std::min(columns, begin + kSpread), T(0));
+      std::fill(by_column + begin, by_column + std::min(columns, begin + kSpread), T(0));
     });
     parallel.run((n + kPiece - 1) / kPiece, [&](int64_t task, int) {
       const int64_t begin = task * kPiece, count = std::min(n - begin, kPiece);
@@ -150,10 +152,11 @@ class SortedRow {
       double slope[kPiece];
       for (int64_t j = 0; j < count; ++j) target[j] = -negatives_.value[n - 1 - begin - j];
       kernels.slope_targets(mirrored_, target, 0, count, s, scratch(), slope);
-      for (int64_t j = 0; j < count; ++j) gradient_[column_[n - 1 - begin - j]] = static_cast<T>(slope[j] * scale);
+      for (int64_t j = 0; j < count; ++j) by_column[column_[n - 1 - begin - j]] = static_cast<T>(slope[j] * scale);
     });
   }
-  const T* gradient() const { return gradient_.data(); }
+  // [columns]; null: it is where it belongs
+  const T* gradient() const { return direct_ ? nullptr : gradient_.data(); }
 
   // Smooth: out[j] = sum_i (w_i - w_j) tau H'(s_j - s_i) of positives among themselves, times scale.
   void gradient_positives(const std::vector<T>& positive, const std::vector<T>& weight, double scale,
@@ -227,6 +230,7 @@ class SortedRow {
   std::vector<typename Entry<T>::Index> column_;  // [n]  of each sorted negative
   Sources<T> negatives_, mirrored_;
   std::vector<T> gradient_;  // [columns]
+  bool direct_ = false;
 };
 
 }  // namespace roadmap
