@@ -38,7 +38,7 @@ struct Row {
   std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
   std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
   std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
-  std::vector<Entry<T>> found, order;                                 // [P]  score, k: as found, and sorted
+  std::vector<Entry<T>> order;                                        // [P]  score, k
   std::vector<double> partial;                                        // [spans, 2, P]
   std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
   bool nan = false;
@@ -84,8 +84,18 @@ class Pass {
   const Sorting<T>& sorting() const { return sorting_; }
 
   struct Found {
-    std::vector<T> score;
+    std::vector<Entry<T>> entry;  // score, place among them
     std::vector<int64_t> column;
+
+    void clear() {
+      entry.clear();
+      column.clear();
+    }
+    void append(const Found& other) {
+      const auto first = static_cast<typename Entry<T>::Index>(column.size());
+      for (const Entry<T>& e : other.entry) entry.push_back({e.value, e.index + first});
+      column.insert(column.end(), other.column.begin(), other.column.end());
+    }
   };
 
   // Positives of columns [begin, end).
@@ -93,11 +103,16 @@ class Pass {
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
       roles_.fill(row, at, count, scratch.roles);
-      for (int w = 0; w < divide_up(count, 64); ++w) {
-        for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1) {
+      const int words = static_cast<int>(divide_up(count, 64));
+      size_t more = 0, k = found.column.size();
+      for (int w = 0; w < words; ++w) more += __builtin_popcountll(scratch.roles.positive[w]);
+      found.entry.resize(k + more);
+      found.column.resize(k + more);
+      for (int w = 0; w < words; ++w) {
+        for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1, ++k) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
-          found.column.push_back(column);
-          found.score.push_back(score(row, column));
+          found.entry[k] = {score(row, column), static_cast<typename Entry<T>::Index>(k)};
+          found.column[k] = column;
         }
       }
     }
@@ -105,24 +120,24 @@ class Pass {
 
   // Sorts what collect() found.
   void arrange(int64_t index, Found& found, Row<T>& row) const {
-    const int64_t size = static_cast<int64_t>(found.score.size());
+    const auto size = static_cast<int64_t>(found.column.size());
     row.index = index;
     row.nan = false;
     row.scale = 1;
     row.sorted = nullptr;
     row.column.swap(found.column);
-    row.found.resize(size);
     row.order.resize(size);
-    for (int64_t k = 0; k < size; ++k) {
-      row.found[k] = {found.score[k], static_cast<typename Entry<T>::Index>(k)};
-      row.nan |= found.score[k] != found.score[k];
+    T low = size ? found.entry[0].value : T(0), high = low;
+    for (const Entry<T>& e : found.entry) {
+      row.nan |= e.value != e.value;
+      low = e.value < low ? e.value : low;
+      high = e.value > high ? e.value : high;
     }
     // A NaN has no place in an order; such a row is not computed at all.
     if (!row.nan && objective_.ap) {
-      const auto [low, high] = std::minmax_element(found.score.begin(), found.score.end());
-      sorting_.sort(row.found.data(), size, size ? *low : T(0), size ? *high : T(0), row.order.data());
+      sorting_.sort(found.entry.data(), size, low, high, row.order.data());
     } else {
-      row.order.swap(row.found);
+      row.order.swap(found.entry);
     }
     Positives<T>& p = row.p;
     p.score.resize(size);
@@ -363,18 +378,20 @@ double ap_weights(Row<T>& row, bool smooth) {
   const int64_t size = row.size();
   if (!size) return 0;
   // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
-  const auto miss = [&](int64_t i) {
+  const auto miss = [&](int64_t i, double inverse) {
     const double negative = row.rank_negative[i];
-    return std::isinf(negative) ? 1.0 : negative / (row.rank_positive[i] + negative);
+    return std::isinf(negative) ? 1.0 : negative * inverse;
   };
+  const auto inverse_rank = [&](int64_t i) { return 1 / (row.rank_positive[i] + row.rank_negative[i]); };
   // Four sums side by side: one would wait for its own additions.
   KahanSum losses[4], loss;
-  for (int64_t i = 0; i < size; ++i) losses[i % 4].add(miss(i));
+  for (int64_t i = 0; i < size; ++i) losses[i % 4].add(miss(i, inverse_rank(i)));
   for (const KahanSum& part : losses) loss.add(part.sum);
+  const double share = 1 / static_cast<double>(size);
   set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
-    const double rank = row.rank_positive[i] + row.rank_negative[i], all = static_cast<double>(size);
-    // Divided twice: rank squared can overflow.
-    return {row.rank_positive[i] / rank / (rank * all), -miss(i) / (rank * all)};
+    const double inverse = inverse_rank(i);
+    // Multiplied twice: rank squared can overflow.
+    return {row.rank_positive[i] * inverse * (inverse * share), -miss(i, inverse) * (inverse * share)};
   });
   return loss.sum / static_cast<double>(size);
 }
@@ -509,7 +526,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
     if (row.nan) return true;
     if (!sorted.finite()) return false;
-    sorted.sort(pass.sorting(), parallel);
+    sorted.sort(row.size(), pass.sorting(), parallel);
     row.sorted = &sorted;
     if (!pass.ranks()) return true;
     sorted.rank(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>, row.rank_negative.data(),
@@ -540,8 +557,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     parallel.run(m.rows, [&](int64_t index, int worker) {
       Row<T>& row = rows[worker];
       Scratch<T>& own = scratch<T>();
-      founds[worker].score.clear();
-      founds[worker].column.clear();
+      founds[worker].clear();
       pass.collect(index, 0, m.columns, own, founds[worker]);
       pass.arrange(index, founds[worker], row);
       const bool scanned = scan(row, serial());
@@ -587,10 +603,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch<T>(), parts[part]);
     });
     typename Pass<T>::Found found;
-    for (const auto& part : parts) {
-      found.score.insert(found.score.end(), part.score.begin(), part.score.end());
-      found.column.insert(found.column.end(), part.column.begin(), part.column.end());
-    }
+    for (const auto& part : parts) found.append(part);
     pass.arrange(index, found, row);
     const bool scanned = scan(row, parallel);
     if (!scanned) pass.group(row);

@@ -30,7 +30,9 @@ template <typename T>
 class SortedRow {
  public:
   // Sources in a leaf: few where many targets read them, for they are met pair by pair.
-  static constexpr int kLeaf = 32, kWeightedLeaf = 8;
+  static int leaf_for(int64_t sources, int64_t targets) {
+    return targets * 4 < sources ? 32 : targets < 4 * sources ? 16 : 8;
+  }
   // Leaves and targets of one task.
   static constexpr int64_t kLeaves = 64, kPiece = 2048;
   // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
@@ -62,7 +64,7 @@ class SortedRow {
   int64_t size() const { return negatives_.n; }
 
   // Sorts what was collected.
-  void sort(const Sorting<T>& kernels, const Parallel& parallel) {
+  void sort(int64_t targets, const Sorting<T>& kernels, const Parallel& parallel) {
     T low = std::numeric_limits<T>::infinity(), high = -low;
     int64_t n = 0;
     for (const Part& part : parts_) {
@@ -71,7 +73,7 @@ class SortedRow {
       high = std::max(high, part.high);
     }
     negatives_.weight.clear();
-    negatives_.resize(n, kLeaf);
+    negatives_.resize(n, leaf_for(n, targets));
     column_.resize(n);
     if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
     if (n <= kSmall) {
@@ -127,7 +129,7 @@ class SortedRow {
   void rank_positives(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels,
                       const Parallel& parallel, Scratch<T>& (*scratch)(), double* rank) {
     mirrored_.weight.clear();
-    mirrored_.resize(static_cast<int64_t>(positive.size()), kLeaf);
+    mirrored_.resize(static_cast<int64_t>(positive.size()), leaf_for(1, 1));
     std::copy(positive.begin(), positive.end(), mirrored_.value.begin());
     read(mirrored_, positive, s, kernels, parallel, scratch, rank, nullptr);
     for (size_t i = 0; i < positive.size(); ++i) rank[i] += 0.5;  // less sigma(0) of itself, plus 1
@@ -216,7 +218,7 @@ class SortedRow {
               const Sorting<T>& kernels, const Parallel& parallel) {
     const auto size = static_cast<int64_t>(positive.size());
     mirrored_.weight.resize(size + kPad);
-    mirrored_.resize(size, kWeightedLeaf);
+    mirrored_.resize(size, leaf_for(size, this->size()));
     for (int64_t i = 0; i < size; ++i) {
       mirrored_.value[size - 1 - i] = -positive[i];
       mirrored_.weight[size - 1 - i] = weight[i];

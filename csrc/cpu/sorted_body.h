@@ -15,12 +15,13 @@
 
 namespace {
 
-// Sources between the steps, or the knees, of the first and the last of the targets that are worked on together.
-constexpr int64_t kSpread = 160;
+// Sources between the steps, or the knees, of the first and the last of the targets that read together: ranks and
+// slopes.
+constexpr int64_t kRankSpread = 160, kSlopeSpread = 160;
 // So few targets at once meet a vector of sources at a time; more meet one source at a time, each in a lane.
 constexpr int kFewTargets = 2;
 // Vectors of targets that read together: ranks, of which each has several, and slopes.
-constexpr int kRankVectors = 2, kSlopeVectors = 4;
+constexpr int kRankVectors = 1, kSlopeVectors = 4;
 template <typename T>
 constexpr int kTargets = kSlopeVectors * Vec<T>::kWidth;
 
@@ -380,8 +381,8 @@ int64_t seek(const T* value, int64_t from, int64_t n, const Before& before) {
 template <bool Smooth, typename T>
 class Walk {
  public:
-  Walk(const Sources<T>& sources, const Settings<T>& s)
-      : v_(sources.value.data()), n_(sources.n), leaf_(sources.leaf), s_(s) {}
+  Walk(const Sources<T>& sources, int64_t spread, const Settings<T>& s)
+      : v_(sources.value.data()), n_(sources.n), leaf_(sources.leaf), spread_(spread), s_(s) {}
 
   // As many targets from target[0] on as may read together; those after it must not be lower.
   void next(const T* target, int64_t left, int most, Readers<T>& readers) {
@@ -394,7 +395,7 @@ class Walk {
       if (last - target[0] <= s_.group_span) {
         step = seek_step(step_, last);
         knee = Smooth ? n_ : seek_knee(knee_, last);
-        if (step - step_ <= kSpread && knee - knee_ <= kSpread) break;
+        if (step - step_ <= spread_ && knee - knee_ <= spread_) break;
       }
       step = step_;
       knee = knee_;
@@ -426,6 +427,7 @@ class Walk {
   const T* const v_;
   const int64_t n_;
   const int leaf_;
+  const int64_t spread_;
   const Settings<T>& s_;
   int64_t step_ = 0, knee_ = 0;
   int count_ = kTargets<T>;  // how many read together last
@@ -591,7 +593,7 @@ void rank_gathered(int near, int count, T centre, const Settings<T>& s, const Sc
 template <bool Smooth, bool Slope, typename T>
 void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
                      Scratch<T>& scratch, double* rank, double* slope) {
-  Walk<Smooth, T> walk(sources, s);
+  Walk<Smooth, T> walk(sources, kRankSpread, s);
   Readers<T> readers;
   for (int64_t i = begin; i < end; i += readers.count) {
     walk.next(target + i, end - i, kRankVectors * Vec<T>::kWidth, readers);
@@ -616,9 +618,7 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
       }
     } else {
       const int near = near_count(sources, r);
-      const auto rank_some = readers.count <= Vec<T>::kWidth ? rank_gathered<Smooth, Slope, 1, T>
-                                                             : rank_gathered<Smooth, Slope, kRankVectors, T>;
-      rank_some(near, count, centre, s, scratch, readers);
+      rank_gathered<Smooth, Slope, kRankVectors>(near, count, centre, s, scratch, readers);
     }
     add_both_series<true, Slope>(sources, s, readers);
     const double all = sources.weights[r.far] - sources.weights[r.knee];  // from the steps to the knees
@@ -655,7 +655,7 @@ void rank_targets(const Sources<T>& sources, const T* target, int64_t begin, int
 }
 
 // Slopes from the pairs with the gathered sources [first, last).
-template <bool Smooth, typename T>
+template <bool Smooth, int Vectors, typename T>
 void slope_pairs(int first, int last, const typename Vec<T>::V* x, const typename Vec<T>::V* ex, const Settings<T>& s,
                  const Scratch<T>& scratch, Readers<T>& readers) {
   using X = Vec<T>;
@@ -663,25 +663,32 @@ void slope_pairs(int first, int last, const typename Vec<T>::V* x, const typenam
   constexpr int kRun = 32;  // of sources whose shares are summed in T
   const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   for (int begin = first; begin < last; begin += kRun) {
-    V sum[kSlopeVectors];
-    for (int k = 0; k < kSlopeVectors; ++k) sum[k] = X::set(0);
+    V sum[Vectors];
+    for (int k = 0; k < Vectors; ++k) sum[k] = X::set(0);
     for (int j = begin; j < std::min(last, begin + kRun); ++j) {
       const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
       const V w = X::set(scratch.band_weight[j]);
-      for (int k = 0; k < kSlopeVectors; ++k) {
+      for (int k = 0; k < Vectors; ++k) {
         sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v, ev, x[k], ex[k], delta, rho_tau), sum[k]);
       }
     }
-    for (int k = 0; k < kSlopeVectors; ++k) X::accumulate(readers.slope + k * X::kWidth, sum[k]);
+    for (int k = 0; k < Vectors; ++k) X::accumulate(readers.slope + k * X::kWidth, sum[k]);
   }
+}
+
+template <bool Smooth, int Vectors, typename T>
+void slope_gathered(int near, int count, T centre, const Settings<T>& s, const Scratch<T>& scratch,
+                    Readers<T>& readers) {
+  typename Vec<T>::V x[Vectors], ex[Vectors];
+  load_targets<Vectors>(readers, centre, s, x, ex);
+  slope_pairs<true, Vectors>(0, near, x, ex, s, scratch, readers);  // below every knee
+  slope_pairs<Smooth, Vectors>(near, count, x, ex, s, scratch, readers);
 }
 
 template <bool Smooth, typename T>
 void slope_targets_as(const Sources<T>& sources, const T* target, int64_t begin, int64_t end, const Settings<T>& s,
                       Scratch<T>& scratch, double* slope) {
-  using X = Vec<T>;
-  using V = typename X::V;
-  Walk<Smooth, T> walk(sources, s);
+  Walk<Smooth, T> walk(sources, kSlopeSpread, s);
   Readers<T> readers;
   for (int64_t i = begin; i < end; i += readers.count) {
     walk.next(target + i, end - i, kTargets<T>, readers);
@@ -689,11 +696,11 @@ void slope_targets_as(const Sources<T>& sources, const T* target, int64_t begin,
     std::fill_n(readers.slope, kTargets<T>, 0.0);
     const T centre = centre_of(readers);
     const int count = gather<true>(sources, r, centre, s, scratch);
-    V x[kSlopeVectors], ex[kSlopeVectors];
-    load_targets<kSlopeVectors>(readers, centre, s, x, ex);
     const int near = r.merged ? 0 : near_count(sources, r);
-    slope_pairs<true>(0, near, x, ex, s, scratch, readers);
-    slope_pairs<Smooth>(near, count, x, ex, s, scratch, readers);
+    const auto gathered = readers.count <= Vec<T>::kWidth       ? slope_gathered<Smooth, 1, T>
+                          : readers.count <= 2 * Vec<T>::kWidth ? slope_gathered<Smooth, 2, T>
+                                                                : slope_gathered<Smooth, kSlopeVectors, T>;
+    gathered(near, count, centre, s, scratch, readers);
     add_both_series<false, true>(sources, s, readers);
     const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.weights[r.end];
     for (int k = 0; k < readers.count; ++k) slope[i + k] = readers.slope[k] + tail;
