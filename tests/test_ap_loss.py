@@ -465,7 +465,7 @@ class TestBadInput:
             ({"surrogate": "step"}, ValueError, "'sup', 'smooth', got 'step'"),
             ({"reduction": "max"}, ValueError, "'none', 'mean', 'sum', got 'max'"),
             ({"reduction": None}, ValueError, "got None"),
-            ({"method": "fast"}, ValueError, "'auto', 'tiled', 'reference', got 'fast'"),
+            ({"method": "fast"}, ValueError, "'auto', 'tiled', 'sorted', 'reference', got 'fast'"),
         ],
     )
     def test_settings(self, options, error, words):

@@ -15,7 +15,7 @@ from tools.cuda import is_toolkit, toolkit_candidates
 SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (80, 90)
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"]
-HOT = ("row_kernel", "scale_kernel")
+HOT = ("row_kernel", "scan_kernel", "scale_kernel")
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,12 @@ def header() -> str:
     lines = [
         "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0, y = e^(t / tau),",
         "//",
-        "//     sigma ~ sum_k kSigmoid[k - 1] y^k    sigma (1 - sigma) ~ sum_k kSlope[k - 1] y^k    relative errors below",
+        "//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k    relative errors below",
+        "//",
+        "// Functions, for device code has no use for a host's array.",
         "#pragma once",
         "",
+        "// clang-format off",
         "namespace roadmap {",
         "",
         "template <typename T>",
@@ -102,10 +105,11 @@ def header() -> str:
     ]
     for name, degree in DEGREES.items():
         lines += ["", "template <>", f"struct Series<{name}> {{", f"  static constexpr int kDegree = {degree};"]
-        for title, (coefficients, bound) in (("kSigmoid", sigmoid(degree)), ("kSlope", slope(degree))):
-            lines.append(f"  static constexpr double {title}[{degree}] = {{  // {bound:.1e}")
-            lines += [f"      {float(c)!r}," for c in coefficients]
-            lines.append("  };")
+        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree)), ("slope", slope(degree))):
+            lines.append(f"  static constexpr double {title}(int k) {{")
+            lines.append(f"    constexpr double kCoefficients[{degree}] = {{  // {bound:.1e}")
+            lines += [f"        {float(c)!r}," for c in coefficients]
+            lines += ["    };", "    return kCoefficients[k];", "  }"]
         lines.append("};")
     return "\n".join([*lines, "", "}  // namespace roadmap", ""])
 

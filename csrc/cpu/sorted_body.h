@@ -440,8 +440,8 @@ void add_series(const double* sums, double anchor, double sign, const Settings<T
   constexpr int kDegree = Sources<T>::kDegree;
   double a[kDegree], b[kDegree];
   for (int k = 0; k < kDegree; ++k) {
-    a[k] = sign * Series<T>::kSigmoid[k] * sums[k];
-    b[k] = Series<T>::kSlope[k] * sums[k];
+    a[k] = sign * Series<T>::sigmoid(k) * sums[k];
+    b[k] = Series<T>::slope(k) * sums[k];
   }
   const double rate = 1 / s.tau;
   alignas(64) double exponent[kTargets<T>];

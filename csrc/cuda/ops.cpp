@@ -163,12 +163,15 @@ struct Listed {
 
 // Runs the plan of a matrix. Returns the workspace, in which the numbers of positives are left.
 template <typename S>
-Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, void* stream) {
+Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, Method method, void* stream) {
   using T = Accumulation<S>;
   STD_TORCH_CHECK(p.columns < kMostColumns, "on CUDA scores must have less than 2^30 columns, got ", p.columns);
   const Resources resources = device_resources();
-  const bool count_only = p.op == Op::kCount;
-  const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, resources);
+  const bool count_only = p.op == Op::kCountPairs;
+  // float64 is there for gradient checks: it is not scanned.
+  const bool scan = sizeof(T) == 4 && method != Method::kTiled && (steps & kSort);
+  const int scan_above = !scan ? kNever : method == Method::kSorted ? 0 : resources.scan_above;
+  const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, scan_above, resources);
   Tensor memory = allocate(like, {std::max<int64_t>(plan.bytes, 1)}, ScalarType::Byte);
   for (const Schedule& schedule : plan.launches) {
     STD_TORCH_CHECK(schedule.slots * schedule.parts <= kMostBlocks, "too many rows for a launch");
@@ -187,7 +190,15 @@ uint32_t steps_of(const RowParams<S>& p) {
   uint32_t steps = kRoles | kCollect | kWeights;
   if (p.ap) steps |= kSort;
   if (p.op != Op::kRankGradient) steps |= kNegatives | (p.ap ? kPositives : 0);
-  if (p.gradient_type != GradientType::kNone) steps |= kGradient | kScatter | (p.pair.smooth && p.ap ? kOwn : 0);
+  const bool gradient = p.gradient_type != GradientType::kNone, own = p.pair.smooth && p.ap;
+  if (gradient) steps |= kGradient | kScatter | (own ? kOwn : 0);
+  if (!p.ap) return steps;
+  // The same for rows that are scanned.
+  steps |= kSortKeys;
+  if (p.op != Op::kRankGradient) steps |= kSums | kJoin | kRead;
+  if (own && (p.op != Op::kRankGradient || gradient)) steps |= kSumsAmong | kJoinAmong | kReadAmong;
+  if (gradient) steps |= kSumsWeighted | kJoinWeighted | kReadWeighted;
+  if (gradient && own) steps |= kSumsOwn | kJoinOwn | kReadOwn;
   return steps;
 }
 
@@ -243,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
       p.loss = global_of<T>(loss);
       if (want_gradient) set_gradient(p, gradient);
       if (want_gradient && half) p.unscale = global_of<T>(factor);
-      workspace = run_rows(p, scores, steps_of(p), device.stream);
+      workspace = run_rows(p, scores, steps_of(p), settings.method, device.stream);
     }
     if (each) return;
     ReduceParams<T> r;
@@ -366,7 +377,7 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
     p.weight = global_of<const double>(weight);
     p.value = global_of<double>(values);
     if (want_gradient) set_gradient(p, gradient ? *gradient : scores);
-    run_rows(p, scores, steps_of(p), device.stream);
+    run_rows(p, scores, steps_of(p), settings.method, device.stream);
   };
   dispatch(scores, run);
 }
@@ -382,12 +393,12 @@ Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<T
   if (!rows) return counts;
   if (!columns) return torch::stable::zero_(counts);
   RowParams<float> p(constants<float>({0, 0.01, 100, 0.05, 0.5, 1.5}, columns));
-  p.op = Op::kCount;
+  p.op = Op::kCountPairs;
   p.rows = rows;
   p.columns = columns;
   p.relation = listed.relation;
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, positive_span, kRoles, device.stream);
+  run_rows(p, positive_span, kRoles, Method::kTiled, device.stream);
   return counts;
 }
 
@@ -398,12 +409,12 @@ Tensor first_positives(const Masked& input, void* stream) {
   if (!rows || !columns) return torch::stable::zero_(first);
   Tensor counts = allocate(input.scores, {rows, 2}, ScalarType::Long);
   RowParams<float> p(constants<float>({0, 0.01, 100, 0.05, 0.5, 1.5}, columns));
-  p.op = Op::kCount;
+  p.op = Op::kCountPairs;
   p.rows = rows;
   p.columns = columns;
   input.fill(p.relation);
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, input.scores, kRoles, stream);
+  run_rows(p, input.scores, kRoles, Method::kTiled, stream);
   StartParams s;
   s.rows = rows;
   s.counts = global_of<const int64_t>(counts);
@@ -444,7 +455,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
       p.positive_rank = global_of<T>(positive_rank);
       p.negative_rank = global_of<T>(negative_rank);
       p.slope_out = global_of<T>(slope);
-      run_rows(p, scores, steps_of(p), device.stream);
+      run_rows(p, scores, steps_of(p), settings.method, device.stream);
     });
   }
   return {query, reference, positive_rank, negative_rank, slope};
@@ -481,7 +492,7 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
     if (positive) p.positive_weight = global_of<const T>(*positive);
     p.negative_weight = global_of<const T>(negative);
     set_gradient(p, gradient);
-    run_rows(p, scores, steps_of(p), device.stream);
+    run_rows(p, scores, steps_of(p), settings.method, device.stream);
   });
   return gradient;
 }

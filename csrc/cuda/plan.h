@@ -12,10 +12,14 @@ namespace roadmap::cuda {
 // What the device has, and bounds that tests tighten.
 struct Resources {
   int multiprocessors;
-  int64_t workspace = int64_t(64) << 20;  // bytes; long rows may take 32 a column instead
-  int threads = 0;                        // a block; 0: chosen
-  int parts = 0;                          // blocks that share a row; 0: chosen
+  // Bytes. Long rows may take 32 a column instead; where rows are scanned, 64 a column, or up to four times as much.
+  int64_t workspace = int64_t(64) << 20;
+  int threads = 0;  // a block; 0: chosen
+  int parts = 0;    // blocks that share a row; 0: chosen
   int capacity = kPiece;
+  // Rows of more positives are scanned. By count: the scan of a row of 65,536 costs as much as some 200 positives of
+  // the tiled kernel; no GPU has measured it.
+  int scan_above = 256;
 };
 
 struct Plan {
@@ -31,6 +35,11 @@ class Carver {
   Global<T> take(int64_t count) {
     const int64_t at = size_;
     size_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return view<T>(at, count);
+  }
+  // An array that lies over what was taken at `at`.
+  template <typename T>
+  Global<T> view(int64_t at, int64_t count) const {
     return begin_ ? simt::global(reinterpret_cast<T*>(begin_ + at), count) : Global<T>(nullptr);
   }
   int64_t size() const { return size_; }
@@ -50,18 +59,37 @@ Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int 
   Workspace<T> w;
   w.words = words_of(columns);
   w.count = carver.take<int32_t>(rows);  // first: launches hand it on
+  if (s.scan_above != kNever) w.done = carver.take<int32_t>(rows);
   w.negative = carver.take<uint32_t>(s.slots * w.words);
   w.positive = carver.take<uint32_t>(s.slots * w.words);
   if (!s.on_chip) {
     w.part_count = carver.take<int32_t>(s.slots * s.parts);
     w.column = carver.take<int32_t>(s.slots * columns);
     w.above = carver.take<double>(s.slots * columns);
+    const int64_t below = carver.size();
     w.below = carver.take<double>(s.slots * columns);
     w.slope = carver.take<double>(s.slots * columns);
     if (s.parts > 1) w.partial = carver.take<double>(s.slots * s.parts * 2 * capacity);
     w.hinge = carver.take<double>(s.slots * s.parts);
     w.flag = carver.take<int32_t>(s.slots * s.parts * 2);
     w.outcome = carver.take<double>(s.slots * kOutcome);
+    if (s.scan_above != kNever) {
+      w.key[0] = carver.take<uint32_t>(s.slots * columns);
+      w.index[0] = carver.take<uint32_t>(s.slots * columns);
+      w.key[1] = carver.view<uint32_t>(below, s.slots * columns);
+      w.index[1] = carver.view<uint32_t>(below + 4 * s.slots * columns, s.slots * columns);
+      w.sorted = carver.take<uint32_t>(s.slots * w.words);
+      w.before = carver.take<int32_t>(s.slots * w.words);
+      w.leaf_before = carver.take<int32_t>(s.slots * w.words);
+      w.position = carver.take<int32_t>(s.slots * columns);
+      w.among = carver.take<double>(s.slots * columns);
+      w.state_below = carver.take<double>(s.slots * (w.words + 1) * kTerms);
+      w.state_above = carver.take<double>(s.slots * (w.words + 1) * kTerms);
+      w.leaf_weight = carver.take<double>(s.slots * (w.words + 1));
+      w.leaf_sum = carver.take<double>(s.slots * (w.words + 1));
+      w.digits = carver.take<int32_t>(s.slots * s.parts * 256);
+      w.part_items = carver.take<int32_t>(s.slots * s.parts * 3);
+    }
   }
   bytes = carver.size();
   return w;
@@ -81,7 +109,10 @@ int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const
   const int64_t fixed = workspace_bytes<T>(s, rows, columns, r.capacity);
   s.slots = 1;
   const int64_t each = workspace_bytes<T>(s, rows, columns, r.capacity) - fixed;
-  int64_t bound = std::max(r.workspace, 32 * columns);
+  int64_t bound = std::max(r.workspace, (s.scan_above == kNever ? 32 : 64) * columns);
+  // Rows that are scanned take 57 bytes a column. Where scores are many, half as much as these, so that few of the
+  // multiprocessors stand idle.
+  if (s.scan_above != kNever) bound = std::max(bound, std::min(4 * r.workspace, 2 * rows * columns));
   if (fixed > bound / 2) bound += fixed;  // counts of so many rows must not leave all of them to one slot
   s.slots = std::max<int64_t>(1, std::min(most, (bound - fixed) / std::max<int64_t>(1, each) + 1));
   while (s.slots > 1 && workspace_bytes<T>(s, rows, columns, r.capacity) > bound) --s.slots;
@@ -91,7 +122,7 @@ int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const
 // Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device
 // knows; a launch for them comes along and finds nothing to do if there is none.
 template <typename T>
-Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, const Resources& r) {
+Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, int scan_above, const Resources& r) {
   Plan plan;
   if (!rows || !columns) return plan;
   constexpr int64_t kThreadColumns = sizeof(T) == 8 ? 4 : 8;
@@ -104,6 +135,9 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, c
   }
   s.last_row = rows;
   s.steps = steps;
+  if (!count_only) s.scan_above = scan_above < columns ? scan_above : kNever;
+  const bool scan = s.scan_above != kNever;
+  if (!scan) steps &= kTiledSteps;
   const int64_t resident = int64_t(r.multiprocessors) * std::max(1, kMostThreads / s.threads);
   const int64_t tiles = (columns + s.threads * kThreadColumns - 1) / (s.threads * kThreadColumns);
   const auto add = [&](const Schedule& launch) {
@@ -124,19 +158,35 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, c
     for (int64_t first = 0; first < rows; first += s.slots) {
       s.first_row = first;
       s.last_row = std::min(rows, first + s.slots);
-      for (uint32_t step = 1; step <= kScatter; step *= 2) {
+      for (uint32_t step = 1; step; step *= 2) {
+        if (!(step & steps)) continue;
         s.steps = step;
-        if (step & steps) add(s);
+        s.scan = scan && (step & kScanSteps);
+        add(s);
+        if (!s.scan || !(step & (kWeights | kScatter))) continue;  // of which each kernel does its own rows'
+        s.scan = false;
+        add(s);
       }
     }
     return plan;
   }
-  s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
-  add(s);
-  if (count_only || columns <= r.capacity) return plan;
+  Schedule chip = s;
+  chip.steps = steps & kTiledSteps;
+  chip.most = std::min(r.capacity, s.scan_above);
+  chip.scan_above = kNever;
+  chip.slots = fit_slots<T>(chip, std::min(rows, resident), rows, columns, r);
+  add(chip);
+  if (count_only || columns <= chip.most) return plan;
+  s.most = chip.most;
   s.on_chip = false;
   s.only_longer = true;
   s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
+  s.scan = scan;
+  s.steps = steps & (scan ? kScanSteps : kTiledSteps);
+  add(s);
+  if (!scan) return plan;
+  s.scan = false;  // what was left
+  s.steps = steps & kTiledSteps;
   add(s);
   return plan;
 }

@@ -1,6 +1,6 @@
 // The row kernel for each type of scores, and its launch.
 #include "launch.h"
-#include "rows.cuh"
+#include "scan.cuh"
 
 namespace roadmap::cuda {
 
@@ -12,12 +12,25 @@ __global__ void __launch_bounds__(kMostThreads) row_kernel(const __grid_constant
   RowKernel<S, kPiece>(p, shared).run();
 }
 
+template <typename S>
+__global__ void __launch_bounds__(kMostThreads) scan_kernel(const __grid_constant__ RowParams<S> p) {
+  extern __shared__ __align__(16) char shared[];
+  ScanKernel<S, kPiece>(p, shared).run();
+}
+
 }  // namespace
 
 template <typename S>
 int launch_rows(const RowParams<S>& p, void* stream) {
   const Schedule& s = p.schedule;
-  const int bytes = shared_bytes<Accumulation<S>>(kPiece, s.threads);
+  const int bytes = shared_bytes<Accumulation<S>>(kPiece, s.threads, s.scan);
+  if constexpr (!std::is_same_v<S, double>) {
+    if (s.scan) {
+      scan_kernel<S>
+          <<<static_cast<unsigned>(s.slots * s.parts), s.threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
+      return cudaGetLastError();
+    }
+  }
   row_kernel<S><<<static_cast<unsigned>(s.slots * s.parts), s.threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }

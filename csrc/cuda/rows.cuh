@@ -23,8 +23,10 @@ namespace roadmap::cuda {
 constexpr int kWord = 32;   // columns of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
-template <typename S, int kCapacity>
+// kScan: rows may be scanned, by the class in scan.cuh.
+template <typename S, int kCapacity, bool kScan = false>
 class RowKernel {
+ protected:
   using T = Accumulation<S>;
   using Params = RowParams<S>;
   // Columns of a thread at a time: 16 bytes of a half type, and a whole number of them in a byte of a bitmap.
@@ -49,29 +51,36 @@ class RowKernel {
     outcome_ = memory_.take<double>(kOutcome);
   }
 
-  ROADMAP_DEVICE void run() {
+  ROADMAP_DEVICE void run() { run_as(*this); }
+
+ protected:
+  template <typename Kernel>
+  ROADMAP_DEVICE void run_as(Kernel& kernel) {
     const Schedule& s = p_.schedule;
     part_ = static_cast<int>(simt::block() % s.parts);
     slot_ = simt::block() / s.parts;
     if (slot_ >= s.slots) return;
     for (row_ = s.first_row + slot_; row_ < s.last_row; row_ += s.slots) {
       if (s.only_longer && !find_longer()) return;
-      steps(s.steps);
+      kernel.steps(s.steps);
       simt::barrier();  // the next row's roles overwrite what this one's last step reads
     }
   }
 
- private:
+ public:
   ROADMAP_DEVICE void steps(uint32_t wanted) {
     const bool smooth = k_.smooth, gradient = p_.gradient_type != GradientType::kNone;
     if (wanted & kRoles) {
       roles();
-      if (p_.op == Op::kCount) return;
+      if (p_.op == Op::kCountPairs) return;
     }
     if (wanted & kCollect) {
       if (!collect()) return;  // too many for the chip
     }
-    if (!(wanted & (kRoles | kCollect))) size_ = count_parts(p_.schedule.parts);
+    if (!(wanted & (kRoles | kCollect))) {
+      size_ = count_parts(p_.schedule.parts);
+      if (!kScan && may_scan() && all_finite()) return;  // shared, and the other kernel's
+    }
     if constexpr (sizeof(T) == 4) {
       if (wanted & kSort) sort();
     }
@@ -83,12 +92,28 @@ class RowKernel {
     if ((wanted & kScatter) && gradient) scatter();
   }
 
+ protected:
+  // Whether a row is one to be scanned; it is, where all of it is finite.
+  ROADMAP_DEVICE bool may_scan() const {
+    return p_.schedule.scan_above != kNever && size_ > p_.schedule.scan_above && weighs();
+  }
+  // What the first `parts` parts have noted of a row's keys: see Workspace::part_items.
+  ROADMAP_DEVICE int part_sum(int what, int parts) const {
+    int sum = 0;
+    for (int part = lane(); part < parts; part += simt::kWarp) {
+      sum += p_.workspace.part_items[3 * part_at(part) + what];
+    }
+    return sum_over_warp(sum);
+  }
+  ROADMAP_DEVICE bool all_finite() const { return part_sum(2, p_.schedule.parts) == 0; }
+
   // Goes on to the next row with more positives than fit on chip. Mostly there is none, so all threads look at once.
   ROADMAP_DEVICE bool find_longer() {
     const Schedule& s = p_.schedule;
     for (; row_ < s.last_row; row_ += s.slots * simt::threads()) {
       const int64_t row = row_ + s.slots * simt::thread();
-      const bool longer = row < s.last_row && p_.workspace.count[row] > kCapacity;
+      bool longer = row < s.last_row && p_.workspace.count[row] > s.most;
+      if (longer && p_.workspace.done && !s.scan) longer = p_.workspace.done[row] == 0;
       if (!simt::barrier_or(longer)) continue;
       row_ -= s.slots * static_cast<int>(largest_over_block(longer ? -simt::thread() : -simt::threads()));
       return true;
@@ -184,7 +209,7 @@ class RowKernel {
       list_roles(begin, end, positives, negatives);
     }
     const double found = sum_over_block(positives);
-    if (p_.op == Op::kCount) {
+    if (p_.op == Op::kCountPairs) {
       const double others = sum_over_block(negatives);
       if (simt::thread() == 0) {
         p_.counts[2 * row_] = static_cast<int64_t>(found);
@@ -296,7 +321,7 @@ class RowKernel {
   ROADMAP_DEVICE bool collect() {
     int at = 0;
     if (on_chip()) {
-      if (size_ > kCapacity) return false;
+      if (size_ > p_.schedule.most) return false;
     } else {
       simt::barrier();  // the count has been written
       at = count_parts(part_);
@@ -310,6 +335,9 @@ class RowKernel {
       if (!simt::barrier_or(bits != 0)) continue;
       int total;
       int to = at + sum_before(simt::count_bits(bits), total);
+      if constexpr (kScan) {
+        if (w < end) p_.workspace.before[word_at(w)] = to;
+      }
       for (int j = 0; bits; ++j, bits >>= 1) {
         if (!(bits & 1)) continue;
         if (on_chip()) {
@@ -383,6 +411,12 @@ class RowKernel {
   // The number of a positive in its piece by column, which is the order of smooth_rank.
   ROADMAP_DEVICE int ordinal(int i, int n) const {
     const int32_t column = column_[i];
+    if constexpr (kScan) {
+      if (scanned_) {
+        const uint32_t lower = p_.workspace.positive[word_at(column / kWord)] & ((1u << (column % kWord)) - 1);
+        return p_.workspace.before[word_at(column / kWord)] + simt::count_bits(lower);
+      }
+    }
     int before = 0;
     for (int j = 0; j < n; ++j) before += column_[j] < column;
     return before;
@@ -734,7 +768,7 @@ class RowKernel {
   // Off chip: rank- and slope of every positive, summed over spans, a warp a positive.
   ROADMAP_DEVICE void sum_spans() {
     const int spans = p_.schedule.parts / pieces();
-    if (spans <= 1) return;
+    if (spans <= 1 || scanned_) return;
     for (int i = warp(); i < size_; i += warps_) {
       const int piece = i / kCapacity;
       double rank = 0, slope = 0;
@@ -774,7 +808,7 @@ class RowKernel {
 
   // Where the numbers of a positive lie among those of all, or -1.
   ROADMAP_DEVICE int64_t entry(int piece, int i) const {
-    const int64_t at = p_.first[row_] + piece_begin(piece) + ordinal(i, piece_size(piece));
+    const int64_t at = p_.first[row_] + (scanned_ ? 0 : piece_begin(piece)) + ordinal(i, piece_size(piece));
     return at >= 0 && at < p_.entries ? at : -1;
   }
 
@@ -870,7 +904,8 @@ class RowKernel {
       return seen;
     }
     const int count = ranks() && pieces() ? pieces() : 1;
-    const int spans = p_.schedule.parts / count > 1 ? p_.schedule.parts / count : 1;
+    int spans = p_.schedule.parts / count > 1 ? p_.schedule.parts / count : 1;
+    if (scanned_) spans = p_.schedule.parts;
     bool nan = false;
     for (int span = lane(); span < spans; span += simt::kWarp) {
       seen.hinge_sum += p_.workspace.hinge[part_at(span)];
@@ -1195,8 +1230,9 @@ class RowKernel {
 
   int part_ = 0;
   int64_t slot_ = 0, row_ = 0;
-  int size_ = 0;         // positives of the row
-  bool limits_ = false;  // whether a score or a weight of the piece is not finite
+  int size_ = 0;          // positives of the row
+  bool limits_ = false;   // whether a score or a weight of the piece is not finite
+  bool scanned_ = false;  // whether the row is scanned
 
   // Hinges of the negatives that this thread has seen.
   double hinge_ = 0;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../series.h"
 #include "../smooth_rank.h"
 #include "simt.h"
 
@@ -88,22 +89,51 @@ struct PairConstants {
   static constexpr double kLog2E = 1.4426950408889634;
 };
 
-enum class Op { kLoss, kObjective, kRank, kRankGradient, kCount };
+enum class Op { kLoss, kObjective, kRank, kRankGradient, kCountPairs };
 enum class GradientType { kNone, kFull, kHalf, kBFloat };
 
 // The steps of a row. A block that owns a row takes them all in one launch; blocks that share one take one a launch.
 enum Step : uint32_t {
-  kRoles = 1,
-  kCollect = 2,
-  kSort = 4,
-  kPositives = 8,
-  kNegatives = 16,
-  kWeights = 32,
-  kOwn = 64,
-  kGradient = 128,
-  kScatter = 256,
-  kAllSteps = 511,
+  kRoles = 1u << 0,
+  kCollect = 1u << 1,
+  // Rows that are scanned (scan.cuh):
+  kKeys = 1u << 2,
+  kCount = 1u << 3,  // and kDeal, one after the other for each of four digits: bits 3 to 10
+  kDeal = 1u << 4,
+  kSplit = 1u << 11,
+  kPlaces = 1u << 12,
+  kSums = 1u << 13,
+  kJoin = 1u << 14,
+  kRead = 1u << 15,
+  kSumsAmong = 1u << 16,  // smooth: of the positives
+  kJoinAmong = 1u << 17,
+  kReadAmong = 1u << 18,
+  // Rows that are not:
+  kSort = 1u << 19,
+  kPositives = 1u << 20,
+  kNegatives = 1u << 21,
+  // All:
+  kWeights = 1u << 22,
+  // Scanned:
+  kSumsWeighted = 1u << 23,
+  kJoinWeighted = 1u << 24,
+  kReadWeighted = 1u << 25,
+  kSumsOwn = 1u << 26,  // smooth: of the positives, weighted
+  kJoinOwn = 1u << 27,
+  kReadOwn = 1u << 28,
+  // Not scanned:
+  kOwn = 1u << 29,
+  kGradient = 1u << 30,
+  kScatter = 1u << 31,
 };
+constexpr int kDigits = 4;  // of 8 bits
+constexpr uint32_t kSortKeys = ((1u << 2 * kDigits) - 1) * kCount | kKeys | kSplit | kPlaces;
+constexpr uint32_t kScanSteps = ~(kSort | kPositives | kNegatives | kOwn | kGradient);
+constexpr uint32_t kTiledSteps =
+    kRoles | kCollect | kSort | kPositives | kNegatives | kWeights | kOwn | kGradient | kScatter;
+constexpr uint32_t kAllSteps = ~0u;
+// More positives than there can be.
+constexpr int kNever = 1 << 30;
 
 // Who does what. Rows first_row, first_row + 1, ... are dealt to slots; `parts` blocks share a slot.
 struct Schedule {
@@ -114,6 +144,9 @@ struct Schedule {
   int64_t first_row = 0, last_row = 0;
   bool on_chip = true;       // rows of one piece, which never leaves the block; else any row, by way of the workspace
   bool only_longer = false;  // off chip: leave out the rows that were done on chip
+  int most = kNever;         // positives of a row that is done on chip
+  int scan_above = kNever;   // rows of more positives are scanned, off chip: kNever where none is
+  bool scan = false;         // by this launch, which leaves all others to that of the tiled kernel
 };
 
 // Memory for the rows in flight, [slots] each.
@@ -123,6 +156,7 @@ struct Workspace {
   Global<uint32_t> negative{};  // [slots, words]
   Global<uint32_t> positive{};  // [slots, words]
   Global<int32_t> count{};      // [rows]  positives of a row
+  Global<int32_t> done{};       // [rows]  whether a row was scanned; null where none is, defined for the longer ones
   // Off chip:
   Global<int32_t> part_count{};  // [slots, parts]  positives that a part found
   Global<int32_t> column{};      // [slots, columns]  of the positives: ascending, then sorted by score within a piece
@@ -133,7 +167,23 @@ struct Workspace {
   Global<double> hinge{};        // [slots, parts]  sum of the negative hinges over a span
   Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
   Global<double> outcome{};      // [slots, kOutcome]
+  // Scanned rows. Items are columns, sorted by score, what is left out at the end; 32 of them are a leaf.
+  Global<uint32_t> key[2]{};      // [slots, columns]  scores in the order of unsigned numbers; [1] lies over `below`
+  Global<uint32_t> index[2]{};    // [slots, columns]  their columns; [1] lies over `below`
+  Global<uint32_t> sorted{};      // [slots, words]  which items are positives, a bit each
+  Global<int32_t> before{};       // [slots, words]  positives before a word of columns
+  Global<int32_t> leaf_before{};  // [slots, words]  positives before a leaf
+  Global<int32_t> position{};     // [slots, columns]  the item that a positive is; ascending
+  Global<double> among{};         // [slots, columns]  smooth: sum of sigma' over the other positives
+  Global<double> state_below{};   // [slots, words + 1, kTerms]  exponential sums of all below a leaf
+  Global<double> state_above{};   // [slots, words + 1, kTerms]  of a leaf and all above
+  Global<double> leaf_weight{};   // [slots, words + 1]  weights of a leaf and all above
+  Global<double> leaf_sum{};      // [slots, words + 1]  of their scores, from the lowest
+  Global<int32_t> digits{};       // [slots, parts, 256]
+  Global<int32_t> part_items{};   // [slots, parts, 3]  items with a role, positives among sorted ones, and whether a
+                                  // score or weight is not finite
 };
+constexpr int kTerms = Series<float>::kDegree;
 constexpr int kOutcome = 5;
 
 template <typename S>
@@ -183,8 +233,9 @@ constexpr int kMostThreads = 384;
 
 // Shared memory of a block, in bytes.
 template <typename T>
-constexpr int shared_bytes(int capacity, int threads) {
-  const int arrays = (4 * static_cast<int>(sizeof(T)) + 3 * 8 + 2 * 4) * capacity;
+constexpr int shared_bytes(int capacity, int threads, bool scan) {
+  const int arrays =
+      (4 * static_cast<int>(sizeof(T)) + 3 * 8 + 2 * 4) * capacity + (scan ? (threads / 32 + 1) * 1024 : 0);
   return arrays + threads / 32 * 8 * 8 + kOutcome * 8 + 16 * 16;  // sums of each warp, and rounding up of each array
 }
 

@@ -76,10 +76,14 @@ ROADMAP_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
 }
 ROADMAP_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x) != 0; }
+// The lanes that hold the same x as this one, a bit each.
+ROADMAP_DEVICE uint32_t match(uint32_t x) { return __match_any_sync(0xFFFFFFFFu, x); }
 
 ROADMAP_DEVICE void atomic_or(Global<uint32_t> p, int64_t i, uint32_t bits) { atomicOr(p + i, bits); }
 ROADMAP_DEVICE void atomic_and(Global<uint32_t> p, int64_t i, uint32_t bits) { atomicAnd(p + i, bits); }
 ROADMAP_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+ROADMAP_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+ROADMAP_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 // A vector of 4, 8 or 16 bytes in one access; p + i is aligned to its size.
 template <typename V, typename T>

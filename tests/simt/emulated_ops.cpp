@@ -6,7 +6,7 @@
 
 #include "../../csrc/cuda/elements.cuh"
 #include "../../csrc/cuda/ops.cpp"
-#include "../../csrc/cuda/rows.cuh"
+#include "../../csrc/cuda/scan.cuh"
 
 namespace roadmap::cuda {
 
@@ -46,8 +46,18 @@ template <typename S>
 int launch_rows(const RowParams<S>& p, void*) {
   const Schedule& s = p.schedule;
   using T = Accumulation<S>;
-  const bool small = emulated.capacity == kShortPiece;
-  return emulate(s.slots * s.parts, s.threads, shared_bytes<T>(emulated.capacity, s.threads), [&](char* shared) {
+  const bool small = emulated.capacity == kShortPiece, scan = s.scan;
+  return emulate(s.slots * s.parts, s.threads, shared_bytes<T>(emulated.capacity, s.threads, scan), [&](char* shared) {
+    if constexpr (!std::is_same_v<S, double>) {
+      if (scan) {
+        if (small) {
+          ScanKernel<S, kShortPiece>(p, shared).run();
+        } else {
+          ScanKernel<S, kPiece>(p, shared).run();
+        }
+        return;
+      }
+    }
     if (small) {
       RowKernel<S, kShortPiece>(p, shared).run();
     } else {
@@ -89,9 +99,10 @@ int read_back(Global<const int64_t> from, int64_t& to, void*) {
 #define ROADMAP_EXPORT extern "C" __attribute__((visibility("default")))
 
 ROADMAP_EXPORT void emulate_device(int multiprocessors, int64_t workspace, int threads, int parts, int short_pieces,
-                                   uint64_t seed, uint64_t noise) {
-  roadmap::cuda::emulated = {multiprocessors, workspace, threads, parts,
-                             short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece};
+                                   int scan_above, uint64_t seed, uint64_t noise) {
+  roadmap::cuda::emulated = {
+      multiprocessors, workspace, threads, parts, short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece,
+      scan_above};
   roadmap::simt::seed() = seed;
   roadmap::cuda::noise = noise;
 }
@@ -99,8 +110,9 @@ ROADMAP_EXPORT int64_t launches() { return roadmap::cuda::launched; }
 // Launches and bytes of workspace of the plan for a matrix on a device of so many multiprocessors.
 ROADMAP_EXPORT void plan_of(int64_t rows, int64_t columns, int is_double, int multiprocessors, int64_t* out) {
   using namespace roadmap::cuda;
-  const Plan plan = is_double ? make_plan<double>(rows, columns, false, kAllSteps, {multiprocessors})
-                              : make_plan<float>(rows, columns, false, kAllSteps, {multiprocessors});
+  const Resources r = {multiprocessors};
+  const Plan plan = is_double ? make_plan<double>(rows, columns, false, kAllSteps, kNever, r)
+                              : make_plan<float>(rows, columns, false, kAllSteps, r.scan_above, r);
   out[0] = static_cast<int64_t>(plan.launches.size());
   out[1] = plan.bytes;
   out[2] = 0;  // blocks in flight at least, over the launches that do most of the work

@@ -377,6 +377,15 @@ inline bool warp_any(bool x, detail::Site site = detail::Site::here()) {
     std::fill_n(warp.out, kWarp, std::any_of(warp.in, warp.in + kWarp, [](uint64_t x) { return x != 0; }));
   });
 }
+inline uint32_t match(uint32_t x, detail::Site site = detail::Site::here()) {
+  return static_cast<uint32_t>(detail::meet_warp(x, 0, {"match", site}, [](detail::Warp& warp) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      uint64_t mask = 0;
+      for (int other = 0; other < kWarp; ++other) mask |= uint64_t(warp.in[other] == warp.in[lane]) << other;
+      warp.out[lane] = mask;
+    }
+  }));
+}
 
 // Memory of the device from `begin` on, size elements of it: a pointer to one of them.
 template <typename T>
@@ -613,6 +622,8 @@ inline float reciprocal_fast(float x) {
 }
 
 using roadmap::bfloat_to_float;
+using roadmap::bits_float;
+using roadmap::float_bits;
 using roadmap::float_to_bfloat;
 using roadmap::float_to_half;
 using roadmap::half_to_float;

@@ -11,12 +11,16 @@ import zlib
 import pytest
 import torch
 
-# (multiprocessors, bytes of workspace, threads a block, blocks a row, short pieces): 0 for what the plan chooses.
+# (multiprocessors, bytes of workspace, threads a block, blocks a row, short pieces, positives from which on rows are
+# scanned): 0 for what the plan chooses.
+NEVER = 1 << 30
 DEVICES = [
-    (2, 64 << 20, 0, 0, 0),  # as it is chosen for a small GPU
-    (2, 64 << 20, 64, 0, 1),  # longer rows by way of the workspace
-    (3, 64 << 20, 64, 2, 0),  # rows shared by two blocks
-    (3, 1 << 15, 32, 5, 1),  # the same in pieces, with room for few rows at a time
+    (2, 64 << 20, 0, 0, 0, 256),  # as it is chosen for a small GPU
+    (2, 64 << 20, 64, 0, 1, NEVER),  # longer rows by way of the workspace
+    (3, 64 << 20, 64, 2, 0, NEVER),  # rows shared by two blocks
+    (3, 1 << 15, 32, 5, 1, NEVER),  # the same in pieces, with room for few rows at a time
+    (2, 64 << 20, 96, 0, 1, 0),  # all rows scanned
+    (3, 1 << 15, 64, 3, 1, 8),  # most rows, shared by three blocks
 ]
 
 
@@ -51,7 +55,7 @@ def pytest_configure(config):
     path = os.environ["ROADMAP_EMULATED"]
     library = ctypes.CDLL(path)
     torch.ops.load_library(path)
-    library.emulate_device.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_int] * 3, *[ctypes.c_uint64] * 2]
+    library.emulate_device.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.c_int] * 4, *[ctypes.c_uint64] * 2]
     library.plan_of.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_int] * 2, ctypes.POINTER(ctypes.c_int64)]
     library.launches.restype = ctypes.c_int64
     config.emulated = library
