@@ -238,7 +238,7 @@ struct Sorting {
   // Sorts n entries, values within about [low, high], into `to`, which must not overlap them: by value, equal ones by
   // index if they come so. `from` is overwritten.
   void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to);
-  // The sums of each leaf in [first, last) alone; join_leaves() makes them those of all below and above.
+  // The sums of each leaf in [first, last) alone; join_below() and join_above() make them those of all.
   void (*sum_leaves)(Sources<T>&, int64_t first, int64_t last, const Settings<T>&);
   void (*join_below)(Sources<T>&, const Settings<T>&);
   void (*join_above)(Sources<T>&, const Settings<T>&);

@@ -55,9 +55,6 @@ struct Row {
 
 constexpr Objective kApAlone = {true, false, 0, 0};
 
-// Whether the sorted scan is the faster way, by benchmarks/sorted_scan.py.
-bool pays(int64_t positives, int64_t columns) { return positives >= 64 && columns >= 512; }
-
 // One pass over a matrix: the steps of a row, each on a part that one thread can do alone.
 template <typename T>
 class Pass {
@@ -190,7 +187,32 @@ class Pass {
     if (row.nan || !objective_.ap || score.empty() || method_ == Method::kTiled) return false;
     if (!(std::fabs(score.front()) <= kLargestSorted<T> && std::fabs(score.back()) <= kLargestSorted<T>)) return false;
     if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
-    return method_ == Method::kSorted || pays(row.size(), m_.columns);
+    return method_ == Method::kSorted || pays(row);
+  }
+
+  // Whether the sorted scan is the faster way. What the scan costs a negative in reach, 21 ns, the tiled kernels spend
+  // on 0.4 ns a pair up to the knee and 0.06 ns one above; a positive costs the scan 16 ns more
+  // (benchmarks/sorted_scan.py shows how well that fits). How many pairs are of which kind is estimated from a few
+  // columns.
+  bool pays(const Row<T>& row) const {
+    constexpr int64_t kFewest = 32, kMost = 1024;  // below, and from here on, the answer does not depend on the scores
+    const std::vector<T>& u = row.p.score;
+    const int64_t size = row.size();
+    if (size < kFewest || size >= kMost) return size >= kMost;
+    const int64_t samples = std::min<int64_t>(64, std::max<int64_t>(8, m_.columns / 64));
+    const T above = smooth_ ? settings_.cut : settings_.delta;
+    int64_t kept = 0, curve = 0;
+    for (int64_t k = 0; k < samples; ++k) {
+      const T v = score(row.index, (2 * k + 1) * m_.columns / (2 * samples));
+      if (!(v - u.front() >= -settings_.cut)) continue;
+      ++kept;
+      curve +=
+          std::upper_bound(u.begin(), u.end(), v + settings_.cut) - std::lower_bound(u.begin(), u.end(), v - above);
+    }
+    const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
+    const double scan = 21 * static_cast<double>(kept) * of_all + 16 * static_cast<double>(size);
+    const double tiled = (0.4 * static_cast<double>(curve) + 0.06 * static_cast<double>(kept * size)) * of_all;
+    return scan < tiled;
   }
 
   // The negatives of columns [begin, end) that reach a positive, and the hinges of all. Returns whether one is NaN.
@@ -349,6 +371,15 @@ class Pass {
   const bool smooth_, ranks_, slope_;
 };
 
+template <typename T>
+void weigh_groups(Positives<T>& p) {
+  for (Group<T>& g : p.groups) {
+    KahanSum sum;
+    for (int64_t i = g.begin; i < g.end; ++i) sum.add(p.weight[i]);
+    g.weight = sum.sum;
+  }
+}
+
 // The weights of the ranks, weight(i) = {dloss/drank-, dloss/drank+}, in the forms that the kernels take.
 template <typename T, typename Weight>
 void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
@@ -359,11 +390,7 @@ void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
     p.weight[i] = w.first;
     unit = std::max({unit, std::fabs(w.first), smooth ? std::fabs(w.second) : 0.0});
   }
-  for (Group<T>& g : p.groups) {
-    KahanSum sum;
-    for (int64_t i = g.begin; i < g.end; ++i) sum.add(p.weight[i]);
-    g.weight = sum.sum;
-  }
+  weigh_groups(p);
   p.unit = unit > 0 && std::isfinite(unit) ? unit : 1;
   for (int64_t i = 0; i < row.size(); ++i) {
     p.weight_negative[i] = static_cast<T>(p.weight[i] / p.unit);
@@ -447,7 +474,7 @@ Scratch<T>& scratch() {
   return *own;
 }
 
-// So is the workspace of its sorted rows, as long as it is not large.
+// So is the workspace of its sorted rows, 33 bytes a column of float scores, unless it is large: see trim().
 template <typename T>
 SortedRow<T>& sorted_row() {
   static thread_local SortedRow<T> own;
@@ -540,6 +567,14 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   // The gradients of a sorted row, once it has weights.
   const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) {
     Positives<T>& p = row.p;
+    const auto finite = [](double weight) { return std::isfinite(weight); };
+    if (!std::all_of(p.weight.begin(), p.weight.end(), finite) ||
+        !std::all_of(p.weight_positive.begin(), p.weight_positive.end(), finite)) {
+      row.sorted = nullptr;  // sums would carry them to all
+      pass.group(row);
+      weigh_groups(p);
+      return;
+    }
     T* const out = pass.direct(row, gradient);
     row.sorted->gradient(p.score, p.weight_negative, m.columns,
                          (out ? pass.factor(row) : 1.0) * p.unit / pass.settings().tau, out, pass.settings(),
@@ -592,6 +627,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       for (int64_t begin = 0; begin < m.columns; begin += kBlock) {
         pass.gradient(row, begin, own, trace.whole ? &trace : nullptr, gradient);
       }
+      sorted_row<T>().trim();
     });
     return;
   }
@@ -638,6 +674,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     scale(row);
     parallel.run(divide_up(m.columns, kBlock),
                  [&](int64_t block, int) { pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient); });
+    sorted_row<T>().trim();
   }
 }
 

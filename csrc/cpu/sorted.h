@@ -63,6 +63,11 @@ class SortedRow {
 
   int64_t size() const { return negatives_.n; }
 
+  // Gives back what a very long row has taken.
+  void trim() {
+    if (from_.size() * sizeof(Entry<T>) > size_t(16) << 20) *this = {};
+  }
+
   // Sorts what was collected.
   void sort(int64_t targets, const Sorting<T>& kernels, const Parallel& parallel) {
     T low = std::numeric_limits<T>::infinity(), high = -low;
