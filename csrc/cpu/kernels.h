@@ -209,7 +209,7 @@ struct Sources {
   std::vector<double> below;    // [leaves + 1, kStride]
   std::vector<double> above;    // [leaves + 1, kStride]
   std::vector<double> weights;  // [leaves + 1]  sum of w_j, j >= l leaf
-  std::vector<double> sums;     // [leaves + 1]  sum of value[j] - value[0] of the same, without weights
+  std::vector<double> sums;     // [leaves + 1]  sum of value[j] - value[l leaf] of the same, without weights
 
   int64_t leaves() const { return (n + leaf - 1) / leaf; }
   // Allocates all but `weight`, which is left to the caller.

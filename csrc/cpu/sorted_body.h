@@ -231,7 +231,7 @@ void sum_leaves(Sources<T>& sources, int64_t first, int64_t last, const Settings
   const int size = sources.leaf;
   const bool weighted = !sources.weight.empty();
   const X::V rate = X::set(1 / s.tau);
-  const double origin = static_cast<double>(sources.value[0]);
+
   alignas(64) double value[kMost], weight[kMost], q[kMost], low[kLanes], high[kLanes];
   for (int64_t leaf = first; leaf < last; leaf += kLanes) {
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, last - leaf));
@@ -257,7 +257,7 @@ void sum_leaves(Sources<T>& sources, int64_t first, int64_t last, const Settings
     for (int j = 0; j < size * kLanes; j += kLanes) {
       const X::V v = X::load(value + j), w = given ? X::load(weight + j) : X::set(1);
       weights = weights + w;
-      if (!weighted) sums = X::mul_add(w, v - X::set(origin), sums);
+      if (!weighted) sums = X::mul_add(w, v - bottom, sums);
       X::store(q + j, power_decay<T>((v - top) * rate));
     }
     const auto put = [&](double* out, int64_t stride, X::V v) {
@@ -313,13 +313,17 @@ void join_above(Sources<T>& sources, const Settings<T>& s) {
   KahanSum weights, sum;
   sources.weights[leaves] = sources.sums[leaves] = 0;
   for (int64_t leaf = leaves - 1; leaf >= 0; --leaf) {
+    double distance = 0;
+    if (leaf + 1 < leaves) {
+      distance =
+          static_cast<double>(sources.value[(leaf + 1) * size]) - static_cast<double>(sources.value[leaf * size]);
+      sum.add(sources.weights[leaf + 1] * distance);  // from one leaf to the next: nothing is ever taken off
+    }
     weights.add(sources.weights[leaf]);
     sum.add(sources.sums[leaf]);
     sources.weights[leaf] = weights.sum;
     sources.sums[leaf] = sum.sum;
     if (leaf + 1 == leaves) continue;
-    const double distance =
-        static_cast<double>(sources.value[(leaf + 1) * size]) - static_cast<double>(sources.value[leaf * size]);
     double* const own = sources.above.data() + leaf * kStride;
     join(own, 1, distance, own + kStride, s, own);
   }
@@ -624,15 +628,16 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
     const double all = sources.weights[r.far] - sources.weights[r.knee];  // from the steps to the knees
     const double tail = Smooth ? 0 : sources.weights[r.end];
     const double tail_sum = Smooth ? 0 : sources.sums[r.end];
-    const double first = static_cast<double>(sources.value[0]);
+    const double first = tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) : 0;
     for (int k = 0; k < readers.count; ++k) {
       double value = readers.curve[k] + all, d = readers.slope[k] / s.tau;
       if constexpr (!Smooth) {
         value += s.exact_start * (readers.steps[k] - readers.tails[k] + all);
         const double tails = readers.tails[k] + tail;
         if (tails != 0) {
-          const double x = static_cast<double>(readers.target[k]) - first + static_cast<double>(s.origin);
-          value += tail_value(readers.past[k] + (tail_sum - tail * x), tails, s);
+          const double past =
+              tail > 0 ? first - static_cast<double>(readers.target[k]) - static_cast<double>(s.origin) : 0;
+          value += tail_value(readers.past[k] + (tail_sum + tail * past), tails, s);
           if constexpr (Slope) d += s.exact_rho * tails;
         }
       }

@@ -178,7 +178,7 @@ struct Workspace {
   Global<double> state_below{};   // [slots, words + 1, kTerms]  exponential sums of all below a leaf
   Global<double> state_above{};   // [slots, words + 1, kTerms]  of a leaf and all above
   Global<double> leaf_weight{};   // [slots, words + 1]  weights of a leaf and all above
-  Global<double> leaf_sum{};      // [slots, words + 1]  of their scores, from the lowest
+  Global<double> leaf_sum{};      // [slots, words + 1]  of their scores, from that of its first item on
   Global<int32_t> digits{};       // [slots, parts, 256]
   Global<int32_t> part_items{};   // [slots, parts, 3]  items with a role, positives among sorted ones, and whether a
                                   // score or weight is not finite

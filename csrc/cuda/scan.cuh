@@ -315,7 +315,6 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE void sums(Source source) {
     int begin, end;
     share_of(leaves(), begin, end);
-    const double origin = static_cast<double>(value(0));
     for (int l = begin + simt::thread(); l < end; l += simt::threads()) {
       const uint32_t roles = roles_of(l);
       const double low = static_cast<double>(value(l * kLeaf)), high = static_cast<double>(value(end_of(l) - 1));
@@ -338,7 +337,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
           }
           if (side) continue;
           weights += w;
-          sum += v - origin;
+          sum += v - low;
         }
         const Global<double> state = side ? p_.workspace.state_above : p_.workspace.state_below;
         const int64_t to = edge(side ? l : l + 1) * kTerms;
@@ -386,15 +385,19 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
           p_.workspace.state_above[edge(l) * kTerms + above] = sum;
         }
       }
-      if (above == kTerms || above == kTerms + 1) {
-        const Global<double> of = above == kTerms ? p_.workspace.leaf_weight : p_.workspace.leaf_sum;
-        double sum = 0, lost = 0;
-        of[edge(count)] = 0;
+      if (above == kTerms) {
+        double weights = 0, sum = 0;
+        p_.workspace.leaf_weight[edge(count)] = 0;
+        p_.workspace.leaf_sum[edge(count)] = 0;
         for (int l = count - 1; l >= 0; --l) {
-          const double own = of[edge(l)], part = own - lost, next = sum + part;
-          lost = (next - sum) - part;
-          sum = next;
-          of[edge(l)] = sum;
+          if (l + 1 < count) {  // from one leaf to the next: nothing is ever taken off
+            sum += weights * (static_cast<double>(value((l + 1) * kLeaf)) - static_cast<double>(value(l * kLeaf)));
+          }
+          const double own = p_.workspace.leaf_weight[edge(l)], own_sum = p_.workspace.leaf_sum[edge(l)];
+          weights += own;
+          sum += own_sum;
+          p_.workspace.leaf_weight[edge(l)] = weights;
+          p_.workspace.leaf_sum[edge(l)] = sum;
         }
       }
     }
@@ -498,7 +501,6 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE void read_ranks() {
     int begin, end;
     share_of(size_, begin, end);
-    const double origin = static_cast<double>(value(0));
     for (int i = begin + simt::thread(); i < end; i += simt::threads()) {
       const int j = p_.workspace.position[this->place(i)];
       const float u = value(j);
@@ -524,8 +526,9 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
         rank += k_.start * between;
         const double tails = p_.workspace.leaf_weight[edge(tail)];
         if (tails > 0) {
-          const double past = p_.workspace.leaf_sum[edge(tail)] -
-                              tails * (static_cast<double>(u) - origin + static_cast<double>(k_.origin));
+          const double first = static_cast<double>(value(tail * kLeaf));
+          const double past = p_.workspace.leaf_sum[edge(tail)] +
+                              tails * (first - static_cast<double>(u) - static_cast<double>(k_.origin));
           if (k_.rho > 0) rank += k_.rho * (past + tails * k_.beyond);
           rank += tails * k_.offset;
           slope += tails * (k_.rho * k_.tau);
