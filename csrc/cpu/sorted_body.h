@@ -396,7 +396,7 @@ class Walk {
     int64_t step = step_, knee = knee_;
     for (; count > 1; count = (count + 1) / 2) {
       const T last = target[count - 1];
-      if (last - target[0] <= s_.group_span) {
+      if (last - target[0] <= s_.group_span / 2) {
         step = seek_step(step_, last);
         knee = Smooth ? n_ : seek_knee(knee_, last);
         if (step - step_ <= spread_ && knee - knee_ <= spread_) break;
@@ -514,9 +514,11 @@ int near_count(const Sources<T>& sources, const Reach& r) {
   return static_cast<int>(std::max<int64_t>(0, std::min(sources.n, r.far * sources.leaf) - r.near * sources.leaf));
 }
 
+// That of the exponentials: the lowest target, whose own is then 1, so that tied targets, which would all repeat an
+// error, have none.
 template <typename T>
 T centre_of(const Readers<T>& readers) {
-  return readers.target[0] / 2 + readers.target[readers.count - 1] / 2;
+  return readers.target[0];
 }
 
 // Loads the targets, the last one repeated, and their exponentials around the centre.

@@ -1,0 +1,33 @@
+"""A pytest plugin: in this run every method but the reference is the sorted scan.
+
+`python -m pytest -p every_row_sorted` with this folder in PYTHONPATH. Tests then call the package as ever; what they
+ask of "auto" and of "tiled" is asked of the scan, whose results differ by rounding alone.
+"""
+
+import inspect
+
+from roadmap_ext import _chunks, functional
+from roadmap_ext._autograd import resolve_method
+
+_calls = [0]
+
+
+def _sorted(method, *inputs):
+    """What resolve_method would say, checks and all, but sorted in place of any other kernels."""
+    resolved = resolve_method(method, *inputs)
+    if resolved == "reference":
+        return resolved
+    _calls[0] += 1
+    return "sorted"
+
+
+def pytest_configure(config):
+    """Put it where the functions look."""
+    for module in (functional, _chunks):
+        assert inspect.getattr_static(module, "resolve_method") is resolve_method
+        module.resolve_method = _sorted
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many calls were sorted: none would prove nothing."""
+    terminalreporter.write_line(f"{_calls[0]} calls sorted")

@@ -1,0 +1,825 @@
+"""method="sorted": the sorted scan against float64 at every size, against the tiled kernels at every oddity.
+
+Its float64 results hold to 1e-11 where float32 could hide a mistake; steps, ties and knees are counted exactly; what no
+oracle could go through pair by pair, up to 1,000,000 references and 100,000 positives, is checked on a sample.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import PUBLISHED, ULPS, assert_accurate, grid_scores, run, settings_of
+
+import roadmap_ext
+from roadmap_ext import ap_loss, reference, roadmap_loss, smooth_rank
+from tools import fit_series
+
+HERE = Path(__file__).parent
+INFO = roadmap_ext.build_info()
+EPS = torch.finfo(torch.float32).eps
+INF, NAN = float("inf"), float("nan")
+SURROGATES = ["sup", "smooth"]
+WIDE = [torch.float32, torch.float64]
+DTYPES = [torch.float16, torch.bfloat16, *WIDE]
+
+
+# --- what results are held against -----------------------------------------------------------------------------------
+
+
+def curve(references, positives, dtype, scores, **options):
+    """H- and its derivative of each reference above each positive, [references, positives], summed up in `dtype`.
+
+    Differences are decided on in the type of the scores, as every method does, and only then taken in `dtype`.
+    """
+    s = settings_of(options)
+    decided = references[:, None].to(scores) - positives[None].to(scores)
+    gap = references[:, None].to(dtype) - positives[None].to(dtype)
+    value = torch.sigmoid(gap / s["tau"])
+    slope = value * torch.sigmoid(-gap / s["tau"]) / s["tau"]
+    if s["surrogate"] == "smooth":
+        return value, slope
+    offset = s["start"] + 1 / (1 + math.exp(-s["delta"] / s["tau"])) if s["offset"] is None else s["offset"]
+    tail = decided > torch.tensor(s["delta"], dtype=scores)
+    value = torch.where(tail, s["rho"] * (gap - s["delta"]) + offset, value + s["start"] * (decided >= 0))
+    return value, torch.where(tail, s["rho"], slope)
+
+
+def read(points, others, weight, dtype, scores, points_are_positives, **options):
+    """sum_j w_j H- and sum_j w_j H-' of each point, with all others on the other side of the difference."""
+    values, slopes = [], []
+    for part in points.split(max(1, (1 << 22) // max(1, len(others)))):
+        if points_are_positives:
+            value, slope = (x.T for x in curve(others, part, dtype, scores, **options))
+        else:
+            value, slope = curve(part, others, dtype, scores, **options)
+        if weight is not None:
+            value, slope = value * weight.to(dtype), slope * weight.to(dtype)
+        values.append(value.sum(1))
+        slopes.append(slope.sum(1))
+    return torch.cat(values), torch.cat(slopes)
+
+
+def ranks_and_gradient(scores, target, weights, method, function=smooth_rank, **options):
+    """The ranks, and the gradient of their sum with weights [2, nnz]: of rank-, and of rank+ where that has one."""
+    leaf = scores.detach().clone().requires_grad_()
+    arguments = {} if function is reference.smooth_rank else {"method": method}
+    ranks = function(leaf, target, **arguments, **options)
+    outputs, arriving = [ranks.negative_rank], [weights[0].to(ranks.negative_rank)]
+    if ranks.positive_rank.requires_grad:
+        outputs.append(ranks.positive_rank)
+        arriving.append(weights[1].to(ranks.positive_rank))
+    torch.autograd.backward(outputs, arriving)
+    return ranks, leaf.grad
+
+
+def assert_close(ours, theirs, rtol, atol=0.0, what=""):
+    """Element by element, infinities included; NaN nowhere."""
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    error = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
+    allowed = rtol * torch.where(theirs.isinf(), 0.0, theirs.abs()) + atol
+    worst = (error / allowed.clamp(min=1e-300)).nan_to_num(INF).max() if len(ours) else 0.0
+    assert (error <= allowed).all(), f"{what}: {worst:.3g} of what is allowed"
+
+
+def assert_as_tiled(scores, target, weights=None, rtol=None, **options):
+    """Ranks and gradients of the scan are those of the tiled kernels, every element, but for rounding.
+
+    What a pair below the cut would add to a rank, or to a gradient, one method may leave out and the other not. The
+    series of float64 lose a few digits where scores are tied, for their coefficients alternate.
+    """
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if rtol is None:
+        rtol = 1e-11 if wide == torch.float64 else 2e-6
+    kept = target if options.get("ignore") is None else target & ~options["ignore"]
+    if weights is None:
+        weights = torch.rand(2, int(kept.sum())) + 0.5
+    ours, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+    theirs, other = ranks_and_gradient(scores, target, weights, "tiled", **options)
+    assert torch.equal(ours.query, theirs.query)
+    assert torch.equal(ours.reference, theirs.reference)
+    assert_close(ours.positive_rank, theirs.positive_rank, rtol, what="rank+")
+    assert_close(ours.negative_rank, theirs.negative_rank, rtol, torch.finfo(wide).eps, "rank-")
+    largest = other.abs().amax(1, keepdim=True).double() if other.numel() else 0.0
+    unit = float(weights.abs().max()) / options.get("tau", 0.01) if weights.numel() else 0.0
+    floor = (1e-13 if wide == torch.float64 else ULPS * EPS) * unit
+    assert_close(gradient, other, rtol, rtol * largest + floor, "gradient")
+    return ours, gradient
+
+
+def ragged_target(rows, columns, density=0.1):
+    """No positive, all positive, one, and some."""
+    target = torch.rand(rows, columns) < density
+    target[0] = False
+    if rows > 1:
+        target[1] = True
+    if rows > 2:
+        target[2] = False
+        target[2, columns // 2] = True
+    return target
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_published_settings(name, dtype):
+    scores, target = grid_scores(6, 700, dtype), ragged_target(6, 700)
+    assert_accurate(scores, target, method="sorted", ignore=torch.rand(6, 700) < 0.1, **PUBLISHED[name])
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 129, 4096 + 32, 8192 + 8, 65536 + 3])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_sizes(columns, surrogate, dtype):
+    """From one column to several spans, whose entries are dealt to buckets before they are sorted."""
+    scores, target = grid_scores(5, columns, dtype), ragged_target(5, columns)
+    target[1:] &= torch.rand(4, columns) < (150 if columns < 8000 else 30) / columns  # the reference takes |P| x N
+    assert_accurate(scores, target, method="sorted", surrogate=surrogate)
+    assert_accurate(scores, target, method="sorted", surrogate=surrogate, ignore=torch.rand(5, columns) < 0.3)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_settings(data):
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 500))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    # Not fewer: where a handful of scores fill a row, the last bit of one pair is that of all, and plain PyTorch, exact by
+    # luck, leaves nothing to be off by. test_constant_rows_and_few_values has those.
+    levels = data.draw(st.sampled_from([16, 64, 512]))
+    scores = torch.randint(-levels, levels + 1, (rows, columns), generator=generator) / 64
+    target = torch.rand(rows, columns, generator=generator) < data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    # Knees lie between the grid's multiples of 1/64, or at 0.
+    assert_accurate(
+        scores,
+        target,
+        method="sorted",
+        ignore=torch.rand(rows, columns, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 1.0])),
+        surrogate=data.draw(st.sampled_from(SURROGATES)),
+        tau=data.draw(st.sampled_from([1e-3, 0.01, 0.05, 1.0])),
+        rho=data.draw(st.sampled_from([0.0, 1.0, 100.0])),
+        delta=data.draw(st.sampled_from([0.0, 0.05, 0.3, 2.3])),
+        start=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        offset=data.draw(st.sampled_from([None, 1.0, 1.44, 3.0])),
+    )
+
+
+def unclustered(columns, positives, scale=0.2):
+    """One row on a grid of 2^-20: differences are exact in float32, none is on a knee, and few scores are tied."""
+    scores = (torch.randn(1, columns) * scale).clamp(-1, 1).mul(2**20).round().div(2**20)
+    target = torch.zeros(1, columns, dtype=torch.bool)
+    target[0, torch.randperm(columns)[:positives]] = True
+    return scores, target
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(
+    ("columns", "positives", "tau"),
+    [(60_000, 6_000, 0.01), (300_000, 200_000, 0.003), (1_000_000, 100_000, 0.01)],
+)
+def test_at_scale(columns, positives, tau, surrogate):
+    """Ranks, and gradients under weights that are given: a sample goes pair by pair, the whole row to float64."""
+    scores, target = unclustered(columns, positives)
+    weights = torch.rand(2, positives) + 0.5
+    options = {"surrogate": surrogate, "tau": tau}
+    ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+    wide, exact = ranks_and_gradient(scores.double(), target, weights, "sorted", **options)
+
+    u, v = scores[target], scores[~target]
+    i, j = torch.randperm(positives)[:12], torch.randperm(len(v))[:100]
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        rank, slope = read(u[i], v, None, dtype, torch.float32, True, **options)
+        of_positives = -weights[0, i] * slope
+        _, of_negatives = read(v[j], u, weights[0], dtype, torch.float32, False, **options)
+        rank_positive = (u[None] >= u[i][:, None]).sum(1).to(dtype)
+        if surrogate == "smooth":
+            rank_positive, own = read(u[i], u, None, dtype, torch.float32, True, **options)
+            _, weighted = read(u[i], u, weights[1], dtype, torch.float32, False, **options)
+            rank_positive += 0.5
+            of_positives += weighted - weights[1, i] * own
+        results[dtype] = {"-": rank, "+": rank_positive, "positives": of_positives, "negatives": of_negatives}
+    for name, truth in results[torch.float64].items():
+        mine, whole = {
+            "-": (ranks.negative_rank[i], wide.negative_rank[i]),
+            "+": (ranks.positive_rank[i], wide.positive_rank[i]),
+            "positives": (gradient[target][i], exact[target][i]),
+            "negatives": (gradient[~target][j], exact[~target][j]),
+        }[name]
+        plain = (results[torch.float32][name].double() - truth).norm()
+        assert (whole.double() - truth).norm() <= 2e-12 * truth.norm(), f"float64 {name}"
+        assert (mine.double() - truth).norm() <= 2 * plain + ULPS * EPS * truth.norm(), name
+        # The prototype was off by 1.2e-5, plain PyTorch as well may be: this is what the method promises.
+        assert (mine.double() - truth).norm() <= 6e-7 * truth.norm(), name
+    for mine, truth in ((ranks.negative_rank, wide.negative_rank), (ranks.positive_rank, wide.positive_rank)):
+        assert_close(mine, truth, 2e-6, 1e-6, "ranks")
+    assert (gradient.double() - exact).norm() <= 6e-7 * exact.norm()
+    assert_close(gradient, exact, 4e-6, 4e-6 * exact.abs().max(), "gradient")
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), (1_000_000, 100_000)])
+def test_loss_at_scale(columns, positives, surrogate):
+    """The loss and its gradient in float32 beside float64, which test_at_scale has checked pair by pair.
+
+    Twice the error of plain PyTorch is not even needed: the stated ulp do.
+    """
+    scores, target = unclustered(columns, positives)
+    ours = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
+    truth = run(ap_loss, scores.double(), target, torch.ones(1), method="sorted", surrogate=surrogate)
+    ranks = smooth_rank(scores.double(), target, surrogate=surrogate, method="sorted")
+    rank = ranks.positive_rank + ranks.negative_rank
+    c = ranks.positive_rank / rank**2 / positives
+    assert_close(truth.loss, 1 - (ranks.positive_rank / rank).mean()[None], 1e-10)
+    assert_close(ours.loss, truth.loss, ULPS * EPS)
+    error = (ours.gradient.double() - truth.gradient).norm()
+    assert error <= ULPS * EPS * c.max() / 0.01 + 6e-7 * truth.gradient.norm()
+    if surrogate == "sup":  # a sample of negatives with these weights
+        j = torch.randperm(columns - positives)[:100]
+        _, slope = read(scores[~target][j], scores[target], c, torch.float64, torch.float32, False)
+        assert_close(truth.gradient[~target][j], slope, 1e-10, 1e-14)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("density", [0.01, 0.9])
+def test_cluster(surrogate, density):
+    """100,000 scores within 1e-4: by the tolerance, against plain float32 PyTorch on the same input.
+
+    There are 1,677 floats in so small a range: the oracle meets each pair of different ones once, with their numbers.
+    """
+    n = 100_000
+    scores = (0.5 + torch.randint(0, 1677, (1, n)) / 2**24).float()
+    target = torch.rand(1, n) < density
+    u, v = scores[target], scores[~target]
+    positives = len(u)
+    ours = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
+
+    (up, where, many), (un, _, many_negatives) = (x.unique(return_inverse=True, return_counts=True) for x in (u, v))
+
+    def composed(dtype):
+        """The gradient of every positive and every negative; in float32 each pair is added, as PyTorch would."""
+        exact = dtype == torch.float64
+        negative = (un, many_negatives) if exact else (v, None)
+        positive = (up, many) if exact else (u, None)
+        rank_negative, slope = read(up, *negative, dtype, torch.float32, True, surrogate=surrogate)
+        if surrogate == "smooth":
+            rank_positive, own = read(up, *positive, dtype, torch.float32, True, surrogate=surrogate)
+            rank_positive += 0.5
+        else:
+            rank_positive = many.flip(0).cumsum(0).flip(0).to(dtype)
+        rank = rank_positive + rank_negative
+        c = rank_positive / rank**2 / positives
+        weight = c * many.to(dtype) if exact else c[where]
+        _, of_negatives = read(un, up if exact else u, weight, dtype, torch.float32, False, surrogate=surrogate)
+        of_positives = -c * slope
+        if surrogate == "smooth":
+            g = -rank_negative / rank**2 / positives
+            weight = g * many.to(dtype) if exact else g[where]
+            _, weighted = read(up, up if exact else u, weight, dtype, torch.float32, False, surrogate=surrogate)
+            of_positives += weighted - g * own
+        gradient = torch.zeros(n, dtype=dtype)
+        gradient[target[0]] = of_positives[where]
+        gradient[~target[0]] = of_negatives[torch.searchsorted(un, v)]
+        return (rank_negative / rank)[where].mean(), gradient, c.max()
+
+    loss, truth, largest = composed(torch.float64)
+    _, plain, _ = composed(torch.float32)
+    assert_close(ours.loss, loss[None], ULPS * EPS)
+    error = (ours.gradient[0].double() - truth).norm()
+    assert error <= 2 * (plain.double() - truth).norm() + ULPS * EPS * largest / 0.01
+    assert error <= 2e-6 * truth.norm()  # whatever PyTorch makes of it; the first cut had 2.9e-4
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_gradcheck(surrogate):
+    scores = torch.randn(3, 40, dtype=torch.float64).mul(0.1).requires_grad_()
+    target, ignore = torch.rand(3, 40) < 0.4, torch.rand(3, 40) < 0.2
+    options = {"ignore": ignore, "surrogate": surrogate, "tau": 0.05, "rho": 5.0, "method": "sorted"}
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda s, r=reduction: ap_loss(s, target, reduction=r, **options), scores, eps=1e-7, atol=1e-5
+        )
+
+    def ranks(s):
+        result = smooth_rank(s, target, **options)
+        return result.negative_rank if surrogate == "sup" else (result.positive_rank, result.negative_rank)
+
+    assert torch.autograd.gradcheck(ranks, scores, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("columns", [1, 2, 17, 40, 400, 3000, 9000])
+@pytest.mark.parametrize("tau", [0.003, 0.05, 1.0])
+def test_float64_is_exact_to_many_digits(columns, surrogate, tau):
+    """Where float32's rounding has no say: the formulas, with every leaf, window and anchor in its place."""
+    scores = torch.randn(3, columns, dtype=torch.float64) * 0.3
+    target = torch.rand(3, columns) < torch.tensor([[0.02], [0.3], [0.9]]) * min(1.0, 1500 / columns)
+    weights = torch.randn(2, int(target.sum()))
+    options = {"surrogate": surrogate, "tau": tau, "rho": 3.0, "delta": 0.07, "offset": 2.5, "start": 0.25}
+    ours, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+    truth, exact = ranks_and_gradient(scores, target, weights, None, reference.smooth_rank, **options)
+    assert_close(ours.positive_rank, truth.positive_rank, 1e-11)
+    assert_close(ours.negative_rank, truth.negative_rank, 1e-11, 1e-14)
+    assert_close(gradient, exact, 1e-11, 1e-11 * exact.abs().max() + 1e-15 / tau)
+
+
+# --- steps, ties and knees -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 8, 100, 3000, 8193, 70_000])
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.97])
+def test_counts_are_exact(columns, density, dtype):
+    """A temperature so low that every pair is a step, a half or a count: each rank is a whole number of quarters."""
+    levels = 200 if dtype in (torch.float16, torch.bfloat16) else 1 << 20
+    scores = torch.randint(-levels, levels + 1, (1, columns)).to(dtype)
+    if columns > 100:
+        scores[0, : columns // 3] = scores[0, columns // 2].clone()  # many at once, in one leaf and in many
+    target, ignore = torch.rand(1, columns) < density, torch.rand(1, columns) < 0.1
+    options = {"tau": 1e-3, "rho": 0.0, "delta": 3.0, "start": 0.25, "offset": 8.0}
+    ranks = smooth_rank(scores, target, ignore=ignore, method="sorted", **options)
+    u = scores[target & ~ignore].double()
+    v = scores[~target & ~ignore].double().sort().values
+    at, above, knee = (torch.searchsorted(v, x, right=right) for x, right in ((u, False), (u, True), (u + 3, True)))
+    expected = 0.75 * (above - at) + 1.25 * (knee - above) + 8.0 * (len(v) - knee)
+    # e^-1000 need not be 0, nor a sum of halves in float64 exact to the bit.
+    assert_close(ranks.negative_rank, expected, 4e-16 if dtype == torch.float64 else 0.0, 1e-15)
+    own = u.sort().values
+    assert torch.equal(ranks.positive_rank.double(), len(u) - torch.searchsorted(own, u).double())
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("columns", "positives"), [(50, 20), (9000, 300), (9000, 8500), (1_000_000, 100_000)])
+def test_tails_are_linear(columns, positives, dtype):
+    """The same, and a slope: sums over all that lies above the knee, of ranks and gradients, at any size."""
+    scores = torch.randint(-(1 << 20), 1 << 20, (1, columns)).to(dtype)
+    target = torch.zeros(1, columns, dtype=torch.bool)
+    target[0, torch.randperm(columns)[:positives]] = True
+    scores = torch.where(target, scores, scores + 0.5)  # no ties, whose slope is 250
+    weights = (torch.rand(2, positives) + 0.5).double()
+    options = {"tau": 1e-3, "rho": 2.0, "delta": 1000.25, "start": 0.5, "offset": 3.0}
+    ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+    u, (v, order) = scores[target].double(), scores[~target].double().sort()
+    knee, at = torch.searchsorted(v, u + 1000.25, right=True), torch.searchsorted(v, u)
+    above, tails = torch.cat([v.flip(0).cumsum(0).flip(0), torch.zeros(1)])[knee], len(v) - knee
+    expected = 1.5 * (knee - at) + 2 * (above - tails * (u + 1000.25)) + 3.0 * tails
+    rtol = 1e-12 if dtype == torch.float64 else 4e-7
+    assert_close(ranks.negative_rank, expected, rtol, 1e-15)
+    assert_close(gradient[target], -weights[0] * 2 * tails, rtol, 1e-15)
+    u, by = u.sort()
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), weights[0][by].cumsum(0)])
+    negatives = torch.empty(len(v), dtype=torch.float64)
+    negatives[order] = 2 * below[torch.searchsorted(u, v - 1000.25)]
+    assert_close(gradient[~target], negatives, rtol, 1e-12)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.05, 0.3, 1.7])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_knees_to_the_ulp(delta, dtype):
+    """Scores whose difference rounds to the knee itself, and the neighbours of these: as fl(t) > delta decides."""
+    u = torch.randn(100, dtype=dtype) * 0.3
+    knee = torch.tensor(delta, dtype=dtype)
+    v = [u + knee]
+    for towards in (INF, -INF):
+        at = v[0]
+        for _ in range(3):
+            at = torch.nextafter(at, torch.tensor(towards, dtype=dtype))
+            v.append(at)
+    v += [torch.nextafter(u, torch.tensor(towards, dtype=dtype)) for towards in (INF, -INF)]
+    v = torch.cat([*v, u])
+    gap = v[None] - u[:, None]
+    assert (gap == knee).any()
+    scores = torch.cat([u, v])[torch.randperm(len(u) + len(v))][None]
+    target = torch.zeros_like(scores, dtype=torch.bool)
+    target[0, torch.isin(scores[0], u).nonzero()[::2, 0]] = True  # a positive, or a tie of one
+    u, v = scores[target], scores[~target]
+    gap = v[None] - u[:, None]
+    # Almost every pair below 0 has no weight, one at 0 has 100, one up to the knee 200, above it there are 10,000.
+    options = {"tau": 1e-4, "rho": 0.0, "delta": delta, "start": 100.0, "offset": 10_000.0}
+    ranks = smooth_rank(scores, target, method="sorted", **options)
+    steps, tails = ((gap >= 0) & (gap <= knee)).sum(1), (gap > knee).sum(1)
+    curve_sum = torch.where(gap > knee, 0.0, torch.sigmoid((gap.double()) / 1e-4)).sum(1)
+    assert_close(ranks.negative_rank, 100.0 * steps + 10_000.0 * tails + curve_sum, 1e-6)
+    options |= {"rho": 7e4, "offset": None}
+    assert_as_tiled(scores, target, **options)
+    assert_as_tiled(scores, target, surrogate="smooth", tau=1e-4)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("n", [2, 9, 17, 33, 65, 300, 1000, 20_000])
+def test_constant_rows_and_few_values(n, surrogate):
+    """All scores tied, or all on one of two or three values: a leaf, and many leaves, without any width."""
+    generator = torch.Generator().manual_seed(n)
+    for dtype in WIDE:
+        for values in ([0.25], [0.25, 0.26], [-1.0, 0.0, 1.0], [0.1, 0.15]):
+            which = torch.randint(len(values), (2, n), generator=generator)
+            scores = torch.tensor(values, dtype=dtype)[which]
+            target = torch.rand(2, n, generator=generator) < torch.tensor([[0.5], [300 / n if n > 1000 else 0.1]])
+            assert_as_tiled(scores, target, surrogate=surrogate)
+
+
+# --- anything that scores and settings may be -------------------------------------------------------------------------
+
+
+def awkward(kind, shape, dtype, generator):
+    """Scores of one kind that breaks assumptions."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    near = torch.rand(shape, generator=generator, dtype=torch.float64)
+    which = torch.randint(3, shape, generator=generator)
+    scores = {
+        "normal": x * 0.2,
+        "ties": (x * 8).round() / 64,
+        "constant": torch.full(shape, 0.3, dtype=torch.float64),
+        "cluster": 0.5 + near * 1e-4,
+        "clusters": which * 0.5 + near * 1e-3,
+        "far apart": which.double() * 1e4 + near,
+        "one outlier": torch.where(near == near.max(), 1e6, x * 0.01),
+        "outside": x * 50 + 300,
+        "denormal": x * 1e-42 if dtype == torch.float32 else x * 1e-310,
+        "signed zeros": torch.where(which == 0, -0.0, torch.where(which == 1, 0.0, x * 1e-3)),
+        "huge": x * 1e30,
+        "largest": torch.where(which == 0, 1.5e38, torch.where(which == 1, -1.5e38, x)),
+        "skewed": x.exp() ** 6,
+    }[kind]
+    return scores.to(dtype)
+
+
+KINDS = [
+    *("normal", "ties", "constant", "cluster", "clusters", "far apart", "one outlier", "outside", "denormal"),
+    *("signed zeros", "huge", "largest", "skewed"),
+]
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_as_tiled_whatever_comes(data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    shape = data.draw(st.integers(1, 3)), data.draw(st.one_of(st.integers(1, 70), st.integers(70, 2500)))
+    dtype = data.draw(st.sampled_from(WIDE))
+    scores = awkward(data.draw(st.sampled_from(KINDS)), shape, dtype, generator)
+    target = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.01, 0.1, 0.5, 0.95, 1.0]))
+    ignore = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.2]))
+    assert_as_tiled(
+        scores,
+        target,
+        torch.rand(2, int((target & ~ignore).sum()), generator=generator) + 0.5,
+        ignore=ignore,
+        surrogate=data.draw(st.sampled_from(SURROGATES)),
+        tau=data.draw(st.sampled_from([1e-4, 0.01, 0.3, 10.0])),
+        rho=data.draw(st.sampled_from([0.0, 1.0, 100.0])),
+        delta=data.draw(st.sampled_from([0.0, 1e-3, 0.05, 2.5, 1e5])),
+        start=data.draw(st.sampled_from([0.0, 0.5])),
+        offset=data.draw(st.sampled_from([None, 0.0, 1.44])),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [1e-20, 1e-3, 1e3, 1e8])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_as_tiled_at_extremes(kind, tau, dtype):
+    """Loss and gradient of whole rows, where temperatures are far from those of training, and scores, too."""
+    scores = awkward(kind, (4, 12_000), dtype, torch.Generator().manual_seed(7))
+    target = torch.rand(4, 12_000) < torch.tensor([[0.001], [0.01], [0.03], [0.001]])
+    for surrogate in SURROGATES:
+        options = {"surrogate": surrogate, "tau": tau}
+        ours, tiled = (run(ap_loss, scores, target, torch.ones(4), method=m, **options) for m in ("sorted", "tiled"))
+        ranks = smooth_rank(scores, target, method="tiled", **options)
+        rank = (ranks.positive_rank + ranks.negative_rank).double()
+        weight = torch.maximum(ranks.positive_rank, ranks.negative_rank).double() / rank / rank
+        weight = torch.zeros(4, dtype=torch.float64).scatter_reduce(0, ranks.query, weight, "amax") / target.sum(1)
+        wide = dtype == torch.float64
+        assert_close(ours.loss, tiled.loss, 1e-12 if wide else 1e-6, 1e-12 if wide else 1e-7)
+        atol = (1e-13 if wide else ULPS * EPS) * weight.nan_to_num(0) / tau
+        largest = tiled.gradient.abs().amax(1).double()
+        rtol = 1e-11 if wide else 4e-6
+        assert_close(ours.gradient, tiled.gradient, rtol, (rtol * largest + atol)[:, None], "gradient")
+
+
+@pytest.mark.parametrize("low", [-1e2, -1e6, -1e10, -1e20, -1e30])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_sums_do_not_cancel(low, dtype):
+    """A positive and a negative far below all others: distances in the tails are not taken from there."""
+    for columns in (30, 600, 9000):
+        scores, target = torch.randn(1, columns, dtype=dtype) * 0.2, torch.rand(1, columns) < 0.3
+        scores[0, target[0].nonzero()[0]] = low
+        scores[0, (~target[0]).nonzero()[0]] = low
+        assert_as_tiled(scores, target)
+        assert_as_tiled(-scores, target)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("is_positive", [True, False])
+def test_scores_too_large_to_be_summed(is_positive, surrogate):
+    """Finite, but not their sums times a count: the row goes the tiled way, to the bit, wherever in it they stand."""
+    scores, target = torch.randn(1, 9000, dtype=torch.float64) * 0.2, torch.rand(1, 9000) < 0.1
+    for at in (0, -1):
+        large = scores.clone()
+        large[0, (target[0] == is_positive).nonzero()[at]] = 1e200
+        ours, tiled = (
+            run(ap_loss, large, target, torch.ones(1), method=m, surrogate=surrogate) for m in ("sorted", "tiled")
+        )
+        assert torch.equal(ours.loss, tiled.loss)
+        assert torch.equal(ours.gradient, tiled.gradient)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("shape", [(5, 200), (1, 20_000)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nan(value, surrogate, shape, dtype):
+    """What is not finite goes the tiled way, and to the bit; its neighbours do not, nor what is ignored."""
+    scores = (torch.randn(shape) * 0.2).to(dtype)
+    target = torch.rand(shape) < 0.1
+    weight = torch.ones(len(scores))
+    for is_positive in (True, False):
+        dirty = scores.clone()
+        at = (target[0] == is_positive).nonzero()[3, 0]
+        dirty[0, at] = value
+        options = {"surrogate": surrogate}
+        ours = run(ap_loss, dirty, target, weight, method="sorted", **options)
+        tiled = run(ap_loss, dirty, target, weight, method="tiled", **options)
+        clean = run(ap_loss, scores, target, weight, method="sorted", **options)
+        if value == -INF and not is_positive:  # it reaches nobody, and is left out before anything is sorted
+            assert_close(ours.loss, tiled.loss, 4 * EPS)
+            assert ours.gradient[0, at] == 0
+        else:
+            assert torch.equal(ours.loss[0].nan_to_num(-1), tiled.loss[0].nan_to_num(-1))
+            assert torch.equal(ours.gradient[0].nan_to_num(-1), tiled.gradient[0].nan_to_num(-1))
+            assert torch.equal(ours.gradient[0].isnan(), tiled.gradient[0].isnan())
+        assert ours.loss[0].isnan() == math.isnan(value)
+        assert torch.equal(ours.loss[1:], clean.loss[1:])
+        assert torch.equal(ours.gradient[1:], clean.gradient[1:])
+        ranks = [smooth_rank(dirty, target, method=m, **options) for m in ("sorted", "tiled")]
+        rtol = 1e-11 if dtype == torch.float64 else 2e-6
+        for name in ("positive_rank", "negative_rank"):
+            one, other = (getattr(r, name).nan_to_num(-1) for r in ranks)
+            assert_close(one, other, rtol, rtol, name)
+        ignore = torch.zeros(shape, dtype=torch.bool)
+        ignore[0, at] = True
+        left_out = run(ap_loss, dirty, target, weight, method="sorted", ignore=ignore, **options)
+        same = run(ap_loss, scores, target, weight, method="sorted", ignore=ignore, **options)
+        assert torch.equal(left_out.loss, same.loss)
+        assert torch.equal(left_out.gradient, same.gradient)
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_upstream_gradients_that_are_not_finite(value, surrogate, dtype):
+    """One rank's gradient is infinite, or NaN: its row shows it, its positives as ever, and no other row does."""
+    scores, target = torch.randn(3, 600, dtype=dtype) * 0.2, torch.rand(3, 600) < 0.2
+    weights = torch.randn(2, int(target.sum()))
+    row = (target.nonzero()[:, 0] == 1).nonzero()[:, 0]
+    _, healthy = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
+    for which in (0, 1):
+        sick = weights.clone()
+        sick[which, row[5]] = value
+        _, ours = ranks_and_gradient(scores, target, sick, "sorted", surrogate=surrogate)
+        _, tiled = ranks_and_gradient(scores, target, sick, "tiled", surrogate=surrogate)
+        assert torch.equal(ours[[0, 2]], healthy[[0, 2]])
+        assert (ours.isfinite() <= tiled.isfinite()).all()
+        assert ours[1].isfinite().all() == (which == 1 and surrogate == "sup")  # which rank+ of sup ignores
+        own, other = ours[1, target[1]], tiled[1, target[1]]
+        if surrogate == "sup":
+            assert_close(own[own.isfinite()], other[other.isfinite()], 1e-11 if dtype == torch.float64 else 2e-6)
+            assert torch.equal(own[~own.isfinite()].nan_to_num(0.5), other[~other.isfinite()].nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_upstream_gradients_of_any_sign_and_size(dtype, surrogate):
+    scores, target = (torch.randn(4, 3000) * 0.2).to(dtype), ragged_target(4, 3000)
+    some = torch.randn(2, int(target.sum()))
+    for weights in (some / 1024, some * 0, torch.ones_like(some) * 1e-12 * some[:, :1], some * 2.0**-100):
+        _, ours = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
+        _, tiled = ranks_and_gradient(scores, target, weights, "tiled", surrogate=surrogate)
+        assert ours.dtype == dtype
+        error = (ours.double() - tiled.double()).norm(dim=1)
+        eps = torch.finfo(dtype).eps
+        floor = ULPS * max(eps, 1e-14) * weights.abs().max() / 0.01
+        assert (error <= max(2e-6, eps) * tiled.double().norm(dim=1) + floor).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5), (1, 9000)])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_nothing_to_rank(shape, surrogate):
+    """No rows, no columns, no positives; no negatives; nothing but what is ignored."""
+    scores = torch.randn(shape)
+    for target, ignore in ((False, False), (True, False), (True, True), (False, True)):
+        masks = torch.full(shape, target), torch.full(shape, ignore)
+        options = {"ignore": masks[1], "method": "sorted", "surrogate": surrogate}
+        ours = run(ap_loss, scores, masks[0], torch.ones(shape[0]), **options)
+        assert (ours.loss == 0).all()
+        assert (ours.gradient.abs() <= 1e-6).all()
+        ranks = smooth_rank(scores, masks[0], **options)
+        assert len(ranks.query) == (scores.numel() if target and not ignore else 0)
+        assert (ranks.negative_rank == 0).all()
+
+
+# --- from embeddings -------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "paper": {},
+    "ap alone": {"calibration_weight": 0.0},
+    "smooth": {"surrogate": "smooth", "calibration_weight": 0.3},
+    "hinges everywhere": {"positive_margin": 2.0, "negative_margin": -2.0},
+    "no hinge": {"positive_margin": -1.0, "negative_margin": 1.0},
+    "violating pairs": {"calibration_reduction": "violating_pairs", "negative_margin": 0.1},
+    "with itself": {"include_self": True, "negative_margin": 0.2},
+    "as they are": {"normalize": False, "tau": 0.3, "delta": 1.0},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_roadmap_loss(name, memory, reduction):
+    """Lists of positives, hinges, scales: in float64 against the reference, in float32 beside tiled."""
+    torch.set_num_threads(1)  # the reference goes from row to row
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 12, dtype=torch.float64) + torch.randn(3, 12, dtype=torch.float64)[labels]
+    references = torch.cat([x[40:], torch.randn(500, 12)]) if memory else None
+    more = {}
+    if memory:
+        more = {"ref_labels": torch.cat([labels[40:], torch.arange(500) % 5])}
+        more |= {"ids": torch.arange(90), "ref_ids": torch.cat([torch.arange(40, 90), torch.arange(500) + 1000])}
+
+    def result(function, dtype, **method):
+        leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (x, references) if leaf is not None]
+        loss = function(
+            leaves[0], labels, leaves[1] if memory else None, reduction=reduction, **more, **OBJECTIVES[name], **method
+        )
+        weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        return loss, torch.autograd.grad((loss * weight).sum(), leaves)
+
+    loss, gradients = result(roadmap_loss, torch.float64, method="sorted")
+    truth, exact = result(reference.roadmap_loss, torch.float64)
+    assert_close(loss.flatten(), truth.flatten(), 1e-12, 1e-14)
+    for ours, theirs in zip(gradients, exact, strict=True):
+        assert_close(ours, theirs, 1e-9, 1e-11 * theirs.abs().max())
+    loss, gradients = result(roadmap_loss, torch.float32, method="sorted", chunk_size=37)
+    other, tiled = result(roadmap_loss, torch.float32, method="tiled", chunk_size=37)
+    assert_close(loss.flatten(), other.flatten(), 1e-6, EPS)
+    for ours, theirs in zip(gradients, tiled, strict=True):
+        assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+
+
+# --- the same bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 40_000), (3, 20_000), (40, 700), (2, 140_000), (7, 9_000), (1, 400_000)])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(shape, surrogate, dtype):
+    """Many rows, one a thread, and few that are long and shared; the memory that rows leave behind, and run to run."""
+    scores = (torch.randn(shape) * 0.2).to(dtype)
+    target = torch.rand(shape) < torch.rand(shape[0], 1) * 0.3
+    weights = torch.randn(2, int(target.sum()))
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        loss, gradient = vars(
+            run(ap_loss, scores, target, torch.ones(shape[0]), method="sorted", surrogate=surrogate)
+        ).values()
+        ranks, other = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
+        results.append((loss, gradient, *(part.detach() for part in ranks), other))
+        smooth_rank(torch.randn(2, 5000), torch.rand(2, 5000) < 0.5, method="sorted")
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_row_does_not_depend_on_its_neighbours(surrogate):
+    """Rows of very different sizes share buffers: each has the bits that it has alone, shared by threads or not."""
+    scores, target = torch.randn(9, 30_000) * 0.2, torch.rand(9, 30_000) < torch.rand(9, 1) ** 4
+    target[4] = False
+    ignore = torch.rand(9, 30_000) < torch.tensor([0.0, 0.9, 0.1] * 3)[:, None]
+    options = {"method": "sorted", "surrogate": surrogate}
+    together = run(ap_loss, scores, target, torch.ones(9), ignore=ignore, **options)
+    for i in (8, 0, 4, 1, 7):
+        row = slice(i, i + 1)
+        alone = run(ap_loss, scores[row], target[row], torch.ones(1), ignore=ignore[row], **options)
+        assert torch.equal(alone.loss, together.loss[row])
+        assert torch.equal(alone.gradient, together.gradient[row])
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_permuting_references_permutes_the_gradient(surrogate):
+    """To the bit where no scores are tied: what is sorted has forgotten where it came from."""
+    scores = (torch.randperm(20_000) / 2**14 - 0.6)[None]
+    target, order = torch.rand(1, 20_000) < 0.2, torch.randperm(20_000)
+    one = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
+    other = run(ap_loss, scores[:, order], target[:, order], torch.ones(1), method="sorted", surrogate=surrogate)
+    assert_close(one.loss, other.loss, EPS)
+    assert torch.equal(one.gradient[:, order], other.gradient)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_auto_takes_one_of_the_two(surrogate, dtype):
+    """Row by row, to the bit: the scan for many positives, the tiled kernels for few."""
+    scores = torch.randn(6, 5000, dtype=dtype) * 0.2
+    target = torch.rand(6, 5000) < torch.tensor([0.0, 3e-4, 3e-3, 0.03, 0.2, 0.6])[:, None]
+    target[1:, 0] = True
+    weight = torch.ones(6)
+    auto, tiled, scan = (
+        run(ap_loss, scores, target, weight, method=m, surrogate=surrogate) for m in ("auto", "tiled", "sorted")
+    )
+    taken = []
+    for row in range(6):
+        is_tiled, is_sorted = (
+            torch.equal(auto.loss[row], x.loss[row]) and torch.equal(auto.gradient[row], x.gradient[row])
+            for x in (tiled, scan)
+        )
+        assert is_tiled or is_sorted
+        taken.append("both" if is_tiled and is_sorted else "tiled" if is_tiled else "sorted")
+    assert taken[0] == "both"
+    assert taken[1] == "tiled"
+    assert taken[-1] == "sorted"
+    assert_close(auto.loss, tiled.loss, 4 * EPS)
+
+
+# --- coefficients ----------------------------------------------------------------------------------------------------
+
+
+def test_series_header_is_what_the_tool_writes():
+    assert fit_series.HEADER.read_text() == fit_series.header()
+
+
+@pytest.mark.parametrize("name", fit_series.DEGREES)
+@pytest.mark.parametrize(("power", "title"), [(1, "sigma"), (2, "sigma (1 - sigma)")])
+def test_series_keep_their_bounds(name, power, title):
+    """The header's numbers, in rational arithmetic: within the bound, which the best of all fits comes up to."""
+    tables = re.findall(r"\[(\d+)\] = \{ *// *(\S+)\n(.*?)\};", fit_series.HEADER.read_text(), re.DOTALL)
+    assert len(tables) == 2 * len(fit_series.DEGREES)
+    degree, bound, body = tables[2 * list(fit_series.DEGREES).index(name) + power - 1]
+    coefficients = [Fraction(float(c)) for c in body.replace(",", "").split()]
+    assert len(coefficients) == int(degree) == fit_series.DEGREES[name]
+    points = [Fraction(k, 997) for k in range(1, 998)]
+    points += [(1 + Fraction(math.cos(k * math.pi / int(degree)))) / 2 for k in range(int(degree))]  # the extremes
+    errors = [abs(1 - fit_series.evaluate(coefficients, y) * (1 + y) ** power) for y in points]
+    # Coefficients rounded to double are off by more than what the series for double leaves out.
+    rounding = sum(abs(c) for c in coefficients) * Fraction(2) ** (power - 53)
+    assert max(errors) <= Fraction(bound) * Fraction(105, 100) + rounding, title
+    if name == "float" and power == 1:
+        assert max(errors) >= Fraction(bound) / 2
+    exact, limit = (fit_series.sigmoid, fit_series.slope)[power - 1](int(degree))  # before they were rounded
+    errors = [abs(1 - fit_series.evaluate(exact, y) * (1 + y) ** power) for y in points]
+    assert limit / 2 <= max(errors) <= Fraction(limit) * (1 + Fraction(1, 10**12))
+    if power == 1:  # the best: the error reaches its bound with alternating signs, degree + 1 times
+        assert max(errors) >= Fraction(limit) * Fraction(999, 1000)
+
+
+# --- in other conditions ---------------------------------------------------------------------------------------------
+
+
+def pytest_run(*arguments, **environment):
+    """A pytest of its own, on one thread but where tests say otherwise: several run side by side."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *arguments]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=HERE.parent,
+    )
+
+
+# What torch.compile makes of the ops has nothing to do with the method, and takes long; so does long double.
+RERUN = "not compile and not opcheck and not (split_over and float64-sup)"
+
+
+def test_the_other_suites_pass_by_the_scan():
+    """The tests of the row op and of roadmap_loss once more, "auto" and "tiled" meaning sorted: every_row_sorted.py."""
+    halves = (["test_accuracy.py"], ["test_ap_loss.py", "test_smooth_rank.py", "test_roadmap_loss.py"])
+    runs = [pytest_run("-p", "every_row_sorted", "-k", RERUN, *(str(HERE / f) for f in half)) for half in halves]
+    outputs = [one.communicate(timeout=600)[0] for one in runs]
+    for one, output in zip(runs, outputs, strict=True):
+        assert one.returncode == 0, output[-6000:]
+        assert re.search(r"[1-9]\d+ calls sorted", output)
+
+
+OTHERS = [name for name in INFO["cpu_available"] if name != INFO["cpu"]]
+
+
+def test_every_instruction_set():
+    """This file once more for each that the processor has, beside the one in use."""
+    if "ROADMAP_EXT_CPU" in os.environ or not OTHERS:
+        pytest.skip("one instruction set, or a run for one of them")
+    left_out = "not every_instruction_set and not other_suites and not series and not 1000000 and not compile"
+    runs = [pytest_run("-x", "-k", left_out, __file__, ROADMAP_EXT_CPU=name) for name in OTHERS]
+    outputs = [one.communicate(timeout=600)[0] for one in runs]
+    for name, one, output in zip(OTHERS, runs, outputs, strict=True):
+        assert one.returncode == 0, f"{name}: {output[-6000:]}"
