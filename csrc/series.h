@@ -1,6 +1,7 @@
-// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0, y = e^(t / tau),
+// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0,
+// y = e^(t / tau), with relative errors as noted below:
 //
-//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k    relative errors below
+//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k
 //
 // Functions, for device code has no use for a host's array.
 #pragma once

@@ -139,7 +139,9 @@ def _evaluate(
         values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
         return values, weight, gradients
     unknown = _weights(counts, None, objective) * 0
-    values, *gradients = _sweep(embeddings, references, relation, objective, unknown, chunk_size, method, (False, False))
+    values, *gradients = _sweep(
+        embeddings, references, relation, objective, unknown, chunk_size, method, (False, False)
+    )
     weight = _weights(counts, values[:, 3:].sum(0, keepdim=True), objective)
     if any(wants):
         _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)

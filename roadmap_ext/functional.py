@@ -135,8 +135,9 @@ def ap_loss(
         start: jump at t = 0.
         offset: value just above the knee; None for start + sigma(delta / tau), which makes H- continuous.
         reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"``: [B].
-        method: ``"auto"``, ``"tiled"`` (fused kernels, |P| x N work, nothing of that size in memory) or ``"reference"``
-            (plain PyTorch).
+        method: ``"tiled"`` (fused kernels, |P| x N work, nothing of that size in memory), ``"sorted"`` (the sorted
+            scan: near-linear in N, whatever |P| is; rows with infinite scores, and on CUDA float64, go the tiled
+            way), ``"auto"`` (the faster of the two for each row) or ``"reference"`` (plain PyTorch).
 
     Returns:
         A scalar, or [B] with ``reduction="none"``; float64 for float64 scores, float32 for all others. A query without
@@ -162,9 +163,7 @@ def ap_loss(
     if method == "reference":
         return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
-        loss: Tensor = _AveragePrecision.apply(
-            scores, anchor(scores), target, ignore, settings, reduction, method
-        )
+        loss: Tensor = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
     else:
         loss = torch.ops.roadmap_ext.average_precision(
             scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False, METHODS.index(method)
@@ -217,9 +216,7 @@ def smooth_rank(
         return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
     if torch.is_grad_enabled() and scores.requires_grad:
         return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings, method))
-    ranks = torch.ops.roadmap_ext.smooth_rank(
-        scores, target, ignore, *settings.for_op(), False, METHODS.index(method)
-    )
+    ranks = torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings.for_op(), False, METHODS.index(method))
     return SmoothRank(*ranks[:4])
 
 
@@ -286,7 +283,7 @@ def roadmap_loss(
         reduction: ``"mean"``: the AP loss over the queries that have a positive, the calibration loss over all;
             ``"sum"``; or ``"none"``: [B], which costs a fourth matrix product. With ``"violating_pairs"`` a query's
             calibration loss is B times its share of the batch's.
-        method: ``"auto"``, ``"tiled"`` or ``"reference"``, as for :func:`ap_loss`.
+        method: ``"auto"``, ``"tiled"``, ``"sorted"`` or ``"reference"``, as for :func:`ap_loss`.
 
     Returns:
         A scalar, or [B] with ``reduction="none"``; float64 if either side is, else float32. 0 for an empty batch.

@@ -80,3 +80,8 @@ def test_links_between_pages_lead_somewhere():
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_of_the_sorted_scan():
+    (block,) = blocks("docs/sorted-scan.md")
+    exec(block, {})

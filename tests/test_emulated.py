@@ -33,7 +33,7 @@ LEFT_OUT = " and ".join(
     )
 )
 HALVES = {
-    "the row op": (["test_accuracy.py", "test_ap_loss.py", "test_smooth_rank.py"], ""),
+    "the row op": (["simt/scan_checks.py", "test_accuracy.py", "test_ap_loss.py", "test_smooth_rank.py"], ""),
     "embeddings": (
         ["simt/checks.py", "test_embedding_accuracy.py", "test_roadmap_loss.py"],
         " and not gradcheck and not (combinations and 75)",  # which take as long as all others

@@ -6,8 +6,8 @@ For t <= 0 and y = e^(t / tau) in (0, 1]
     sigma (1 - sigma)(t / tau)  = y / (1 + y)^2  ~  sum_{k=1..K} b_k y^k
 
 with the relative error |1 - (1 + y) sum a_k y^(k-1)|, and |1 - (1 + y)^2 sum b_k y^(k-1)|. The first is a polynomial of
-degree K that is 1 at y = -1. Of all these the Chebyshev polynomial T_K(2y - 1) / T_K(-3) is smallest on [0, 1]: the best
-coefficients are the quotient, and the error is 1 / T_K(3). The second has degree K + 1, is 1 at -1 and has no slope
+degree K that is 1 at y = -1. Of all these the Chebyshev polynomial T_K(2y - 1) / T_K(-3) is smallest on [0, 1]: the
+best coefficients are the quotient, and the error is 1 / T_K(3). The second has degree K + 1, is 1 at -1 and has no slope
 there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for exactly.
 All of it in rational numbers, rounded once.
 
@@ -90,9 +90,10 @@ def slope(degree: int) -> tuple[Polynomial, float]:
 def header() -> str:
     """The text of csrc/series.h."""
     lines = [
-        "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0, y = e^(t / tau),",
+        "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0,",
+        "// y = e^(t / tau), with relative errors as noted below:",
         "//",
-        "//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k    relative errors below",
+        "//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k",
         "//",
         "// Functions, for device code has no use for a host's array.",
         "#pragma once",
