@@ -8,8 +8,8 @@ For t <= 0 and y = e^(t / tau) in (0, 1]
 with the relative error |1 - (1 + y) sum a_k y^(k-1)|, and |1 - (1 + y)^2 sum b_k y^(k-1)|. The first is a polynomial of
 degree K that is 1 at y = -1. Of all these the Chebyshev polynomial T_K(2y - 1) / T_K(-3) is smallest on [0, 1]: the
 best coefficients are the quotient, and the error is 1 / T_K(3). The second has degree K + 1, is 1 at -1 and has no
-slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for exactly.
-All of it in rational numbers, rounded once.
+slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for
+exactly. All of it in rational numbers, rounded once.
 
 `python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
 """
