@@ -190,8 +190,8 @@ class Pass {
     return method_ == Method::kSorted || pays(row);
   }
 
-  // Whether the sorted scan is the faster way. What the scan costs a negative in reach, 21 ns, the tiled kernels spend
-  // on 0.4 ns a pair up to the knee and 0.06 ns one above; a positive costs the scan 16 ns more
+  // Whether the sorted scan is the faster way. What the scan costs a negative in reach, 18 ns, the tiled kernels spend
+  // on 0.4 ns a pair up to the knee and 0.06 ns one above; a positive costs the scan 22 ns more
   // (benchmarks/sorted_scan.py shows how well that fits). How many pairs are of which kind is estimated from a few
   // columns.
   bool pays(const Row<T>& row) const {
@@ -210,7 +210,7 @@ class Pass {
           std::upper_bound(u.begin(), u.end(), v + settings_.cut) - std::lower_bound(u.begin(), u.end(), v - above);
     }
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
-    const double scan = 21 * static_cast<double>(kept) * of_all + 16 * static_cast<double>(size);
+    const double scan = 18 * static_cast<double>(kept) * of_all + 22 * static_cast<double>(size);
     const double tiled = (0.4 * static_cast<double>(curve) + 0.06 * static_cast<double>(kept * size)) * of_all;
     return scan < tiled;
   }
