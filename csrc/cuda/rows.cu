@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kMostThreads) row_kernel(const __grid_constant
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kMostThreads) scan_kernel(const __grid_constant__ RowParams<S> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) scan_kernel(const __grid_constant__ RowParams<S> p) {
   extern __shared__ __align__(16) char shared[];
   ScanKernel<S, kPiece>(p, shared).run();
 }
