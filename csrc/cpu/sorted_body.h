@@ -544,7 +544,7 @@ template <bool Smooth, bool Slope, Where Place, int Vectors, typename T>
 void rank_pairs(int first, int last, T centre, const Settings<T>& s, const Scratch<T>& scratch, Readers<T>& readers) {
   using X = Vec<T>;
   using V = typename X::V;
-  constexpr int kRun = 64;  // of sources whose shares are summed in T
+  constexpr int kRun = 8;  // of sources whose shares are summed in T: more would show where many scores tie
   constexpr bool kSteps = !Smooth && Place != Where::kAboveSteps, kTails = !Smooth && Place != Where::kBelowKnees;
   if (first == last) return;
   const V delta = X::set(s.delta), origin = X::set(s.origin), one = X::set(1), zero = X::set(0);
@@ -667,7 +667,7 @@ void slope_pairs(int first, int last, const typename Vec<T>::V* x, const typenam
                  const Scratch<T>& scratch, Readers<T>& readers) {
   using X = Vec<T>;
   using V = typename X::V;
-  constexpr int kRun = 32;  // of sources whose shares are summed in T
+  constexpr int kRun = 8;  // of sources whose shares are summed in T: more would show where many scores tie
   const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   for (int begin = first; begin < last; begin += kRun) {
     V sum[Vectors];
