@@ -37,7 +37,7 @@ struct Row {
   std::vector<int64_t> column;    // [P]  ascending
   std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
   std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
-  std::vector<double> rank_positive, rank_negative, slope, gradient;  // [P]  in the order of p
+  std::vector<double> rank_positive, rank_negative, slope, inverse, gradient;  // [P]  in the order of p
   std::vector<Entry<T>> order;                                        // [P]  score, k
   std::vector<double> partial;                                        // [spans, 2, P]
   std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
@@ -143,9 +143,12 @@ class Pass {
     p.weight_negative.resize(size);
     p.weight_positive.resize(smooth_ ? size : 0);
     row.position.resize(size);
+    T* const score = p.score.data();
+    int64_t* const position = row.position.data();
+    const Entry<T>* const order = row.order.data();
     for (int64_t i = 0; i < size; ++i) {
-      p.score[i] = row.order[i].value;
-      row.position[row.order[i].index] = i;
+      score[i] = order[i].value;
+      position[order[i].index] = i;
     }
     row.rank_positive.assign(size, 1.0);
     row.rank_negative.assign(size, 0.0);
@@ -154,11 +157,8 @@ class Pass {
     p.groups.clear();
     if (row.nan || !objective_.ap) return;
     if (!smooth_) {  // positives at least as high, ties included
-      for (int64_t i = 0; i < size;) {
-        int64_t end = i;
-        while (end < size && p.score[end] == p.score[i]) row.rank_positive[end++] = static_cast<double>(size - i);
-        i = end;
-      }
+      double* const rank = row.rank_positive.data();
+      for (int64_t i = 0; i < size; ++i) rank[i] = i > 0 && score[i] == score[i - 1] ? rank[i - 1] : static_cast<double>(size - i);
     }
   }
 
@@ -384,18 +384,21 @@ void weigh_groups(Positives<T>& p) {
 template <typename T, typename Weight>
 void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
   Positives<T>& p = row.p;
+  const int64_t size = row.size();
+  double* const negative = p.weight.data();
   double unit = 0;
-  for (int64_t i = 0; i < row.size(); ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const std::pair<double, double> w = weight(i);
-    p.weight[i] = w.first;
-    unit = std::max({unit, std::fabs(w.first), smooth ? std::fabs(w.second) : 0.0});
+    negative[i] = w.first;
+    const double first = std::fabs(w.first), second = smooth ? std::fabs(w.second) : 0.0;
+    unit = first > unit ? first : unit;
+    unit = second > unit ? second : unit;
   }
   weigh_groups(p);
-  p.unit = unit > 0 && std::isfinite(unit) ? unit : 1;
-  for (int64_t i = 0; i < row.size(); ++i) {
-    p.weight_negative[i] = static_cast<T>(p.weight[i] / p.unit);
-    if (smooth) p.weight_positive[i] = static_cast<T>(weight(i).second / p.unit);
-  }
+  p.unit = unit = unit > 0 && std::isfinite(unit) ? unit : 1;
+  T* const scaled = p.weight_negative.data();
+  for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<T>(negative[i] / unit);
+  for (int64_t i = 0; smooth && i < size; ++i) p.weight_positive[i] = static_cast<T>(weight(i).second / unit);
 }
 
 // The loss of a row and the weights of its ranks: AP = mean of rank+ / (rank+ + rank-).
@@ -404,21 +407,23 @@ double ap_weights(Row<T>& row, bool smooth) {
   if (row.nan) return std::numeric_limits<double>::quiet_NaN();
   const int64_t size = row.size();
   if (!size) return 0;
+  row.inverse.resize(size);
+  double* const inverse = row.inverse.data();  // of the rank
+  const double* const positive = row.rank_positive.data();
+  const double* const negative = row.rank_negative.data();
   // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
-  const auto miss = [&](int64_t i, double inverse) {
-    const double negative = row.rank_negative[i];
-    return std::isinf(negative) ? 1.0 : negative * inverse;
-  };
-  const auto inverse_rank = [&](int64_t i) { return 1 / (row.rank_positive[i] + row.rank_negative[i]); };
+  const auto miss = [&](int64_t i) { return std::isinf(negative[i]) ? 1.0 : negative[i] * inverse[i]; };
+  for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / (positive[i] + negative[i]);
   // Four sums side by side: one would wait for its own additions.
   KahanSum losses[4], loss;
-  for (int64_t i = 0; i < size; ++i) losses[i % 4].add(miss(i, inverse_rank(i)));
+  for (int64_t i = 0; i < size; i += 4) {
+    for (int64_t k = 0; k < 4 && i + k < size; ++k) losses[k].add(miss(i + k));
+  }
   for (const KahanSum& part : losses) loss.add(part.sum);
   const double share = 1 / static_cast<double>(size);
   set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
-    const double inverse = inverse_rank(i);
     // Multiplied twice: rank squared can overflow.
-    return {row.rank_positive[i] * inverse * (inverse * share), -miss(i, inverse) * (inverse * share)};
+    return {positive[i] * inverse[i] * (inverse[i] * share), -miss(i) * (inverse[i] * share)};
   });
   return loss.sum / static_cast<double>(size);
 }

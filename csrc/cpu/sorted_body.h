@@ -17,7 +17,7 @@ namespace {
 
 // Sources between the steps, or the knees, of the first and the last of the targets that read together: ranks and
 // slopes.
-constexpr int64_t kRankSpread = 160, kSlopeSpread = 160;
+constexpr int64_t kRankSpread = 160, kSlopeSpread = 40;
 // So few targets at once meet a vector of sources at a time; more meet one source at a time, each in a lane.
 constexpr int kFewTargets = 2;
 // Vectors of targets that read together: ranks, of which each has several, and slopes.
@@ -392,7 +392,7 @@ class Walk {
   void next(const T* target, int64_t left, int most, Readers<T>& readers) {
     step_ = seek_step(step_, target[0]);
     knee_ = Smooth ? n_ : seek_knee(knee_, target[0]);
-    int count = static_cast<int>(std::min<int64_t>({left, most, 2 * count_}));
+    int count = static_cast<int>(std::min<int64_t>({left, most, grow_ ? 2 * count_ : count_}));
     int64_t step = step_, knee = knee_;
     for (; count > 1; count = (count + 1) / 2) {
       const T last = target[count - 1];
@@ -406,6 +406,7 @@ class Walk {
     }
     readers.target = target;
     readers.count = count_ = count;
+    grow_ = 2 * std::max(step - step_, knee - knee_) <= spread_;
     Reach& r = readers.reach;
     r = {step_ / leaf_, up(step), knee_ == n_ ? up(n_) : knee_ / leaf_, up(knee), false};
     if (r.knee < r.far) {
@@ -435,6 +436,7 @@ class Walk {
   const Settings<T>& s_;
   int64_t step_ = 0, knee_ = 0;
   int count_ = kTargets<T>;  // how many read together last
+  bool grow_ = true;         // whether twice as many are worth a try
 };
 
 // Adds sign times the series of exponential sums at the distance of each target from the anchor.
@@ -548,12 +550,13 @@ void rank_pairs(int first, int last, T centre, const Settings<T>& s, const Scrat
   constexpr bool kSteps = !Smooth && Place != Where::kAboveSteps, kTails = !Smooth && Place != Where::kBelowKnees;
   if (first == last) return;
   const V delta = X::set(s.delta), origin = X::set(s.origin), one = X::set(1), zero = X::set(0);
-  V x[Vectors], ex[Vectors];
+  V x[Vectors], ex[Vectors], steps[Vectors], tails[Vectors];  // counts: exact in T
   load_targets<Vectors>(readers, centre, s, x, ex);
+  for (int r = 0; r < Vectors; ++r) steps[r] = tails[r] = zero;
   for (int begin = first; begin < last; begin += kRun) {
     const int end = std::min(last, begin + kRun);
-    V curve[Vectors], slope[Vectors], steps[Vectors], tails[Vectors], past[Vectors];
-    for (int r = 0; r < Vectors; ++r) curve[r] = slope[r] = steps[r] = tails[r] = past[r] = zero;
+    V curve[Vectors], slope[Vectors], past[Vectors];
+    for (int r = 0; r < Vectors; ++r) curve[r] = slope[r] = past[r] = zero;
     for (int j = begin; j < end; ++j) {
       const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
       for (int r = 0; r < Vectors; ++r) {
@@ -572,15 +575,15 @@ void rank_pairs(int first, int last, T centre, const Settings<T>& s, const Scrat
       }
     }
     for (int r = 0; r < Vectors; ++r) {
-      const int at = r * X::kWidth;
-      X::accumulate(readers.curve + at, curve[r]);
-      if constexpr (Slope) X::accumulate(readers.slope + at, slope[r]);
-      if constexpr (kTails) {
-        X::accumulate(readers.tails + at, tails[r]);
-        X::accumulate(readers.past + at, past[r]);
-      }
-      if constexpr (!Smooth) X::accumulate(readers.steps + at, kSteps ? steps[r] : X::set(static_cast<T>(end - begin)));
+      X::accumulate(readers.curve + r * X::kWidth, curve[r]);
+      if constexpr (Slope) X::accumulate(readers.slope + r * X::kWidth, slope[r]);
+      if constexpr (kTails) X::accumulate(readers.past + r * X::kWidth, past[r]);
     }
+  }
+  for (int r = 0; r < Vectors; ++r) {
+    if constexpr (kTails) X::accumulate(readers.tails + r * X::kWidth, tails[r]);
+    if constexpr (!Smooth)
+      X::accumulate(readers.steps + r * X::kWidth, kSteps ? steps[r] : X::set(static_cast<T>(last - first)));
   }
 }
 
@@ -630,21 +633,26 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
     const double all = sources.weights[r.far] - sources.weights[r.knee];  // from the steps to the knees
     const double tail = Smooth ? 0 : sources.weights[r.end];
     const double tail_sum = Smooth ? 0 : sources.sums[r.end];
-    const double first = tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) : 0;
+    // How far past the knee the first source above is, less the target itself.
+    const double past =
+        tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) - static_cast<double>(s.origin) : 0;
+    const double towards = tail > 0 ? 1 : 0;
+    double* const out = rank + i;
     for (int k = 0; k < readers.count; ++k) {
-      double value = readers.curve[k] + all, d = readers.slope[k] / s.tau;
+      double value = readers.curve[k] + all;
       if constexpr (!Smooth) {
-        value += s.exact_start * (readers.steps[k] - readers.tails[k] + all);
-        const double tails = readers.tails[k] + tail;
-        if (tails != 0) {
-          const double past =
-              tail > 0 ? first - static_cast<double>(readers.target[k]) - static_cast<double>(s.origin) : 0;
-          value += tail_value(readers.past[k] + (tail_sum + tail * past), tails, s);
-          if constexpr (Slope) d += s.exact_rho * tails;
-        }
+        const double distance = tail * (past - towards * static_cast<double>(readers.target[k]));
+        value += s.exact_start * (readers.steps[k] - readers.tails[k] + all) +
+                 tail_value(readers.past[k] + (tail_sum + distance), readers.tails[k] + tail, s);
       }
-      rank[i + k] = value + (few ? direct[k] : 0);
-      if constexpr (Slope) slope[i + k] = d + (few ? direct_slope[k] : 0);
+      out[k] = value;
+    }
+    for (int k = 0; Slope && k < readers.count; ++k) {
+      slope[i + k] = readers.slope[k] / s.tau + (Smooth ? 0 : s.exact_rho * (readers.tails[k] + tail));
+    }
+    for (int k = 0; few && k < readers.count; ++k) {
+      out[k] += direct[k];
+      if constexpr (Slope) slope[i + k] += direct_slope[k];
     }
   }
 }
