@@ -76,8 +76,9 @@ Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int 
     if (s.scan_above != kNever) {
       w.key[0] = carver.take<uint32_t>(s.slots * columns);
       w.index[0] = carver.take<uint32_t>(s.slots * columns);
-      w.key[1] = carver.view<uint32_t>(below, s.slots * columns);
-      w.index[1] = carver.view<uint32_t>(below + 4 * s.slots * columns, s.slots * columns);
+      // A slot's over the slot's own doubles, keys before indices: blocks are not at the same step of their rows.
+      w.key[1] = carver.view<uint32_t>(below, 2 * s.slots * columns);
+      w.index[1] = carver.view<uint32_t>(below + 4 * columns, (2 * s.slots - 1) * columns);
       w.sorted = carver.take<uint32_t>(s.slots * w.words);
       w.before = carver.take<int32_t>(s.slots * w.words);
       w.leaf_before = carver.take<int32_t>(s.slots * w.words);

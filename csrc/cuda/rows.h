@@ -168,8 +168,9 @@ struct Workspace {
   Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
   Global<double> outcome{};      // [slots, kOutcome]
   // Scanned rows. Items are columns, sorted by score, what is left out at the end; 32 of them are a leaf.
-  Global<uint32_t> key[2]{};      // [slots, columns]  scores in the order of unsigned numbers; [1] lies over `below`
-  Global<uint32_t> index[2]{};    // [slots, columns]  their columns; [1] lies over `below`
+  // [1] of both lie over `below`, a slot's keys and then its indices over the slot's share: [slots, 2, columns]
+  Global<uint32_t> key[2]{};      // [slots, columns]  scores in the order of unsigned numbers
+  Global<uint32_t> index[2]{};    // [slots, columns]  their columns
   Global<uint32_t> sorted{};      // [slots, words]  which items are positives, a bit each
   Global<int32_t> before{};       // [slots, words]  positives before a word of columns
   Global<int32_t> leaf_before{};  // [slots, words]  positives before a leaf

@@ -93,7 +93,8 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE void done(uint32_t wanted) {
     if ((wanted & kKeys) && p_.schedule.only_longer && simt::thread() == 0) p_.workspace.done[row_] = scanned_;
   }
-  ROADMAP_DEVICE int64_t item(int64_t j) const { return slot_ * p_.columns + j; }
+  // Of key[which] and index[which].
+  ROADMAP_DEVICE int64_t item(int64_t j, int which = 0) const { return slot_ * (1 + which) * p_.columns + j; }
   ROADMAP_DEVICE int64_t leaf(int64_t l) const { return slot_ * p_.workspace.words + l; }
   ROADMAP_DEVICE int64_t edge(int64_t l) const { return slot_ * (p_.workspace.words + 1) + l; }
   ROADMAP_DEVICE int leaves() const { return (items_ + kLeaf - 1) / kLeaf; }
@@ -176,7 +177,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     for (int first = begin; first < end; first += simt::threads()) {
       const int j = first + simt::thread();
       uint32_t bucket = 256;
-      if (j < end) bucket = p_.workspace.key[from][item(j)] >> 8 * digit & 255;
+      if (j < end) bucket = p_.workspace.key[from][item(j, from)] >> 8 * digit & 255;
       const uint32_t same = simt::match(bucket);
       simt::barrier();  // another lane of the warp may have counted this bucket before
       if (j < end && is_first(same)) add(bucket, same);
@@ -211,8 +212,8 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
       const int j = first + simt::thread();
       uint32_t key = 0, index = 0, bucket = 256;
       if (j < end) {
-        key = p_.workspace.key[from][item(j)];
-        index = p_.workspace.index[from][item(j)];
+        key = p_.workspace.key[from][item(j, from)];
+        index = p_.workspace.index[from][item(j, from)];
         bucket = key >> 8 * digit & 255;
       }
       const uint32_t same = simt::match(bucket);
@@ -232,7 +233,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
       simt::barrier();
       if (j >= end) continue;
       const int64_t place =
-          item(counters_[this->warp() * 256 + static_cast<int>(bucket)] + simt::count_bits(same & lower_lanes()));
+          item(counters_[this->warp() * 256 + static_cast<int>(bucket)] + simt::count_bits(same & lower_lanes()), to);
       p_.workspace.key[to][place] = key;
       p_.workspace.index[to][place] = index;
     }
