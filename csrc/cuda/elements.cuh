@@ -125,17 +125,16 @@ ROADMAP_DEVICE void remove_radial(const RadialParams<S>& p) {
   using T = Accumulation<S>;
   const int lane = simt::thread() % simt::kWarp, warps = simt::threads() / simt::kWarp;
   const int64_t row = simt::block() * warps + simt::thread() / simt::kWarp;
-  const int64_t own = row < p.rows ? row : p.rows - 1;  // all lanes take part in the sums of their warp
+  if (row >= p.rows) return;  // with all of its warp
   T dot = 0;
   for (int64_t j = lane; j < p.dimension; j += simt::kWarp) {
-    dot += widen(p.x[own * p.stride + j]) * p.gradient[own * p.dimension + j];
+    dot += widen(p.x[row * p.stride + j]) * p.gradient[row * p.dimension + j];
   }
   for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) dot += simt::shuffle_xor(dot, mask);
-  if (row >= p.rows) return;
-  const T scale = p.scale[own], by = dot * scale * scale;
+  const T scale = p.scale[row], by = dot * scale * scale;
   for (int64_t j = lane; j < p.dimension; j += simt::kWarp) {
-    const T gradient = p.gradient[own * p.dimension + j];
-    p.gradient[own * p.dimension + j] = gradient - widen(p.x[own * p.stride + j]) * by;
+    const T gradient = p.gradient[row * p.dimension + j];
+    p.gradient[row * p.dimension + j] = gradient - widen(p.x[row * p.stride + j]) * by;
   }
 }
 

@@ -1187,6 +1187,7 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void scatter() {
+    if (on_chip()) simt::barrier();  // others may still load these columns along with their own; off chip, load() waits
     const bool nan = outcome(kNan) != 0;
     const double scale = outcome(kScale);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;

@@ -3,12 +3,13 @@
 // fail() is where a debugger stops.
 //
 // Threads of a block are fibers, resumed in a random order by the launch's seed; blocks run one after another,
-// shuffled. Races on shared memory are found from who accessed what between which barriers, so whatever the order was.
+// shuffled. Races are found from who accessed what between which barriers, so whatever the order was: on shared memory,
+// and on global memory between threads of a block and between blocks, which nothing orders within a launch.
 //
-// What it cannot see: races on global memory (atomics aside, no two threads may share an element there); fences and
-// whatever else is weaker on a GPU than "all that came before"; blocks or threads that spin on each other (they hang);
-// an index that is wrong yet inside the same array; a size that the launcher states wrongly; registers, stack frames,
-// bank conflicts, speed; that nvcc contracts a * b + c to one fma where this compiler does not.
+// What it cannot see: races between launches that overlap; fences and whatever else is weaker on a GPU than "all that
+// came before"; blocks or threads that spin on each other (they hang); an index that is wrong yet inside the same
+// array; a size that the launcher states wrongly; registers, stack frames, bank conflicts, speed; that nvcc contracts
+// a * b + c to one fma where this compiler does not.
 //
 // One launch at a time, on one thread of the host. Compile without _FORTIFY_SOURCE, which takes a switch of stacks for
 // an attack, and without AddressSanitizer, which does too.
@@ -31,6 +32,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -149,6 +151,7 @@ struct State {
   std::vector<Cell> cells;    // element i of the array at byte b: cell b + i
   std::vector<Array> arrays;  // dealt out in the running block, by whoever came first
   uint32_t first_epoch = 0;   // of the running block
+  uint32_t launch_epoch = 0;  // of the launch's first block
   uint64_t random = 0, noise = 0;
   jmp_buf scheduler;
   std::exception_ptr error;
@@ -309,6 +312,122 @@ inline bool unordered(int thread, uint32_t warp_epoch) {
   return thread != self && (thread / kWarp != self / kWarp || warp_epoch == state.warp().meeting.epoch);
 }
 
+enum Kind { kRead, kWrite, kAtomic };
+constexpr int kGranule = 2;  // bytes of global memory that are watched together: nothing narrower is written
+
+// Accesses of one kind to a granule: which blocks they came from in this launch, and which threads of the last of these
+// since its barrier. Two of each are enough: the next access races with one of them or with none.
+struct Accesses {
+  uint32_t epoch = 0;  // of the last one
+  int32_t block = 0, other_block = 0;
+  uint16_t thread = 0, other_thread = 0;
+
+  void add(const State& s) {
+    const auto of_block = static_cast<int32_t>(s.block);
+    const auto self = static_cast<uint16_t>(s.current->thread);
+    if (epoch < s.launch_epoch) {
+      block = other_block = of_block;
+    } else if (block != of_block) {
+      other_block = of_block;
+    }
+    if (epoch != s.barrier.epoch) {
+      thread = other_thread = self;
+    } else if (thread != self) {
+      other_thread = self;
+    }
+    epoch = s.barrier.epoch;
+  }
+  // Fails if one of them may happen at the same time as what the running thread does now.
+  void check(const State& s, const char* does, const char* did, const Site& site) const {
+    if (epoch < s.launch_epoch) return;
+    if (block != s.block || other_block != s.block) {
+      fail("race on global memory: ", Call{does, site}, " what block ", block != s.block ? block : other_block, " ",
+           did);
+    }
+    const int self = s.current->thread;
+    if (epoch != s.barrier.epoch || (thread == self && other_thread == self)) return;
+    fail("race on global memory: ", Call{does, site}, " what thread ", thread != self ? thread : other_thread, " ", did,
+         " with no barrier between");
+  }
+};
+
+// The accesses to all of global memory, by address.
+class Watch {
+ public:
+  using Granule = Accesses[3];  // of each kind
+  // What came before no longer counts: a good time to give memory back.
+  void begin_launch() {
+    if (pages_.size() <= kMostPages) return;
+    pages_.clear();
+    std::fill_n(found_, kFound, Found());
+  }
+  Granule& operator[](uint64_t granule) {
+    const uint64_t number = granule / kPage;
+    Found& found = found_[number % kFound];
+    if (found.number != number) {
+      std::unique_ptr<Granule[]>& page = pages_[number];
+      if (!page) page.reset(new Granule[kPage]);
+      found = {number, page.get()};
+    }
+    return found.page[granule % kPage];
+  }
+
+ private:
+  static constexpr uint64_t kPage = 1024, kFound = 256, kMostPages = 2048;
+  struct Found {  // a page that was asked for lately: a search for each access would take most of the time
+    uint64_t number = ~uint64_t{0};
+    Granule* page = nullptr;
+  };
+  std::unordered_map<uint64_t, std::unique_ptr<Granule[]>> pages_;
+  Found found_[kFound];
+};
+inline Watch watch;
+
+inline void access(Kind kind, const void* p, size_t bytes, const Site& site) {
+  static constexpr const char* kDoes[] = {"reads", "writes", "changes"};
+  static constexpr const char* kDid[] = {"has read", "has written", "has changed"};
+  if (!state.current) return;  // the host
+  const auto at = reinterpret_cast<uint64_t>(p);
+  for (uint64_t granule = at / kGranule; granule <= (at + bytes - 1) / kGranule; ++granule) {
+    Watch::Granule& all = watch[granule];
+    for (const Kind other : {kRead, kWrite, kAtomic}) {
+      if (other != kind || kind == kWrite) all[other].check(state, kDoes[kind], kDid[other], site);
+    }
+    all[kind].add(state);
+  }
+}
+
+struct Index {  // into global memory, with the line that it stands in
+  template <typename I, typename = std::enable_if_t<std::is_integral_v<I>>>
+  Index(I i, const Site& site = Site::here()) : i(static_cast<int64_t>(i)), site(site) {}
+  int64_t i;
+  Site site;
+};
+
+// p[i], before it is known whether it will be read or written. Not to be kept: `const T x = p[i]`, never auto.
+template <typename Place>
+class Element {
+  using Value = typename Place::Value;
+
+ public:
+  explicit Element(const Place& place) : place_(place) {}
+  Element(const Element&) = delete;
+  operator Value() const&& { return place_.read(); }
+  Value operator=(const Value& x) const&& { return place_.write(x); }
+  Value operator=(const Element& other) const&& { return place_.write(other.place_.read()); }
+  template <typename U>
+  Value operator+=(U&& x) const&& {
+    return place_.write(static_cast<Value>(place_.read() + std::forward<U>(x)));
+  }
+  template <typename U>
+  Value operator-=(U&& x) const&& {
+    return place_.write(static_cast<Value>(place_.read() - std::forward<U>(x)));
+  }
+
+ private:
+  const Place place_;
+};
+
 }  // namespace detail
 
 // Runs body(shared memory) for every thread of every block.
@@ -346,6 +465,8 @@ inline void run(const Launch& launch, const std::function<void(char*)>& body) {
   std::vector<int64_t> order(launch.blocks);
   std::iota(order.begin(), order.end(), int64_t{0});
   for (int64_t i = launch.blocks - 1; i > 0; --i) std::swap(order[i], order[s.below(i + 1)]);
+  s.launch_epoch = s.barrier.epoch + 1;
+  detail::watch.begin_launch();
   s.abandoned = true;  // if what follows throws
   for (const int64_t block : order) detail::run_block(block);
   s.abandoned = false;
@@ -390,6 +511,21 @@ inline uint32_t match(uint32_t x, detail::Site site = detail::Site::here()) {
 // Memory of the device from `begin` on, size elements of it: a pointer to one of them.
 template <typename T>
 class Global {
+  struct Place {
+    using Value = std::remove_const_t<T>;
+    T* p;
+    detail::Site site;
+    Value read() const {
+      detail::access(detail::kRead, p, sizeof(T), site);
+      return *p;
+    }
+    Value write(const Value& x) const {
+      static_assert(!std::is_const_v<T>, "read only");
+      detail::access(detail::kWrite, p, sizeof(T), site);
+      return *p = x;
+    }
+  };
+
  public:
   Global() = default;
   Global(std::nullptr_t) {}
@@ -410,7 +546,9 @@ class Global {
     return p;
   }
   Global& operator+=(int64_t n) { return *this = *this + n; }
-  T& operator[](int64_t i) const { return *checked(i, 1); }
+  detail::Element<Place> operator[](const detail::Index& at) const {
+    return detail::Element<Place>({checked(at.i, 1), at.site});
+  }
 
   // The first of n elements from i on, all of which exist.
   T* checked(int64_t i, int64_t n) const {
@@ -446,19 +584,31 @@ Global<T> global(T* p, int64_t size) {
   return Global<T>(p, size);
 }
 
-inline void atomic_or(Global<uint32_t> p, int64_t i, uint32_t bits) { p[i] |= bits; }
-inline void atomic_and(Global<uint32_t> p, int64_t i, uint32_t bits) { p[i] &= bits; }
+inline void atomic_or(Global<uint32_t> p, const detail::Index& at, uint32_t bits) {
+  uint32_t* const word = p.checked(at.i, 1);
+  detail::access(detail::kAtomic, word, sizeof *word, at.site);
+  *word |= bits;
+}
+inline void atomic_and(Global<uint32_t> p, const detail::Index& at, uint32_t bits) {
+  uint32_t* const word = p.checked(at.i, 1);
+  detail::access(detail::kAtomic, word, sizeof *word, at.site);
+  *word &= bits;
+}
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 template <typename V, typename T>
-V load_as(Global<T> p, int64_t i) {
+V load_as(Global<T> p, const detail::Index& at) {
   V x;
-  std::memcpy(&x, p.template checked_vector<V>(i), sizeof x);
+  const T* const from = p.template checked_vector<V>(at.i);
+  detail::access(detail::kRead, from, sizeof x, at.site);
+  std::memcpy(&x, from, sizeof x);
   return x;
 }
 template <typename V, typename T>
-void store_as(Global<T> p, int64_t i, V x) {
-  std::memcpy(p.template checked_vector<V>(i), &x, sizeof x);
+void store_as(Global<T> p, const detail::Index& at, V x) {
+  T* const to = p.template checked_vector<V>(at.i);
+  detail::access(detail::kWrite, to, sizeof x, at.site);
+  std::memcpy(to, &x, sizeof x);
 }
 template <typename T>
 uint64_t address(Global<T> p) {
@@ -469,36 +619,21 @@ uint64_t address(Global<T> p) {
 template <typename T>
 class Shared {
   using Value = std::remove_const_t<T>;
-
- public:
-  // p[i], before it is known whether it will be read or written. Not to be kept: `const T x = p[i]`, never auto.
-  class Element {
-   public:
-    Element(const Shared& array, int64_t i) : array_(array), i_(i) {}
-    Element(const Element&) = delete;
-    operator Value() const&& { return array_.read(i_); }
-    Value operator=(const Value& x) const&& { return array_.write(i_, x); }
-    Value operator=(const Element& other) const&& { return array_.write(i_, other.array_.read(other.i_)); }
-    template <typename U>
-    Value operator+=(U&& x) const&& {
-      return array_.write(i_, static_cast<Value>(array_.read(i_) + std::forward<U>(x)));
-    }
-    template <typename U>
-    Value operator-=(U&& x) const&& {
-      return array_.write(i_, static_cast<Value>(array_.read(i_) - std::forward<U>(x)));
-    }
-
-   private:
-    const Shared& array_;
-    const int64_t i_;
+  struct Place {
+    using Value = Shared::Value;
+    const Shared& array;
+    int64_t i;
+    Value read() const { return array.read(i); }
+    Value write(const Value& x) const { return array.write(i, x); }
   };
 
+ public:
   Shared() = default;
   Shared(int64_t begin, int64_t count) : begin_(begin), count_(count) {}  // at byte `begin` of the block's
   template <typename U, typename = std::enable_if_t<std::is_same_v<const U, T> && !std::is_same_v<U, T>>>
   Shared(const Shared<U>& other) : begin_(other.begin_), count_(other.count_), at_(other.at_) {}
 
-  Element operator[](int64_t i) const { return Element(*this, i); }
+  detail::Element<Place> operator[](int64_t i) const { return detail::Element<Place>({*this, i}); }
   Shared operator+(int64_t n) const {
     Shared p = *this;
     p.at_ += n;

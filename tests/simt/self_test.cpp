@@ -235,7 +235,7 @@ Results shared_elements(uint64_t seed) {
     float value;
     int index;
   };
-  std::vector<float> out(64);
+  std::vector<float> out(3 * 64);
   const Global<float> result = all(out);
   run({3, 64, 1024, seed}, [&](char* memory) {
     const int t = thread();
@@ -262,9 +262,39 @@ Results shared_elements(uint64_t seed) {
     sums[63 - t] += own.value;
     sums[63 - t] += bytes[63 - t];
     barrier();
-    result[t] = sums[t] + other.value;
+    result[64 * block() + t] = sums[t] + other.value;
   });
-  for (int i = 0; i < 64; ++i) expect(out[i] == 2.5f + 2.5f * i + 1.5f * (63 - i), "a sum of shared memory");
+  for (int i = 0; i < 3 * 64; ++i) {
+    const int t = i % 64;
+    expect(out[i] == 2.5f + 2.5f * t + 1.5f * (63 - t), "a sum of shared memory");
+  }
+  return {out.begin(), out.end()};
+}
+
+Results global_elements(uint64_t seed) {
+  std::vector<uint32_t> x(2 * 64, 1), flags(2), out(4 * 64);
+  std::vector<uint16_t> halves(4 * 64);
+  const Global<uint32_t> result = all(out), flag = all(flags);
+  const Global<uint16_t> narrow = all(halves);
+  run({4, 64, 0, seed}, [&](char*) {
+    const int t = thread();
+    const Global<uint32_t> own = result + 64 * block();
+    const Global<const uint32_t> read_only = all(x);
+    own[t] = read_only[64 + t] + read_only[7];            // which all blocks read
+    narrow[64 * block() + t] = static_cast<uint16_t>(t);  // two threads a word
+    own[t] += 2;
+    if (block() < 2) atomic_or(flag, block(), 1u << (t % 4));
+    barrier();
+    const uint32_t other = own[63 - t];
+    uint32_t bits = 0;
+    if (block() < 2) bits = flag[block()];
+    if (block() < 2) expect(bits == 15, "bits of other threads");
+    barrier();
+    own[t] = other + 1;
+  });
+  run({2, 32, 0, seed}, [&](char*) {  // another launch may read what any block has written
+    for (int i = 0; i < 256; ++i) expect(result[i] == 5 && narrow[i] == i % 64, "an element of another block");
+  });
   return {out.begin(), out.end()};
 }
 
@@ -413,6 +443,69 @@ Results race_with_late_reader(uint64_t seed) {  // another lane's read is long p
 Results strict_warp(uint64_t seed) {
   Launch launch = {2, 64, 256, seed};
   exchange_in_warp(launch);
+  return {};
+}
+
+// Global memory. One body over two blocks of 64 threads, on 256 words.
+template <typename Body>
+void run_on_global(uint64_t seed, const Body& body, int blocks = 2) {
+  std::vector<uint32_t> words(256);
+  run({blocks, 64, 0, seed}, [&](char*) { body(all(words), thread()); });
+}
+
+template <bool written_first>
+Results global_no_barrier(uint64_t seed) {
+  const auto body = [](Global<uint32_t> x, int t) {
+    if (written_first) x[t] = 1;
+    const uint32_t other = x[63 - t];
+    if (!written_first) x[t] = other;
+  };
+  run_on_global(seed, body, 1);
+  return {};
+}
+
+Results global_race_in_warp(uint64_t seed) {  // a vote orders no memory
+  const auto body = [](Global<uint32_t> x, int t) {
+    x[t] = 1;
+    warp_any(true);
+    const uint32_t other = x[t ^ 1];
+    (void)other;
+  };
+  run_on_global(seed, body, 1);
+  return {};
+}
+
+template <bool written>
+Results global_race_of_blocks(uint64_t seed) {  // which a barrier does not order
+  run_on_global(seed, [](Global<uint32_t> x, int t) {
+    if (written || block() == 0) x[t] = 1;
+    barrier();
+    if (written || block() == 0) return;
+    const uint32_t other = x[t];
+    (void)other;
+  });
+  return {};
+}
+
+Results global_race_of_widths(uint64_t seed) {  // what is 4 bytes to one block, and 8 to another
+  run_on_global(seed, [](Global<uint32_t> x, int t) {
+    if (block() == 0) {
+      x[64 + t] = 1;
+    } else if (t < 48) {
+      store_as(x, 2 * t, Half4{1, 2, 3, 4});
+    }
+  });
+  return {};
+}
+
+template <bool in_block>
+Results global_atomic_and_plain(uint64_t seed) {
+  run_on_global(seed, [](Global<uint32_t> x, int t) {
+    atomic_or(x, in_block ? block() : 0, 1u << (t % 32));
+    if (!in_block) barrier();
+    const uint32_t bits = x[in_block ? block() : 0];
+    (void)bits;
+  });
   return {};
 }
 
@@ -576,6 +669,7 @@ const Case kCases[] = {
     {"vectors", vectors},
     {"warp_exchange", warp_exchange},
     {"shared_elements", shared_elements},
+    {"global_elements", global_elements},
     {"pointers", pointers},
     {"orders", orders},
     {"fast_functions", fast_functions},
@@ -587,6 +681,14 @@ const Case kCases[] = {
     {"race_with_readers", race_with_readers},
     {"race_with_late_reader", race_with_late_reader},
     {"strict_warp", strict_warp},
+    {"global_no_barrier_after_write", global_no_barrier<true>},
+    {"global_no_barrier_after_read", global_no_barrier<false>},
+    {"global_race_in_warp", global_race_in_warp},
+    {"global_two_writers", global_race_of_blocks<true>},
+    {"global_race_of_blocks", global_race_of_blocks<false>},
+    {"global_race_of_widths", global_race_of_widths},
+    {"global_atomic_without_barrier", global_atomic_and_plain<true>},
+    {"global_atomic_of_blocks", global_atomic_and_plain<false>},
     {"global_past_end", global_index<70>},
     {"global_negative", global_index<-1>},
     {"shared_past_end", shared_index<30>},
