@@ -124,7 +124,7 @@ def test_methods(parts, surrogate, emulated):
     truth = assert_accurate(scores.double(), target, method="auto", ignore=ignore, surrogate=surrogate)
     seen = {}
     for above in (0, NEVER):
-        emulated.emulate_device(2, 64 << 20, 64, parts, 1, above, 3, 3)
+        emulated.emulate_device(2, 64 << 20, 64, parts, 0, above, 3, 3)  # pieces that hold all positives
         for method in ("auto", "tiled", "sorted"):
             result = assert_accurate(scores, target, method=method, ignore=ignore, surrogate=surrogate)
             seen[above, method] = result.gradient
@@ -145,25 +145,25 @@ def test_bits(surrogate, emulated):
     ignore[8, 3], ignore[1, 7] = False, True
     weights = torch.randn(2, int((target & ~ignore).sum()))
     seen = []
-    for parts, workspace in ((1, 64 << 20), (1, 1 << 14), (2, 64 << 20), (5, 1 << 15)):
-        for seed in (1, 2):
-            emulated.emulate_device(2, workspace, 64, parts, 1, 0, seed, 9)
-            leaf = scores.clone().requires_grad_()
-            loss = ap_loss(leaf, target, ignore=ignore, surrogate=surrogate, reduction="none")
-            loss.sum().backward()
-            other = scores.clone().requires_grad_()
-            ranks = smooth_rank(other, target, ignore=ignore, surrogate=surrogate)
-            value = (ranks.negative_rank * weights[0]).sum()
-            if surrogate == "smooth":
-                value = value + (ranks.positive_rank * weights[1]).sum()
-            value.backward()
-            values, gradient = objective(scores, lists_of(target), lists_of(ignore), surrogate=int(surrogate != "sup"))
-            kept = torch.arange(len(scores)) != 8  # spans of the tiled kernel are summed apart
-            rank_kept = kept[ranks.query]
-            seen.append(
-                [loss[kept], leaf.grad[kept], other.grad[kept], values[kept], gradient[kept], ranks.query]
-                + [part[rank_kept] for part in ranks[1:]]
-            )
+    runs = ((1, 64 << 20), (1, 64 << 20), (1, 1 << 14), (2, 64 << 20), (5, 1 << 15))
+    for seed, (parts, workspace) in enumerate(runs, 1):
+        emulated.emulate_device(2, workspace, 64, parts, 1, 0, seed, 9)
+        leaf = scores.clone().requires_grad_()
+        loss = ap_loss(leaf, target, ignore=ignore, surrogate=surrogate, reduction="none")
+        loss.sum().backward()
+        other = scores.clone().requires_grad_()
+        ranks = smooth_rank(other, target, ignore=ignore, surrogate=surrogate)
+        value = (ranks.negative_rank * weights[0]).sum()
+        if surrogate == "smooth":
+            value = value + (ranks.positive_rank * weights[1]).sum()
+        value.backward()
+        values, gradient = objective(scores, lists_of(target), lists_of(ignore), surrogate=int(surrogate != "sup"))
+        kept = torch.arange(len(scores)) != 8  # spans of the tiled kernel are summed apart
+        rank_kept = kept[ranks.query]
+        seen.append(
+            [loss[kept], leaf.grad[kept], other.grad[kept], values[kept], gradient[kept], ranks.query]
+            + [part[rank_kept] for part in ranks[1:]]
+        )
     for others in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], others, strict=True))
 
