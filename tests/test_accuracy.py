@@ -202,9 +202,10 @@ def test_known_values():
     torch.testing.assert_close(loss, 1 - 1 / rank, rtol=1e-12, atol=0)
 
 
-def test_far_below_carries_exactly_nothing():
+@pytest.mark.parametrize("method", ["tiled", "sorted"])
+def test_far_below_carries_exactly_nothing(method):
     scores = torch.tensor([[0.9, 0.1, -0.5]], requires_grad=True)
-    roadmap_ext.ap_loss(scores, torch.tensor([[True, False, False]])).backward()
+    roadmap_ext.ap_loss(scores, torch.tensor([[True, False, False]]), method=method).backward()
     assert scores.grad.tolist() == [[0.0, 0.0, 0.0]]
 
 

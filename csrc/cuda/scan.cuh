@@ -54,6 +54,10 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     }
     if (wanted & kSplit) split();
     if (wanted & kPlaces) places();
+    if (wanted & (kSums | kRead | kReadWeighted)) {
+      const int lowest = p_.workspace.position[this->place(0)];  // of the positives
+      first_ = first_within(k_.cut, value(lowest), lowest);
+    }
     const bool smooth = k_.smooth, ranks = this->ranks(), gradient = p_.gradient_type != GradientType::kNone;
     const bool among = smooth && (ranks || gradient);
     if ((wanted & kSums) && ranks) sums(Source::kNegatives);
@@ -297,7 +301,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   ROADMAP_DEVICE bool takes(Source source, uint32_t roles, int j) const {
     const bool positive = roles >> (j % kLeaf) & 1;
-    return source == Source::kNegatives ? !positive : positive;
+    return source == Source::kNegatives ? !positive && j >= first_ : positive;
   }
   // Weight of positive i.
   ROADMAP_DEVICE double weight(Source source, int i) const {
@@ -469,12 +473,12 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     }
     return low;
   }
-  // The first item, up to `high`, below whose knee v lies.
-  ROADMAP_DEVICE int knee_below(int high, float v) const {
+  // The first item, up to `high`, that lies no further than `distance` below v.
+  ROADMAP_DEVICE int first_within(float distance, float v, int high) const {
     int low = 0;
     while (low < high) {
       const int middle = low + (high - low) / 2;
-      if (v - value(middle) > k_.delta) {
+      if (v - value(middle) > distance) {
         low = middle + 1;
       } else {
         high = middle;
@@ -588,6 +592,27 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     return sum;
   }
 
+  // The same over all positives, for a negative: item j, whose score v is.
+  ROADMAP_DEVICE double weighted_slopes(int j, float v) const {
+    const int l = j / kLeaf;
+    double sum = weighted_pairs(Source::kWeighted, l, v, -1);
+    int from = 0;  // the leaves from here on lie below no knee of v
+    if (!k_.smooth) {
+      const int knee = first_within(k_.delta, v, j) / kLeaf;
+      if (knee < l) {
+        sum += weighted_pairs(Source::kWeighted, knee, v, -1);
+        const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(knee)];
+        if (knee > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
+        from = knee + 1;
+      } else {
+        const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(l)];
+        if (l > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
+        from = l;
+      }
+    }
+    return sum + below_leaf(l, from, v).slope + above_leaf(l + 1, leaves(), v).slope;
+  }
+
   ROADMAP_DEVICE void read_gradients() {
     int begin, end;
     this->share_columns(part_, p_.schedule.parts, begin, end);
@@ -606,22 +631,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
       const int l = j / kLeaf;
       if (roles_of(l) >> (j % kLeaf) & 1) continue;  // positives come last
       const float v = value(j);
-      double sum = weighted_pairs(Source::kWeighted, l, v, -1);
-      int from = 0;  // the leaves from here on lie below no knee of v
-      if (!k_.smooth) {
-        const int knee = knee_below(j, v) / kLeaf;
-        if (knee < l) {
-          sum += weighted_pairs(Source::kWeighted, knee, v, -1);
-          const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(knee)];
-          if (knee > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
-          from = knee + 1;
-        } else {
-          const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(l)];
-          if (l > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
-          from = l;
-        }
-      }
-      sum += below_leaf(l, from, v).slope + above_leaf(l + 1, leaves(), v).slope;
+      const double sum = j >= first_ ? weighted_slopes(j, v) : 0.0;
       float g = static_cast<float>(sum * by);
       if (hinge != 0.0f && v > p_.margin) g += hinge;
       if (p_.column_scale) g *= p_.column_scale[column];
@@ -649,6 +659,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   simt::Shared<int32_t> places_;    // [256]  where the next item of each bucket goes
   simt::Shared<int32_t> counters_;  // [warps, 256]
   int items_ = 0;                   // columns with a role
+  int first_ = 0;                   // negatives before this item lie too far below all positives to count
 };
 
 }  // namespace roadmap::cuda

@@ -320,3 +320,24 @@ def test_between_the_kernels(surrogate, parts, emulated):
     truth, right = expected(scores, target, torch.zeros_like(target), surrogate=("sup", "smooth")[surrogate])
     torch.testing.assert_close(values[:, :3], truth, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("surrogate", [0, 1])
+def test_far_below(surrogate, device, emulated):
+    """Negatives too far below all positives get their hinges alone, and not even the least share of a rank."""
+    emulated.emulate_device(*device, 3, 3)
+    positives, cut = torch.tensor([[0.7], [0.75], [1.5]]) + torch.rand(3, 50) / 4, 0.01 * (17 + math.log(150))
+    below = torch.tensor([cut - 0.002, cut + 0.002, 0.3, 1.0]).repeat(25)  # just not, and the last below all margins
+    scores = torch.cat([positives, positives.amin(1, keepdim=True) - below], 1)
+    target = torch.arange(150).expand(3, 150) < 50
+    _, gradient = objective(scores, lists_of(target), surrogate=surrogate)
+    gradient = gradient[:, 50:].view(3, 25, 4)
+    assert (gradient[:2, :, 0] > 0).all()
+    assert (gradient[:2, :, 1:] == 0).all()
+    assert (gradient[2] == torch.tensor([0.125, 0.125, 0.125, 0])).all()
+    leaf = torch.cat([positives, scores[:, 50:] - 0.01], 1).requires_grad_()  # nothing is within reach
+    loss = ap_loss(leaf, target, surrogate=("sup", "smooth")[surrogate], reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert (leaf.grad == 0).all()
