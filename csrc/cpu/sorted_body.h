@@ -633,17 +633,16 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
     const double all = sources.weights[r.far] - sources.weights[r.knee];  // from the steps to the knees
     const double tail = Smooth ? 0 : sources.weights[r.end];
     const double tail_sum = Smooth ? 0 : sources.sums[r.end];
-    // How far past the knee the first source above is, less the target itself.
-    const double past =
-        tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) - static_cast<double>(s.origin) : 0;
-    const double towards = tail > 0 ? 1 : 0;
+    const double first = tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) : 0;
+    const double some = tail > 0 ? 1 : 0;
     double* const out = rank + i;
     for (int k = 0; k < readers.count; ++k) {
       double value = readers.curve[k] + all;
       if constexpr (!Smooth) {
-        const double distance = tail * (past - towards * static_cast<double>(readers.target[k]));
+        // Scores may be far from 0: their difference comes first.
+        const double past = first - some * static_cast<double>(readers.target[k]) - static_cast<double>(s.origin);
         value += s.exact_start * (readers.steps[k] - readers.tails[k] + all) +
-                 tail_value(readers.past[k] + (tail_sum + distance), readers.tails[k] + tail, s);
+                 tail_value(readers.past[k] + (tail_sum + tail * past), readers.tails[k] + tail, s);
       }
       out[k] = value;
     }
