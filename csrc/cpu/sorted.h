@@ -140,8 +140,9 @@ class SortedRow {
     for (size_t i = 0; i < positive.size(); ++i) rank[i] += 0.5;  // less sigma(0) of itself, plus 1
   }
 
-  // What each negative gets, by column, 0 for columns that were not collected: scale times its slope, weight being that
-  // of the positives' ranks. It goes to `out` [columns], or is kept for gradient() where that is null.
+  // What each negative gets, by column: scale times its slope, weight being that of the positives' ranks; 0 for columns
+  // that were not collected, and nothing for positives where these are all others. It goes to `out` [columns], or is
+  // kept for gradient() where that is null.
   void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale, T* out,
                 const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel, Scratch<T>& (*scratch)()) {
     mirror(positive, weight, s, kernels, parallel);
@@ -149,7 +150,8 @@ class SortedRow {
     direct_ = out != nullptr;
     if (!direct_) gradient_.resize(columns);
     T* const by_column = direct_ ? out : gradient_.data();
-    parallel.run((columns + kSpread - 1) / kSpread, [&](int64_t task, int) {
+    const bool all = n + static_cast<int64_t>(positive.size()) == columns;
+    parallel.run(all ? 0 : (columns + kSpread - 1) / kSpread, [&](int64_t task, int) {
       const int64_t begin = task * kSpread;
       std::fill(by_column + begin, by_column + std::min(columns, begin + kSpread), T(0));
     });
