@@ -174,7 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
   return {reduced, gradient, factor};
 }
 
-Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
+// out = weight * factor * gradient, row by row; out may be the gradient itself.
+void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor& factor, Tensor out) {
   STD_TORCH_CHECK(gradient.dim() == 2 && gradient.is_cpu() && gradient.is_contiguous(),
                   "gradient must be a contiguous 2-D CPU tensor");
   const ScoreType type = score_type(gradient);
@@ -186,8 +187,7 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
     return torch::stable::contiguous(t);
   };
   const Tensor weights = check(weight, "weight"), factors = check(factor, "factor");
-  Tensor out = empty(gradient, {rows, columns}, gradient.scalar_type());
-  if (!gradient.numel()) return out;
+  if (!gradient.numel()) return;
   dispatch(gradient, [&](auto zero) {
     using T = decltype(zero);
     const T* const w = data<T>(weights);
@@ -201,7 +201,16 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
     roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, by.data(), torch_threads(rows * columns),
                            out.mutable_data_ptr());
   });
+}
+
+Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
+  Tensor out = empty(gradient, gradient.sizes().vec(), gradient.scalar_type());
+  scale_rows_into(gradient, weight, factor, out);
   return out;
+}
+
+void scale_rows_in_place(Tensor gradient, Tensor weight, Tensor factor) {
+  scale_rows_into(gradient, weight, factor, gradient);
 }
 
 // Overwrites scores, if a gradient is wanted, with that of the weighted sum of the first three values.
@@ -418,6 +427,7 @@ STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("populate_", TORCH_BOX(&populate));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows_in_place));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));
   m.impl("rank_metrics", TORCH_BOX(&rank_metrics));
   m.impl("rank_metrics_masked", TORCH_BOX(&rank_metrics_masked));

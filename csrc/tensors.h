@@ -97,6 +97,7 @@ void define(Library& m) {
       "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
       "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
+  m.def("scale_rows_(Tensor(a!) gradient, Tensor weight, Tensor factor) -> ()");
   m.def(
       "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
       "float start, float? offset, bool want_slope, int method=0) -> (Tensor query, Tensor reference, Tensor "

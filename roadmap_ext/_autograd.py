@@ -69,3 +69,17 @@ def is_known_to_be_1(x: Tensor) -> bool:
     """Whether a scalar is 1 and reading it costs nothing: not on a GPU, nor while torch traces."""
     plain = type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
     return plain and x.item() == 1
+
+
+def may_overwrite(saved: Tensor) -> bool:
+    """Whether backward may write over what forward saved for it: nobody asked to keep the graph, and nothing traces it.
+
+    torch has no public word for that; the one that AOTAutograd asks is asked here, and where it is missing the answer
+    is no.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(saved) is not Tensor:
+        return False
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if keeps_graph is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    return not keeps_graph()

@@ -73,4 +73,5 @@ if _C is not None:
     torch.library.register_fake("roadmap_ext::remove_radial_", _nothing)
     torch.library.register_fake("roadmap_ext::populate_", _nothing)
     torch.library.register_fake("roadmap_ext::scale_rows", _like_first)
+    torch.library.register_fake("roadmap_ext::scale_rows_", _nothing)
     torch.library.register_fake("roadmap_ext::smooth_rank_backward", _like_first)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference
-from ._autograd import FirstDerivativeOnly, anchor, resolve_method
+from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method
 from ._checks import (
     METHODS,
     REDUCTIONS,
@@ -51,7 +51,11 @@ class _AveragePrecision(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradient, factor, anchor = ctx.saved_tensors
-        result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, factor)
+        if may_overwrite(gradient):  # no second [B, N]
+            torch.ops.roadmap_ext.scale_rows_(gradient, grad_loss, factor)
+            result = gradient
+        else:
+            result = torch.ops.roadmap_ext.scale_rows(gradient, grad_loss, factor)
         if torch.is_grad_enabled():
             result = FirstDerivativeOnly.apply(result, anchor, grad_loss)
         return result, None, None, None, None, None, None

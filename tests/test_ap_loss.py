@@ -265,6 +265,10 @@ def test_opcheck_scale_rows(dtype):
             torch.ops.roadmap_ext.scale_rows(gradient, weight, factor),
             (gradient.to(wide) * (weight * factor)[:, None]).to(dtype),
         )
+        torch.library.opcheck(torch.ops.roadmap_ext.scale_rows_.default, (gradient.clone(), weight, factor))
+        in_place = gradient.clone()
+        torch.ops.roadmap_ext.scale_rows_(in_place, weight, factor)
+        assert torch.equal(in_place, torch.ops.roadmap_ext.scale_rows(gradient, weight, factor))
 
 
 @pytest.mark.parametrize("method", ["tiled", "reference"])

@@ -577,6 +577,7 @@ def test_opcheck(dtype):
             check(ops.smooth_rank.default, (scores, target, mask, *SETTINGS, want))
     for weight in (torch.rand(3, dtype=wide, device=DEVICE), torch.rand((), dtype=wide, device=DEVICE)):
         check(ops.scale_rows.default, (scores, weight, torch.rand(3, dtype=wide, device=DEVICE)))
+        check(ops.scale_rows_.default, (scores.clone(), weight, torch.rand(3, dtype=wide, device=DEVICE)))
     slope = ops.smooth_rank(scores, target, ignore, *SETTINGS, True)[-1]
     for positive in (None, torch.rand_like(slope)):
         arguments = (scores, target, ignore, slope, positive, torch.rand_like(slope), *SETTINGS)

@@ -272,7 +272,8 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
   return {reduced, gradient, factor};
 }
 
-Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
+// out = weight * factor * gradient, row by row; out may be the gradient itself.
+void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor& factor, const Tensor& out) {
   STD_TORCH_CHECK(gradient.dim() == 2 && on_device(gradient) && gradient.is_contiguous(),
                   "gradient must be a contiguous 2-D tensor on the device");
   (void)score_type(gradient);
@@ -285,8 +286,7 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
     return torch::stable::contiguous(t);
   };
   const Tensor weights = checked(weight, "weight"), factors = checked(factor, "factor");
-  Tensor out = allocate(gradient, {rows, columns}, gradient.scalar_type());
-  if (!gradient.numel()) return out;
+  if (!gradient.numel()) return;
   dispatch_elements(gradient, [&](auto zero) {
     using S = decltype(zero);
     using T = Accumulation<S>;
@@ -306,7 +306,16 @@ Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
     STD_TORCH_CHECK(rows * p.segments <= kMostBlocks, "gradient has too many rows");
     check(launch_scale(p, device.stream), "scaling the gradient");
   });
+}
+
+Tensor scale_rows(Tensor gradient, Tensor weight, Tensor factor) {
+  Tensor out = allocate(gradient, gradient.sizes().vec(), gradient.scalar_type());
+  scale_rows_into(gradient, weight, factor, out);
   return out;
+}
+
+void scale_rows_in_place(Tensor gradient, Tensor weight, Tensor factor) {
+  scale_rows_into(gradient, weight, factor, gradient);
 }
 
 // Overwrites scores with the gradient of the weighted sum of the first three values, if one is wanted; or writes it to
@@ -552,6 +561,7 @@ void implement(Library& m) {
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));
   m.impl("remove_radial_", TORCH_BOX(&remove_radial));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows_in_place));
   m.impl("smooth_rank", TORCH_BOX(&smooth_rank));
   m.impl("smooth_rank_backward", TORCH_BOX(&smooth_rank_backward));
 }

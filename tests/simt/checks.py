@@ -193,6 +193,9 @@ def test_scale_rows(dtype, columns):
         by = (w.double() * f.double()).expand(5)[:, None]
         truth = torch.where(gradient == 0, 0.0, gradient.double() * by).to(dtype)
         torch.testing.assert_close(ours, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        in_place = gradient.clone()
+        torch.ops.roadmap_ext.scale_rows_(in_place, w, f)
+        assert torch.equal(in_place, ours)
     small, up, down = torch.full((1, 9), 2.0**-14), torch.full((1,), 2.0**60), torch.full((1,), 2.0**-50)
     product = torch.ops.roadmap_ext.scale_rows(small.to(dtype), up.to(kind), down.to(kind))
     assert (product == 2.0**-4).all()

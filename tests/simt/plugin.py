@@ -30,6 +30,7 @@ ON_CUDA = [
     "objective_rows_",
     "remove_radial_",
     "scale_rows",
+    "scale_rows_",
     "smooth_rank",
     "smooth_rank_backward",
     "symmetrise_",
