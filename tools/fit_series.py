@@ -22,7 +22,7 @@ from pathlib import Path
 
 Polynomial = list[Fraction]  # coefficients, the constant first
 
-DEGREES = {"float": 13, "double": 24}
+DEGREES = {"float": 12, "double": 24}
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "series.h"
 
 

@@ -192,9 +192,12 @@ class SortedRow {
   static constexpr int64_t kSpread = 1 << 16;
 
   void take(const Entry<T>* entry, int64_t begin, int64_t count) {
-    for (int64_t j = begin; j < begin + count; ++j) {
-      negatives_.value[j] = entry[j].value;
-      column_[j] = entry[j].index;
+    T* const value = negatives_.value.data() + begin;
+    auto* const column = column_.data() + begin;
+    entry += begin;
+    for (int64_t j = 0; j < count; ++j) {
+      value[j] = entry[j].value;
+      column[j] = entry[j].index;
     }
   }
 
