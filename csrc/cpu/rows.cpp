@@ -190,28 +190,35 @@ class Pass {
     return method_ == Method::kSorted || pays(row);
   }
 
-  // Whether the sorted scan is the faster way. What the scan costs a negative in reach, 18 ns, the tiled kernels spend
-  // on 0.4 ns a pair up to the knee and 0.06 ns one above; a positive costs the scan 22 ns more
-  // (benchmarks/sorted_scan.py shows how well that fits). How many pairs are of which kind is estimated from a few
-  // columns.
+  // Whether the sorted scan is the faster way, in nanoseconds that the two were seen to take for what a row has: negatives
+  // in reach, positives, pairs of both, and of these the pairs up to the knee, where there is an exponential to take
+  // (benchmarks/sorted_scan.py shows how well that chooses). How many pairs there are is estimated from a few columns.
   bool pays(const Row<T>& row) const {
-    constexpr int64_t kFewest = 32, kMost = 1024;  // below, and from here on, the answer does not depend on the scores
+    constexpr int64_t kFewest = 32;  // below, tiled is as fast whatever the scores
     const std::vector<T>& u = row.p.score;
     const int64_t size = row.size();
-    if (size < kFewest || size >= kMost) return size >= kMost;
+    if (size < kFewest) return false;
     const int64_t samples = std::min<int64_t>(64, std::max<int64_t>(8, m_.columns / 64));
     const T above = smooth_ ? settings_.cut : settings_.delta;
     int64_t kept = 0, curve = 0;
     for (int64_t k = 0; k < samples; ++k) {
-      const T v = score(row.index, (2 * k + 1) * m_.columns / (2 * samples));
-      if (!(v - u.front() >= -settings_.cut)) continue;
+      const int64_t column = (2 * k + 1) * m_.columns / (2 * samples);
+      const T v = score(row.index, column);
+      if (!(v - u.front() >= -settings_.cut) || std::binary_search(row.column.begin(), row.column.end(), column))
+        continue;
       ++kept;
       curve +=
           std::upper_bound(u.begin(), u.end(), v + settings_.cut) - std::lower_bound(u.begin(), u.end(), v - above);
     }
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
-    const double scan = 18 * static_cast<double>(kept) * of_all + 22 * static_cast<double>(size);
-    const double tiled = (0.4 * static_cast<double>(curve) + 0.06 * static_cast<double>(kept * size)) * of_all;
+    const double positives = static_cast<double>(size);
+    const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
+    double scan = 14 * negatives + 50 * positives;
+    double tiled = 0.3 * static_cast<double>(curve) * of_all + 0.12 * negatives * positives;
+    if (smooth_) {  // which also meets positives with positives
+      scan += 40 * positives;
+      tiled += 0.3 * positives * positives;
+    }
     return scan < tiled;
   }
 
