@@ -7,8 +7,8 @@ The plain gradient of a half type is computed in float32 and rounded once. Ours 
 backward and rounded again when grad_out arrives, so half an ulp of the row is added for these.
 
 For float64 the truth is long double, and 8 eps of the row (of the largest loss, 1) are added: there is no wider type to
-sum in, and plain PyTorch is at times exact to the bit by luck. 150 eps for the sorted scan: the coefficients of its series
-of the slope alternate and sum to 150 (float64's, csrc/series.h), so that where scores tie two digits of sixteen go.
+sum in, and plain PyTorch is at times exact to the bit by luck. The sorted scan has 150 eps there: the coefficients of
+its series of the slope alternate and sum to 150 (csrc/series.h), so that where scores tie two digits of sixteen go.
 """
 
 from __future__ import annotations
