@@ -38,9 +38,9 @@ struct Row {
   std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
   std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
   std::vector<double> rank_positive, rank_negative, slope, inverse, gradient;  // [P]  in the order of p
-  std::vector<Entry<T>> order;                                        // [P]  score, k
-  std::vector<double> partial;                                        // [spans, 2, P]
-  std::vector<HingeSum> hinges;                                       // [spans]  of the negatives
+  std::vector<Entry<T>> order;                                                 // [P]  score, k
+  std::vector<double> partial;                                                 // [spans, 2, P]
+  std::vector<HingeSum> hinges;                                                // [spans]  of the negatives
   bool nan = false;
   double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
@@ -158,7 +158,8 @@ class Pass {
     if (row.nan || !objective_.ap) return;
     if (!smooth_) {  // positives at least as high, ties included
       double* const rank = row.rank_positive.data();
-      for (int64_t i = 0; i < size; ++i) rank[i] = i > 0 && score[i] == score[i - 1] ? rank[i - 1] : static_cast<double>(size - i);
+      for (int64_t i = 0; i < size; ++i)
+        rank[i] = i > 0 && score[i] == score[i - 1] ? rank[i - 1] : static_cast<double>(size - i);
     }
   }
 
@@ -190,9 +191,10 @@ class Pass {
     return method_ == Method::kSorted || pays(row);
   }
 
-  // Whether the sorted scan is the faster way, in nanoseconds that the two were seen to take for what a row has: negatives
-  // in reach, positives, pairs of both, and of these the pairs up to the knee, where there is an exponential to take
-  // (benchmarks/sorted_scan.py shows how well that chooses). How many pairs there are is estimated from a few columns.
+  // Whether the sorted scan is the faster way, in nanoseconds that the two were seen to take for what a row has:
+  // negatives in reach, positives, pairs of both, and of these the pairs up to the knee, where there is an exponential
+  // to take (benchmarks/sorted_scan.py shows how well that chooses). How many pairs there are is estimated from a few
+  // columns.
   bool pays(const Row<T>& row) const {
     constexpr int64_t kFewest = 32;  // below, tiled is as fast whatever the scores
     const std::vector<T>& u = row.p.score;
