@@ -83,6 +83,7 @@ train: $(BUILT) $(MADE)/train
 
 bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)
+	@$(PY) -m benchmarks.sorted_scan
 	@$(PY) -m benchmarks.roadmap_loss $(ARGS)
 	@$(PY) -m benchmarks.retrieval_metrics $(ARGS)
 	@$(PY) -m benchmarks.cuda $(ARGS)
