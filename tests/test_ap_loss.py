@@ -271,6 +271,26 @@ def test_opcheck_scale_rows(dtype):
         assert torch.equal(in_place, torch.ops.roadmap_ext.scale_rows(gradient, weight, factor))
 
 
+def test_backward_keeps_what_is_still_needed():
+    """It writes over the gradient that forward kept where the graph is given up, and only there."""
+    scores, target, _ = case(3, 40, torch.float32)
+    leaf = scores.clone().requires_grad_()
+    loss = ap_loss(leaf, target)
+    kept = loss.grad_fn.saved_tensors[0].data_ptr()
+    first, second = (torch.autograd.grad(loss, leaf, torch.tensor(3.0), retain_graph=True)[0] for _ in range(2))
+    last = torch.autograd.grad(loss, leaf, torch.tensor(3.0))[0]
+    assert torch.equal(first, second)
+    assert torch.equal(first, last)
+    assert first.data_ptr() != kept
+    assert last.data_ptr() == kept
+    with torch.autograd.graph.save_on_cpu():
+        loss = ap_loss(leaf, target)
+    (3 * loss).backward()
+    assert torch.equal(leaf.grad, first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("method", ["tiled", "reference"])
 def test_gradcheck_through_the_function(method):
     scores = (torch.randn(2, 9, dtype=torch.float64) * 0.2).requires_grad_()
