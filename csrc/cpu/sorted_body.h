@@ -634,13 +634,12 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
     const double tail = Smooth ? 0 : sources.weights[r.end];
     const double tail_sum = Smooth ? 0 : sources.sums[r.end];
     const double first = tail > 0 ? static_cast<double>(sources.value[r.end * sources.leaf]) : 0;
-    const double some = tail > 0 ? 1 : 0;
     double* const out = rank + i;
     for (int k = 0; k < readers.count; ++k) {
       double value = readers.curve[k] + all;
       if constexpr (!Smooth) {
         // Scores may be far from 0: their difference comes first.
-        const double past = first - some * static_cast<double>(readers.target[k]) - static_cast<double>(s.origin);
+        const double past = first - static_cast<double>(readers.target[k]) - static_cast<double>(s.origin);
         value += s.exact_start * (readers.steps[k] - readers.tails[k] + all) +
                  tail_value(readers.past[k] + (tail_sum + tail * past), readers.tails[k] + tail, s);
       }
