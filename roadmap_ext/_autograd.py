@@ -1,4 +1,5 @@
-"""What the autograd Functions of this package share: errors in place of derivatives that they do not have."""
+"""What the autograd Functions of this package share: errors in place of derivatives that they do not have, and
+when backward may write over what forward saved."""
 
 from __future__ import annotations
 

@@ -41,6 +41,18 @@ def grid_scores(rows: int, columns: int, dtype: torch.dtype = torch.float32, sca
     return (torch.randn(rows, columns).mul(scale).round() / 64).clamp(-1, 1).to(dtype)
 
 
+def ragged_target(rows: int, columns: int, density: float = 0.1) -> Tensor:
+    """No positive, all positive, one, and some."""
+    target = torch.rand(rows, columns) < density
+    target[0] = False
+    if rows > 1:
+        target[1] = True
+    if rows > 2:
+        target[2] = False
+        target[2, columns // 2] = True
+    return target
+
+
 def settings_of(options: dict) -> dict:
     """The surrogate's settings among the keywords of ap_loss, with defaults."""
     defaults = {"surrogate": "sup", "tau": 0.01, "rho": 100.0, "delta": 0.05, "start": 0.5, "offset": None}

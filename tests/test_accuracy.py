@@ -7,25 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import PUBLISHED, allowed_gradient_error, assert_accurate, grid_scores, row_error, run
+from oracle import PUBLISHED, allowed_gradient_error, assert_accurate, grid_scores, ragged_target, row_error, run
 
 import roadmap_ext
 from roadmap_ext import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [1, 31, 33, 129, 4096 + 32]
-
-
-def ragged_target(rows, columns):
-    """No positive, all positive, one, and some."""
-    target = torch.rand(rows, columns) < 0.1
-    target[0] = False
-    if rows > 1:
-        target[1] = True
-    if rows > 2:
-        target[2] = False
-        target[2, columns // 2] = True
-    return target
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

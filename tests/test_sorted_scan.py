@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import PUBLISHED, ULPS, assert_accurate, grid_scores, run, settings_of
+from oracle import PUBLISHED, ULPS, assert_accurate, grid_scores, ragged_target, run, settings_of
 
 import roadmap_ext
 from roadmap_ext import ap_loss, reference, roadmap_loss, smooth_rank
@@ -113,18 +113,6 @@ def assert_as_tiled(scores, target, weights=None, rtol=None, **options):
     floor = (1e-13 if wide == torch.float64 else ULPS * EPS) * unit
     assert_close(gradient, other, rtol, rtol * largest + floor, "gradient")
     return ours, gradient
-
-
-def ragged_target(rows, columns, density=0.1):
-    """No positive, all positive, one, and some."""
-    target = torch.rand(rows, columns) < density
-    target[0] = False
-    if rows > 1:
-        target[1] = True
-    if rows > 2:
-        target[2] = False
-        target[2, columns // 2] = True
-    return target
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
