@@ -1,15 +1,18 @@
 """Average-precision losses for retrieval training, in fused kernels that never build the pairwise tensor."""
 
-from . import metrics, reference
+from . import distributed, metrics, reference
 from ._extension import build_info
 from ._ranks import SmoothRank
 from ._version import __version__
+from .caching import cached_backward
 from .functional import ap_loss, roadmap_loss, smooth_rank
+from .memory import EmbeddingMemory
 from .modules import APLoss, CalibrationLoss, RoadmapLoss, SmoothAPLoss, SupAPLoss
 
 __all__ = [
     "APLoss",
     "CalibrationLoss",
+    "EmbeddingMemory",
     "RoadmapLoss",
     "SmoothAPLoss",
     "SmoothRank",
@@ -17,6 +20,8 @@ __all__ = [
     "__version__",
     "ap_loss",
     "build_info",
+    "cached_backward",
+    "distributed",
     "metrics",
     "reference",
     "roadmap_loss",

@@ -150,7 +150,7 @@ def make_embedding_objective(
     one_of("method", method, METHODS)
     check_flag("include_self", include_self)
     check_chunk_size(chunk_size)
-    check_single_device(gather_across_devices)
+    check_flag("gather_across_devices", gather_across_devices)
     return make_objective(
         make_settings(surrogate, tau, rho, delta, start, offset),
         calibration_weight,
@@ -168,14 +168,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_single_device(gather_across_devices: object) -> None:
-    """Raise NotImplementedError where the batches of several devices are asked for."""
-    check_flag("gather_across_devices", gather_across_devices)
-    if gather_across_devices:
-        raise NotImplementedError(
-            "gather_across_devices=True is not part of this version: gather the embeddings and labels of all devices "
-            "yourself and pass them as ref_emb and ref_labels, with ids and ref_ids to leave out each query itself"
-        )
+def check_count(name: str, value: object, least: int) -> int:
+    """Check a number of things, and return it. Raises TypeError for what is no integer, ValueError for a small one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def check_chunk_size(value: object) -> None:

@@ -12,7 +12,7 @@ losses, and is one opaque op to torch.compile. What a reduction needs is put tog
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from . import reference
 from ._autograd import FirstDerivativeOnly, check_no_transform, is_known_to_be_1, resolve_method
 from ._checks import METHODS, SMALLEST_NORM, Objective
 from ._relation import Relation
+
+# Sums a tensor over all parts of a batch.
+Total = Callable[[Tensor], Tensor]
 
 # Bytes of a chunk of scores, by kind of device. A smaller chunk would be nearer to the caches, but the products would
 # lose more than this gains.
@@ -35,24 +38,29 @@ def embedding_loss(
     objective: Objective,
     chunk_size: int | None = None,
     method: str = "auto",
+    total: Total | None = None,
 ) -> Tensor:
-    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs."""
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs.
+
+    ``total`` sums a tensor over all parts of a batch, where these queries are one of several: the loss is then their
+    share of the batch's, and the shares of all parts add up to it.
+    """
     tensors = (embeddings,) if references is None else (embeddings, references)
     method = resolve_method(method, *tensors)
     if method == "reference":
+        assert total is None  # the reference takes the whole batch
         target, ignore = relation.masks(len(tensors[-1]))
         return reference.embedding_loss(embeddings, references, target, ignore, objective)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
-    counts = torch.ops.roadmap_ext.count_pairs(
-        *relation.tensors(), 0 if relation.own else -1, len(embeddings), len(tensors[-1])
-    )
+    counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         loss: Tensor = _EmbeddingLoss.apply(
-            embeddings, references, counts, objective, rows, METHODS.index(method), *relation.flat()
+            embeddings, references, counts, objective, rows, METHODS.index(method), total, *relation.flat()
         )
         return loss
-    of = METHODS.index(method)
-    values, weight, _ = _evaluate(embeddings, references, relation, counts, objective, rows, of, (False, False))
+    values, weight, _ = _evaluate(
+        embeddings, references, relation, counts, objective, rows, METHODS.index(method), total, (False, False)
+    )
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -68,14 +76,15 @@ class _EmbeddingLoss(torch.autograd.Function):
         objective: Objective,
         chunk_size: int,
         method: int,
+        total: Total | None,
         *relation: Any,
     ) -> Tensor:
         pairs = Relation.from_flat(*relation)
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         values, weight, gradients = _evaluate(
-            embeddings, references, pairs, counts, objective, chunk_size, method, wants
+            embeddings, references, pairs, counts, objective, chunk_size, method, total, wants
         )
-        ctx.objective, ctx.chunk_size, ctx.method, ctx.own = objective, chunk_size, method, pairs.own
+        ctx.objective, ctx.chunk_size, ctx.method, ctx.first_own = objective, chunk_size, method, pairs.first_own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
         ctx.known = objective.reduction != "none"
         # Held by ctx alone, the gradients can be handed on without a copy. A compiled graph has to see them saved.
@@ -103,7 +112,7 @@ class _EmbeddingLoss(torch.autograd.Function):
             _, *gradients = _sweep(
                 embeddings.detach(),
                 None if references is None else references.detach(),
-                Relation.from_flat(*tensors, ctx.own),
+                Relation.from_flat(*tensors, ctx.first_own),
                 ctx.objective,
                 weight * grad_loss.detach().to(weight.dtype).reshape(-1, 1),
                 ctx.chunk_size,
@@ -129,37 +138,41 @@ def _evaluate(
     objective: Objective,
     chunk_size: int,
     method: int,
+    total: Total | None,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Values [B, 5] of the rows, their weights [B, 3] in the loss, and the gradients that forward can know."""
     if objective.reduction == "none":
         wants = (False, False)
     if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
-        weight = _weights(counts, None, objective)
+        weight = _weights(counts, None, objective, total)
         values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
         return values, weight, gradients
-    unknown = _weights(counts, None, objective) * 0
+    unknown = counts.new_zeros((len(counts), 3), dtype=torch.float64)
     values, *gradients = _sweep(
         embeddings, references, relation, objective, unknown, chunk_size, method, (False, False)
     )
-    weight = _weights(counts, values[:, 3:].sum(0, keepdim=True), objective)
+    violating = values[:, 3:].sum(0, keepdim=True)
+    weight = _weights(counts, violating if total is None else total(violating), objective, total)
     if any(wants):
         _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
     return values, weight, gradients
 
 
-def _weights(counts: Tensor, violating: Tensor | None, objective: Objective) -> Tensor:
+def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, total: Total | None = None) -> Tensor:
     """What a row's AP loss and its sums of positive and negative hinges weigh in the loss, [B, 3] float64.
 
     counts [B, 2]: positives and negatives of a row. violating [1, 2]: over how many hinges of the whole batch each kind
     is averaged; None: over those of each row.
     """
     # Numbers of rows as tensors: torch.compile of 2.11 fails on symbolic ones inside an autograd Function.
-    rows = torch.ones_like(counts[:, :1]).sum().clamp(min=1).double()
-    mean = objective.reduction == "mean"
+    numbers = torch.stack([torch.ones_like(counts[:, 0]).sum(), (counts[:, 0] > 0).sum()])
+    if total is not None:
+        numbers = total(numbers)
     # AP's mean leaves out queries without a positive, calibration's does not.
-    ranked = (counts[:, :1] > 0).sum().clamp(min=1) if mean else torch.ones_like(rows)
-    ap = (1 - objective.calibration_weight) / ranked.double()
+    rows, ranked = numbers.clamp(min=1).double().unbind()
+    mean = objective.reduction == "mean"
+    ap = (1 - objective.calibration_weight) / (ranked if mean else torch.ones_like(ranked))
     hinges = counts.clamp(min=1).double() if violating is None else violating.clamp(min=1) / rows
     calibration = objective.calibration_weight / ((rows if mean else 1) * hinges)
     return torch.cat([ap.expand_as(counts[:, :1]), calibration.expand_as(counts)], dim=1)
@@ -216,7 +229,7 @@ def sweep(
     left_out_column: Tensor | None,
     negative_span: Tensor | None,
     negative_column: Tensor | None,
-    own: bool,
+    first_own: int,
     weight: Tensor,
     ap: bool,
     calibration: bool,
@@ -280,7 +293,7 @@ def sweep(
                 left_out_column,
                 None if negative_span is None else negative_span[chunk],
                 negative_column,
-                begin if own else -1,
+                begin + first_own if first_own >= 0 else -1,
                 weight[chunk],
                 ap,
                 calibration,

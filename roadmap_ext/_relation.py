@@ -38,11 +38,12 @@ class Relation(NamedTuple):
     positive: Lists
     left_out: Lists | None = None
     negative: Lists | None = None  # None: every pair that is neither positive nor left out; else others are left out
-    own: bool = False  # references are the queries, and a query's own row is left out
+    # The column of the first query itself, of the next the next, and so on: left out. Negative: there is none.
+    first_own: int = -1
 
-    def flat(self) -> tuple[Tensor | bool | None, ...]:
+    def flat(self) -> tuple[Tensor | int | None, ...]:
         """The same as the ops take it."""
-        return (*self.tensors(), self.own)
+        return (*self.tensors(), self.first_own)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors of it."""
@@ -59,24 +60,32 @@ class Relation(NamedTuple):
         """target and ignore, [B, columns] bool."""
         target = self.positive.mask(columns)
         ignore = torch.zeros_like(target) if self.left_out is None else self.left_out.mask(columns)
-        if self.own:
-            ignore |= torch.eye(len(target), columns, dtype=torch.bool, device=target.device)
+        if self.first_own >= 0:
+            row = torch.arange(len(target), device=target.device)
+            ignore[row, row + self.first_own] = True
         if self.negative is not None:
             ignore |= ~(target | self.negative.mask(columns))
         return target, ignore
 
 
 def from_labels(
-    labels: Tensor, ref_labels: Tensor, ids: Tensor | None, ref_ids: Tensor | None, alone: bool, include_self: bool
+    labels: Tensor,
+    ref_labels: Tensor,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    alone: bool,
+    include_self: bool,
+    first_own: int = 0,
 ) -> Relation:
     """Pairs of equal labels are positive; a query itself is left out unless ``include_self``.
 
-    What is the query itself ids say, and where the batch is ``alone``, its own reference, the index.
+    What is the query itself ids say, and where the batch is ``alone``, its own reference, the index: the queries are
+    the references from ``first_own`` on.
     """
     return Relation(
         positive=_equal(labels, ref_labels),
         left_out=None if ids is None or ref_ids is None or include_self else _equal(ids, ref_ids),
-        own=alone and not include_self,
+        first_own=first_own if alone and not include_self else -1,
     )
 
 

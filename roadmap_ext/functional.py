@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _ops, distributed, reference
 from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method
 from ._checks import (
     METHODS,
@@ -26,6 +26,7 @@ from ._checks import (
 from ._chunks import embedding_loss
 from ._ranks import SmoothRank
 from ._relation import from_labels
+from .memory import EmbeddingMemory
 
 
 class _AveragePrecision(torch.autograd.Function):
@@ -227,7 +228,7 @@ def smooth_rank(
 def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
-    ref_emb: Tensor | None = None,
+    ref_emb: Tensor | EmbeddingMemory | None = None,
     ref_labels: Tensor | None = None,
     *,
     ids: Tensor | None = None,
@@ -266,9 +267,10 @@ def roadmap_loss(
     Args:
         embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
         labels: [B] the class of each, any integer dtype.
-        ref_emb: [N, D] what to rank: a memory, a gallery, a gathered batch; any float dtype. None, or the very tensor
-            that ``embeddings`` is: the batch itself.
-        ref_labels: [N] its classes; given if and only if ``ref_emb`` is.
+        ref_emb: [N, D] what to rank: a gallery, a second view of the batch; any float dtype. None, or the very tensor
+            that ``embeddings`` is: the batch itself. An :class:`EmbeddingMemory` brings its own labels and ids, and
+            needs ``ids``; while it is empty the batch ranks itself.
+        ref_labels: [N] its classes; given if and only if ``ref_emb`` is a tensor.
         ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out: references
             that contain the batch, or older copies of it, say so in this way.
         calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
@@ -282,7 +284,11 @@ def roadmap_loss(
         include_self: count the query itself, and items of its id, as what their labels say. Otherwise they are left
             out: by index where the batch is its own reference, by ids where these are given.
         chunk_size: queries a chunk; None takes as many as fit in 64 MiB of scores (256 MiB on a GPU).
-        gather_across_devices: not part of this version: True raises.
+        gather_across_devices: rank against the references of all ranks of torch.distributed, which is the batch of all
+            of them as one, whatever share each brings. Every rank has to call it, with equal settings, and every rank
+            gets the loss of the whole batch (with ``"none"`` those of its own queries). Gradients are exact across
+            ranks, for DistributedDataParallel: backward on W ranks makes W times the loss's gradient, which DDP divides
+            by W. A memory is not gathered: it is the same on every rank.
         surrogate, tau, rho, delta, start, offset: as for :func:`ap_loss`.
         reduction: ``"mean"``: the AP loss over the queries that have a positive, the calibration loss over all;
             ``"sum"``; or ``"none"``: [B], which costs a fourth matrix product. With ``"violating_pairs"`` a query's
@@ -295,9 +301,9 @@ def roadmap_loss(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices differ, only one of two arguments that belong together was given, a setting is out
-            of range.
-        NotImplementedError: ``gather_across_devices=True``.
-        RuntimeError: the kernels for the device were not built; a torch.func transform is active.
+            of range, the ranks do not agree.
+        RuntimeError: the kernels for the device were not built; a torch.func transform is active; torch.distributed is
+            not initialised, or another rank failed.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, -0.4]], requires_grad=True)
@@ -324,11 +330,27 @@ def roadmap_loss(
         reduction=reduction,
         method=method,
     )
-    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    memory = ref_emb if isinstance(ref_emb, EmbeddingMemory) else None
+    given = None if isinstance(ref_emb, EmbeddingMemory) else ref_emb
+
+    def checked() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        refs = (given, ref_labels, ref_ids) if memory is None else memory.as_references(ids, ref_labels, ref_ids)
+        check_embeddings(embeddings, labels, refs[0], refs[1], ids, refs[2])
+        return refs
+
+    if gather_across_devices and distributed.world_size() > 1:
+        loss: Tensor = _across_ranks(
+            embeddings, labels, ids, checked, memory is not None, objective, include_self, chunk_size, method
+        )
+        return loss
+    ref_emb, ref_labels, ref_ids = checked()
     alone = ref_emb is None or ref_emb is embeddings
     relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)
     return embedding_loss(embeddings, None if alone else ref_emb, relation, objective, chunk_size, method)
 
+
+# Each rank looks at what the others bring, which is no matter for a graph.
+_across_ranks = torch.compiler.disable(distributed.roadmap_loss)
 
 # The fake kernels are registered by importing them; the name is not used otherwise.
 del _ops

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import METHODS, REDUCTIONS, make_embedding_objective, make_settings, one_of
 from .functional import ap_loss, roadmap_loss
+from .memory import EmbeddingMemory
 
 
 class APLoss(nn.Module):
@@ -100,7 +101,7 @@ class _EmbeddingLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: None = None,
-        ref_emb: Tensor | None = None,
+        ref_emb: Tensor | EmbeddingMemory | None = None,
         ref_labels: Tensor | None = None,
         *,
         ids: Tensor | None = None,

@@ -592,7 +592,7 @@ def test_opcheck_of_the_sweep():
     after = (_chunks._weights(counts, None, objective), *objective.for_op(), True)
     for arguments in (
         (x, None, *relation.flat(), *after, 4, True, False),
-        (x, x[:5].clone(), *relation.flat()[:6], False, *after, 0, False, True),
+        (x, x[:5].clone(), *relation.flat()[:6], -1, *after, 0, False, True),
     ):
         torch.library.opcheck(torch.ops.roadmap_ext.sweep, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -495,7 +495,7 @@ def test_lists_and_masks_agree():
                 None if tensor is None else tensor[part] if tensor.dim() == 2 else tensor
                 for tensor in relation.tensors()
             ]
-            own = part.start if relation.own else -1
+            own = part.start + relation.first_own if relation.first_own >= 0 else -1
             target, ignore = (mask[part] for mask in relation.masks(300))
             expected = of.rank_metrics_masked(scores[part], target, ignore)
             assert torch.equal(of.rank_metrics(scores[part], *tensors, own).nan_to_num(-1), expected.nan_to_num(-1))

@@ -708,7 +708,7 @@ def test_opcheck():
         (ops.remove_radial_, (x.clone(), x, scale)),
         (ops.populate_, (x.clone(),)),
         (ops.sweep, (x, None, *relation.flat(), weight, *objective.for_op(), True, 4, True, False)),
-        (ops.sweep, (x, x[:5].clone(), *relation.flat()[:6], False, weight, *objective.for_op(), True, 0, False, True)),
+        (ops.sweep, (x, x[:5].clone(), *relation.flat()[:6], -1, weight, *objective.for_op(), True, 0, False, True)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

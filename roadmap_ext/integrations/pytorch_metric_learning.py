@@ -158,7 +158,7 @@ class _PairLoss(losses.BaseMetricLossFunction):
         own = ref_emb is embeddings
         relation = self._relation(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if own and not self.settings["include_self"]:
-            relation = relation._replace(own=True)
+            relation = relation._replace(first_own=0)
         references = None if own else ref_emb
         method, chunk_size = self.settings["method"], self.settings["chunk_size"]
         if self._takes_mean():
@@ -410,6 +410,5 @@ def _has_positive(relation: Relation, embeddings: Tensor, ref_emb: Tensor, metho
     if resolve_method(method, embeddings) == "reference":
         target, ignore = relation.masks(len(ref_emb))
         return (target & ~ignore).any(1)
-    first_own = 0 if relation.own else -1
-    counts: Tensor = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), first_own, len(embeddings), len(ref_emb))
+    counts: Tensor = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(ref_emb))
     return counts[:, 0] > 0

@@ -1,0 +1,464 @@
+"""Several processes as one: losses, memory and cached_backward on 2 and 3 gloo ranks against a single process.
+
+One start of the ranks runs all cases; each test then looks at what they brought. Where ranks fail, they are started for
+that alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import re
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import roadmap_ext
+from roadmap_ext import EmbeddingMemory, cached_backward, distributed
+
+LOSSES = {
+    "roadmap": roadmap_ext.RoadmapLoss,
+    "released": functools.partial(roadmap_ext.RoadmapLoss, calibration_reduction="violating_pairs"),
+    "smooth, calibrated": functools.partial(roadmap_ext.RoadmapLoss, surrogate="smooth"),
+    "sup": roadmap_ext.SupAPLoss,
+    "smooth": roadmap_ext.SmoothAPLoss,
+    "calibration": roadmap_ext.CalibrationLoss,
+    "sum": functools.partial(roadmap_ext.RoadmapLoss, reduction="sum"),
+    "none": functools.partial(roadmap_ext.RoadmapLoss, reduction="none"),
+    "with self": functools.partial(roadmap_ext.RoadmapLoss, include_self=True),
+    "products": functools.partial(roadmap_ext.RoadmapLoss, normalize=False, tau=0.5),
+    "small chunks": functools.partial(roadmap_ext.RoadmapLoss, chunk_size=2),
+    "sorted": functools.partial(roadmap_ext.RoadmapLoss, method="sorted"),
+    "reference": functools.partial(roadmap_ext.RoadmapLoss, method="reference"),
+    "reference, none": functools.partial(roadmap_ext.RoadmapLoss, method="reference", reduction="none"),
+}
+# How many items each rank has.
+SHARES = {
+    2: {"equal": [9, 9], "unequal": [4, 13], "empty": [0, 11], "single": [1, 8], "nothing": [0, 0]},
+    3: {"equal": [6, 6, 6], "unequal": [2, 11, 5], "empty": [7, 0, 6], "last alone": [0, 0, 9]},
+}
+DIM, FEATURES = 5, 4
+TIMEOUT = 4  # seconds that a rank waits for the others where they fail
+
+
+def batch(rows, dtype=torch.float64):
+    """Features [n, 4], labels and ids [n]; the labels 7 and 9 are those of one rank alone, 9 that of a single item."""
+    generator = torch.Generator().manual_seed(rows)
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    labels[-3:] = 7
+    labels[:1] = 9
+    ids = torch.arange(rows) // 2 * 2 if rows > 4 else torch.arange(rows)  # some items come twice
+    return torch.randn(rows, FEATURES, generator=generator, dtype=dtype), labels, ids
+
+
+def network(dtype=torch.float64):
+    """A small model, the same on every rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, DIM)).to(dtype)
+
+
+def gradients(model):
+    """Those of all parameters, in one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+class Whole:
+    """One process with all items: what every case is compared with."""
+
+    world, first = 1, 0
+    wrap = staticmethod(lambda model: model)
+    gather = False
+
+    def __init__(self, rows):
+        self.mine = slice(0, sum(rows))
+
+
+class Rank:
+    """One of several, with its own items."""
+
+    wrap = staticmethod(DistributedDataParallel)
+    gather = True
+
+    def __init__(self, rows, rank):
+        self.world, self.first = len(rows), sum(rows[:rank])
+        self.mine = slice(self.first, self.first + rows[rank])
+
+
+# --- cases: each returns what a rank has to show; `tests` say how it relates to that of one process ------------------
+
+
+def train(kind, who, rows, dtype=torch.float64):
+    """Loss and parameter gradients, by the plain call."""
+    x, labels, _ = (tensor[who.mine] for tensor in batch(sum(rows), dtype))
+    model = who.wrap(network(dtype))
+    loss = LOSSES[kind](gather_across_devices=who.gather)(model(x), labels)
+    # Of "none" the mean over all queries is what a single process would take.
+    (loss if loss.dim() == 0 else loss.sum() * who.world / max(1, sum(rows))).backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def with_ids(who, rows):
+    """Items that come more than once are left out by their ids, whichever rank has them."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    loss = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)(model(x), labels, ids=ids, ref_ids=ids)
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def two_views(who, rows, method="auto"):
+    """References of their own, with their gradients; there are more of them than queries."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    both = model(torch.cat([x, x + 0.1, x.flip(1)]))
+    queries, references = both.split([len(x), 2 * len(x)])
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, method=method)
+    loss = loss_function(
+        queries, labels, ref_emb=references, ref_labels=labels.repeat(2), ids=ids, ref_ids=ids.repeat(2)
+    )
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def detached_references(who, rows):
+    """References without gradient."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    embeddings = model(x)
+    loss = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)(
+        embeddings, labels, ref_emb=embeddings.detach().clone(), ref_labels=labels, ids=ids, ref_ids=ids
+    )
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def memory(who, rows, mini_batch_size=None, method="auto"):
+    """Four steps with a memory that is shorter than they are long, and warm."""
+    x, labels, ids = batch(sum(rows))
+    model = who.wrap(network())
+    held = EmbeddingMemory(
+        max(1, 2 * sum(rows) + 3), DIM, warm_up=1, gather_across_devices=who.gather, dtype=torch.float64
+    )
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, method=method)
+    losses = []
+    for step in range(4):
+        mine, labels_now, ids_now = (x + step)[who.mine], labels[who.mine], (ids + 5 * step)[who.mine]
+
+        def ranked(embeddings, labels, ids=ids_now):
+            held.enqueue(embeddings, labels, ids)
+            return loss_function(embeddings, labels, ref_emb=held, ids=ids)
+
+        if mini_batch_size is None:
+            loss = ranked(model(mine), labels_now)
+            loss.backward()
+        else:
+            loss = cached_backward(model, mine, labels_now, ranked, mini_batch_size=mini_batch_size)
+        losses.append(loss.detach())
+    return {
+        "loss": torch.stack(losses),
+        "gradients": gradients(model),
+        "memory": torch.cat([held.embeddings, held.labels[:, None], held.ids[:, None]], dim=1),
+    }
+
+
+def cached(who, rows, mini_batch_size=2, scale=None):
+    """cached_backward with unequal numbers of mini-batches; gradients of two calls add up."""
+    x, labels, _ = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+    for _ in range(2):
+        loss = cached_backward(model, x, labels, loss_function, mini_batch_size=mini_batch_size, scaler=scaler)
+    return {"loss": loss, "gradients": gradients(model) / (scale or 1)}
+
+
+def norms(who, rows):
+    """A model with buffers that change in every forward, which DistributedDataParallel sends along."""
+    x, labels, _ = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = network()
+    with torch.random.fork_rng():
+        torch.manual_seed(2 if who.first else 1)  # rank 0 has the buffers that count
+        model[0] = nn.utils.parametrizations.spectral_norm(model[0], n_power_iterations=1)
+    model = who.wrap(model)
+    for _ in range(2):
+        loss = cached_backward(
+            model, x, labels, roadmap_ext.RoadmapLoss(gather_across_devices=who.gather), mini_batch_size=100
+        )
+    return {"loss": loss, "gradients": gradients(model)}
+
+
+def no_gradient(who, rows):
+    """Evaluation."""
+    x, labels, _ = (tensor[who.mine] for tensor in batch(sum(rows)))
+    with torch.no_grad():
+        return {"loss": roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)(network()(x), labels)}
+
+
+def gathered(who, rows):
+    """distributed.gather, its gradient and its gradient's gradient."""
+    x = batch(sum(rows))[0][who.mine].clone().requires_grad_()
+    every = distributed.gather(x) if who.gather else x
+    (first,) = torch.autograd.grad((every**3).sum() / who.world, x, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), x)
+    return {"rows": every.detach(), "first": first.detach(), "second": second}
+
+
+CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | {
+    "ids": with_ids,
+    "two views": two_views,
+    "two views, reference": functools.partial(two_views, method="reference"),
+    "detached references": detached_references,
+    "memory": memory,
+    "memory, reference": functools.partial(memory, method="reference"),
+    "memory, cached": functools.partial(memory, mini_batch_size=3),
+    "cached": cached,
+    "cached, scaled": functools.partial(cached, scale=2.0**12),
+    "spectral norm": norms,
+    "no gradient": no_gradient,
+    "gathered": gathered,
+    "float32": functools.partial(train, "roadmap", dtype=torch.float32),
+    "bfloat16": functools.partial(train, "roadmap", dtype=torch.bfloat16),
+}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2}
+
+
+def begin(rank, world, folder, seconds):
+    """Joins the ranks."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), world)
+    timeout = datetime.timedelta(seconds=seconds)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def work(rank, world, folder):
+    """One rank: every case with every share, then one wrong call after another."""
+    begin(rank, world, folder, 30)
+    results = {
+        (name, share): case(Rank(rows, rank), rows)
+        for name, case in CASES.items()
+        for share, rows in SHARES[world].items()
+    }
+    torch.save(results, folder / f"{rank}.pt")
+    errors = {}
+    for name, call in WRONG.items():
+        try:
+            call(rank)
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    torch.save(errors, folder / f"errors {rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def run(world, folder, target, *arguments, seconds=120):
+    """Exit statuses of the ranks; None of one that had to be killed."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=target, args=(rank, world, folder, *arguments), daemon=True) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """What each rank brought of all cases, and the errors of all wrong calls."""
+    folder = tmp_path_factory.mktemp(f"{request.param} ranks")
+    assert run(request.param, folder, work) == [0] * request.param
+    each = range(request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in each], [
+        torch.load(folder / f"errors {rank}.pt") for rank in each
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_one_process(ranks, name):
+    """Loss and gradients, as DistributedDataParallel averages them, are those of one process with the whole batch."""
+    brought, _ = ranks
+    tolerance = TOLERANCE.get(name, 1e-9)
+    for share, rows in SHARES[len(brought)].items():
+        whole = CASES[name](Whole(rows), rows)
+        assert rows == [0, 0] or whole["loss" if "loss" in whole else "rows"].abs().sum() > 0
+        for rank, ours in enumerate(result[name, share] for result in brought):
+            mine = Rank(rows, rank).mine
+            for what, expected in whole.items():
+                if what in ("first", "second") or (what == "loss" and expected.dim() and "none" in name):
+                    expected = expected[mine]
+                torch.testing.assert_close(
+                    ours[what], expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{share}, {what}: {text}"
+                )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_on_every_rank(ranks, name):
+    brought, _ = ranks
+    for share in SHARES[len(brought)]:
+        first, *others = (result[name, share] for result in brought)
+        for other in others:
+            for what in ("gradients", "memory", *(["loss"] if "none" not in name else [])):
+                assert what not in first or torch.equal(first[what], other[what]), (share, what)
+
+
+# --- what does not fit together --------------------------------------------------------------------------------------
+
+
+def call(rank, wrong, **settings):
+    """A loss on every rank, and on rank 1 something that is wrong: (embeddings, labels, keywords) to the same."""
+    x, labels, ids = batch(8)
+    arguments = (x[:, :3].clone().requires_grad_(), labels, {"ids": ids, "ref_ids": ids})
+    if rank == 1:
+        arguments = wrong(*arguments)
+    return roadmap_ext.RoadmapLoss(gather_across_devices=True, **settings)(*arguments[:2], **arguments[2])
+
+
+def with_memory(rank, enqueue):
+    """A memory that is enqueued, and on rank 1 something that is wrong."""
+    x, labels, ids = batch(8)
+    held = EmbeddingMemory(9, FEATURES, gather_across_devices=True, dtype=torch.float64)
+    arguments = enqueue(x, labels, ids) if rank == 1 else (x, labels, ids)
+    held.enqueue(*arguments)
+
+
+def gradients_off_on(rank):
+    with torch.no_grad() if rank == 1 else contextlib.nullcontext():
+        call(0, None)
+
+
+WRONG = {
+    "labels": lambda rank: call(rank, lambda x, y, ids: (x, y.double(), ids)),
+    "no tensor": lambda rank: call(rank, lambda x, y, ids: (None, y, ids)),
+    "dimension": lambda rank: call(rank, lambda x, y, ids: (x[:, :2], y, ids)),
+    "dtype": lambda rank: call(rank, lambda x, y, ids: (x.float(), y, ids)),
+    "ids": lambda rank: call(rank, lambda x, y, ids: (x, y, {})),
+    "references": lambda rank: call(rank, lambda x, y, ids: (x, y, {"ref_emb": x.clone(), "ref_labels": y, **ids})),
+    "settings": lambda rank: call(0, None, tau=0.01 * (1 + rank)),
+    "gradients": gradients_off_on,
+    "memory's ids": lambda rank: call(
+        rank, lambda x, y, ids: (x, y, {"ref_emb": EmbeddingMemory(3, 3, dtype=torch.float64)})
+    ),
+    "enqueued": lambda rank: with_memory(rank, lambda x, y, ids: (x, y[1:], ids)),
+    "enqueued dimension": lambda rank: with_memory(rank, lambda x, y, ids: (x[:, :2], y, ids)),
+    "gathered": lambda rank: distributed.gather(torch.zeros(3, 2 + (rank == 1))),
+    "gathered number": lambda rank: distributed.gather(torch.tensor(1.0) if rank == 1 else torch.zeros(3, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "others"),
+    [
+        (
+            "labels",
+            "TypeError: labels must have an integer dtype",
+            "RuntimeError: rank 1 of .* failed.*: TypeError: lab",
+        ),
+        ("no tensor", "TypeError: embeddings must be a torch.Tensor", "RuntimeError: rank 1 of .* TypeError: emb"),
+        (
+            "dimension",
+            "ValueError: the ranks have to agree in dimension 1, .*this one, rank 1, has 2",
+            "ValueError: .*3",
+        ),
+        ("dtype", "ValueError: .*dtype.*rank 1, has torch.float32", "ValueError: .*dtype.*has torch.float64"),
+        ("ids", "ValueError: the ranks have to agree in ids", "ValueError: the ranks have to agree in ids"),
+        ("references", "ValueError: the ranks make different calls: .*references", "ValueError: the ranks make differ"),
+        ("settings", "ValueError: .* agree in settings.*tau=0.02", "ValueError: .* agree in settings"),
+        ("gradients", "ValueError: .* agree in grad mode", "ValueError: .* agree in grad mode"),
+        ("memory's ids", "ValueError: ref_emb is an EmbeddingMemory, which holds", "RuntimeError: rank 1 .*ValueError"),
+        ("enqueued", "ValueError: labels must be 1-D", "RuntimeError: rank 1 .*ValueError: labels"),
+        (
+            "enqueued dimension",
+            "ValueError: embeddings must have the memory's dim",
+            "RuntimeError: rank 1 .*ValueError",
+        ),
+        ("gathered", "ValueError: .*dimension 1", "ValueError: .*dimension 1"),
+        ("gathered number", "ValueError: gather takes a tensor of rows", "RuntimeError: rank 1 .*ValueError: gather"),
+    ],
+)
+def test_wrong_on_one_rank(ranks, name, own, others):
+    """Bad arguments of one rank end the call on all of them, and the next call works: they run one after another."""
+    for rank, errors in enumerate(ranks[1]):
+        assert re.match(own if rank == 1 else others, errors[name], re.DOTALL), errors[name]
+
+
+def fail(rank, world, folder, how):
+    """Two steps on every rank, but on the last, which fails in the second."""
+    begin(rank, world, folder, TIMEOUT)
+    x, labels, _ = batch(12)
+    model = network() if how != "late, cached" else DistributedDataParallel(network())
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=True)
+    loss_function(model(x), labels).backward()
+    try:
+        if rank == world - 1:
+            if how == "exits":
+                return
+            if how == "raises":
+                raise FileNotFoundError("an image")
+            time.sleep(TIMEOUT * 2)  # is late, and goes on to what no longer works
+        if how == "late, cached":
+            cached_backward(model, x, labels, loss_function, mini_batch_size=5)
+        else:
+            loss_function(model(x), labels).backward()
+    except (RuntimeError, FileNotFoundError) as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("how", ["exits", "raises", "late", "late, cached"])
+def test_rank_that_fails(how, tmp_path):
+    """No rank waits longer than the process group's timeout says."""
+    start = time.monotonic()
+    assert run(3, tmp_path, fail, how, seconds=60) == [0, 0, 0]
+    assert time.monotonic() - start < 50
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.txt").read_text()
+        expected = f"RuntimeError: rank {rank} of 3 waited in vain for the others"
+        assert text.startswith(expected), text
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+def test_not_initialised():
+    x, labels, ids = batch(8)
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised: call .* torchrun"):
+        roadmap_ext.RoadmapLoss(gather_across_devices=True)(x, labels)
+    with pytest.raises(RuntimeError, match="not initialised"):
+        EmbeddingMemory(4, FEATURES, gather_across_devices=True).enqueue(x, labels, ids)
+    with pytest.raises(RuntimeError, match="not initialised"):
+        distributed.gather(x)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    begin(0, 1, tmp_path, 10)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_single_rank(alone):
+    """is one process: the same bits as without a group."""
+    for name in ("train, roadmap", "memory", "cached", "gathered"):
+        rows = [17]
+        for what, expected in CASES[name](Whole(rows), rows).items():
+            assert torch.equal(CASES[name](Rank(rows, 0), rows)[what], expected), (name, what)
+
+
+def test_compiled(alone, monkeypatch):
+    """torch.compile leaves the exchange out of its graphs."""
+    x, labels, _ = batch(8)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # by the way of several; there is one
+    loss = roadmap_ext.RoadmapLoss(gather_across_devices=True)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.compile(lambda x: loss(2 * x, labels), backend="aot_eager")(leaf).backward()
+    loss(2 * other, labels).backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
