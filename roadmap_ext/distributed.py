@@ -28,7 +28,7 @@ from ._relation import from_labels
 dist = torch.distributed
 
 # torch 2.13 gave it a new name, and warns of the old one.
-_all_gather_op = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 _MESSAGE = 256  # bytes of an error that the other ranks get to read
 
@@ -253,7 +253,7 @@ def _joined(x: Tensor, gradient: Sequence[int]) -> Tensor:
 def _all_gather(x: Tensor) -> Tensor:
     """[ranks, ...] of a tensor of the same shape on every rank."""
     received = x.new_empty((dist.get_world_size(), *x.shape))
-    _all_gather_op(_bytes(received), _bytes(x.contiguous()[None]))
+    getattr(dist, _ALL_GATHER)(_bytes(received), _bytes(x.contiguous()[None]))
     return received
 
 

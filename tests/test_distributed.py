@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import os
 import re
 import time
 
@@ -295,8 +296,9 @@ def test_as_one_process(ranks, name):
             for what, expected in whole.items():
                 if what in ("first", "second") or (what == "loss" and expected.dim() and "none" in name):
                     expected = expected[mine]
+                where = f"{share}, {what}: "
                 torch.testing.assert_close(
-                    ours[what], expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{share}, {what}: {text}"
+                    ours[what], expected, rtol=tolerance, atol=tolerance, msg=lambda text, where=where: where + text
                 )
 
 
@@ -400,7 +402,7 @@ def fail(rank, world, folder, how):
     try:
         if rank == world - 1:
             if how == "exits":
-                return
+                os._exit(0)
             if how == "raises":
                 raise FileNotFoundError("an image")
             time.sleep(TIMEOUT * 2)  # is late, and goes on to what no longer works
@@ -410,6 +412,7 @@ def fail(rank, world, folder, how):
             loss_function(model(x), labels).backward()
     except (RuntimeError, FileNotFoundError) as error:
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["exits", "raises", "late", "late, cached"])
