@@ -4,7 +4,8 @@ Without --data-root it takes scikit-learn's handwritten digits. With it, any fol
 folder that holds images is a class; the classes are split, so that those retrieved are classes never trained on.
 Writes into --out, all along: metrics.csv (a row an evaluation), steps.csv (a row a step), checkpoint.pt, best.pt and
 settings.json; and at the end curves.png and neighbours.png. Ctrl-C leaves a checkpoint; --resume goes on from it, and
-from a run that was killed, to the same bits. docs/training.md goes through it all.
+from a run that was killed, to the same bits. Under torchrun all its processes train as one. docs/training.md goes
+through it all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,8 @@ from retrieval.data import load
 from retrieval.errors import InputError, reason
 from retrieval.images import Images
 from retrieval.options import complete, parse
-from retrieval.run import WRITTEN, Board, Run
+from retrieval.ranks import Ranks
+from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training
 from tqdm import tqdm
 
@@ -75,9 +77,9 @@ class Interrupt:
             print("\nStopping when this step is done; once more stops at once.", file=sys.stderr, flush=True)
         os.close(reader)
 
-    def check(self) -> None:
-        """Raises StopRequest if a signal has come."""
-        if self.signal is not None:
+    def check(self, anywhere: Callable[[bool], bool] = bool) -> None:
+        """Raises StopRequest if a signal has come; ``anywhere`` says whether one has to any of several ranks."""
+        if anywhere(self.signal is not None):
             raise StopRequest
 
 
@@ -85,16 +87,18 @@ def _noted(number: int, frame: FrameType | None) -> None:
     """The handler: what there is to do the thread does."""
 
 
-def evaluate(training: Training, test: Images, run: Run, step: int, check: Callable[[], None]) -> None:
+def evaluate(training: Training, test: Images, run: Run | Onlooker, step: int, check: Callable[[], None]) -> None:
     """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
     begin = time.perf_counter()
     embeddings, options = training.embed(test, check), training.options
-    measured = retrieval_metrics(
-        embeddings,
-        test.labels.to(embeddings.device),
-        k=options.k,
-        normalize=options.normalize is not False,
-        progress=lambda queries: check(),
+    measured = training.ranks.from_first(
+        lambda: retrieval_metrics(
+            embeddings,
+            test.labels.to(embeddings.device),
+            k=options.k,
+            normalize=options.normalize is not False,
+            progress=lambda queries: check(),
+        )
     )
     if not all(map(math.isfinite, measured.values())):
         raise InputError(f"the embeddings of step {step} are not finite: lower --lr, or train with --amp none")
@@ -122,9 +126,11 @@ def due(options: argparse.Namespace, step: int) -> bool:
     return step % options.evaluate_every == 0 or step == options.steps
 
 
-def train(training: Training, test: Images, run: Run, interrupt: Interrupt, board: Board) -> None:
+def train(training: Training, test: Images, run: Run | Onlooker, interrupt: Interrupt, board: Board) -> None:
     """From where the run stands to its last step, with a checkpoint whenever it stops."""
-    options = training.options
+    options, ranks = training.options, training.ranks
+    # Ranks have to stop at the same place, which between steps they agree on.
+    within = interrupt.check if ranks.world == 1 else lambda: None
     step = run.state["step"] if run.state else 0
     if step:
         print("Finished already." if step == options.steps else f"Going on from step {step:,} of {options.steps:,}.")
@@ -132,17 +138,18 @@ def train(training: Training, test: Images, run: Run, interrupt: Interrupt, boar
     for row in run.metrics.rows:
         print(line(row))
     try:
-        with tqdm(total=options.steps, initial=step, desc="training", unit="step", disable=None) as progress:
+        silent = None if ranks.first else True
+        with tqdm(total=options.steps, initial=step, desc="training", unit="step", disable=silent) as progress:
             while True:
                 if due(options, step) and step not in run.metrics.column("step"):
-                    evaluate(training, test, run, step, interrupt.check)
+                    evaluate(training, test, run, step, within)
                     board.add(run.metrics.rows[-1], "retrieval")
                     progress.write(line(run.metrics.rows[-1]))
                 if step >= options.steps:
                     break
                 if step and step % options.checkpoint_every == 0:
                     run.save(step=step, **training.state())
-                interrupt.check()
+                interrupt.check(ranks.any)
                 run.steps.add(training.step(step))
                 step += 1
                 row = run.steps.rows[-1]
@@ -178,24 +185,29 @@ def line(row: dict[str, Any]) -> str:
     return text + f"{row['step_ms']:>8.0f} ms{row['loss_ms']:>11.1f} ms{memory:>10}"
 
 
-def draw_curves(training: Training, run: Run) -> None:
+def draw_curves(training: Training, run: Run | Onlooker) -> None:
     """How the run went, as far as it did."""
-    if run.steps.rows:
+    if run.steps.rows and training.ranks.first:
         shown = ["mAP", "mAP@R", "R-precision", *(f"R@{count}" for count in training.options.k[:1])]
         title = f"{training.options.loss}, batches of {training.options.batch_size:,}"
         pictures.curves(run.steps, run.metrics, shown, title, run.folder / "curves.png")
 
 
-def draw_neighbours(training: Training, test: Images, run: Run, check: Callable[[], None]) -> None:
+def draw_neighbours(training: Training, test: Images, run: Run | Onlooker, check: Callable[[], None]) -> None:
     """What the network of a run that is over retrieves."""
     title = f"test images and their nearest others after {training.options.steps:,} steps"
-    pictures.neighbours(training.embed(test, check), test, run.folder / "neighbours.png", title)
+    embeddings = training.embed(test, check)
+    if training.ranks.first:
+        pictures.neighbours(embeddings, test, run.folder / "neighbours.png", title)
 
 
-def usable(name: str | None) -> torch.device:
-    """The device, if it is there."""
+def usable(name: str | None, ranks: Ranks) -> torch.device:
+    """The device, if it is there; of several, where none is named by its number, one for each process."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", ranks.local)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used: {reason(error)}") from error
@@ -222,7 +234,7 @@ def settings(options: argparse.Namespace, training: Training, train_on: Images, 
     return given | chosen
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def about(device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """What the bits may depend on, too."""
     cuda = device.type == "cuda"
     return {
@@ -233,33 +245,47 @@ def about(device: torch.device) -> dict[str, Any]:
         "Pillow": PIL.__version__,
         "machine": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.world,
     }
 
 
-def prepare(options: argparse.Namespace, stack: ExitStack) -> tuple[Training, Images, Run, Board]:
+def prepare(
+    options: argparse.Namespace, ranks: Ranks, stack: ExitStack
+) -> tuple[Training, Images, Run | Onlooker, Board]:
     """All that can go wrong before training starts."""
-    device = usable(options.device)
+    device = usable(options.device, ranks)
     train_on, test = load(options)
     complete(options, len(train_on))
-    training = Training(options, train_on, device)
+    ranks.join(device)
+    stack.callback(ranks.leave)
+    training = Training(options, train_on, device, ranks)
     training.probe()
     name = "digits" if options.data_root is None else options.data_root.resolve().stem
     folder = options.out or Path("runs") / f"{name}-{options.loss}"
     depends_on = settings(options, training, train_on, test)
-    run = stack.enter_context(closing(Run(folder, depends_on, about(device), resume=options.resume)))
-    begin = run.state["step"] if run.state else 0
-    if begin > options.steps:
-        raise InputError(f"{folder} has come to step {begin:,}: --steps {options.steps:,} is less")
-    board = stack.enter_context(closing(Board(folder / "tensorboard" if options.tensorboard else None, begin)))
+    opened: list[tuple[Run, Board]] = []
+
+    def open_run() -> tuple[Any, ...]:
+        run = stack.enter_context(closing(Run(folder, depends_on, about(device, ranks), resume=options.resume)))
+        begin = run.state["step"] if run.state else 0
+        if begin > options.steps:
+            raise InputError(f"{folder} has come to step {begin:,}: --steps {options.steps:,} is less")
+        board = stack.enter_context(closing(Board(folder / "tensorboard" if options.tensorboard else None, begin)))
+        run.begin(lambda step: due(options, step))
+        opened.append((run, board))
+        return run.state, run.metrics.rows, run.steps.rows
+
+    kept = ranks.from_first(open_run)
+    run, board = opened[0] if ranks.first else (Onlooker(folder, *kept), Board(None, 0))
     if run.state:
         training.load(run.state)
-    run.begin(lambda step: due(options, step))
 
     for name, what in (("Train", train_on), ("Test", test)):
         shape = f"{what.channels} x {what.size} x {what.size}"
         print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
     parameters = sum(p.numel() for p in training.network.parameters())
-    print(f"Network: {options.backbone}, {parameters:,} parameters, on {device}")
+    many = f", {ranks.world} processes as one" if ranks.world > 1 else ""
+    print(f"Network: {options.backbone}, {parameters:,} parameters, on {device}{many}")
     print(f"Loss: {losses.describe(training.loss)}")
     print(f"Batches: {options.batch_size:,} images, {training.per_class} a class; {options.epoch:,} an epoch")
     if training.repeating:
@@ -270,13 +296,14 @@ def prepare(options: argparse.Namespace, stack: ExitStack) -> tuple[Training, Im
     return training, test, run, board
 
 
-def carry_out(training: Training, test: Images, run: Run, board: Board) -> int:
+def carry_out(training: Training, test: Images, run: Run | Onlooker, board: Board) -> int:
     """Trains and draws. Returns the exit status."""
     with Interrupt() as interrupt:
+        within = interrupt.check if training.ranks.world == 1 else lambda: None
         try:
             train(training, test, run, interrupt, board)
             draw_curves(training, run)
-            draw_neighbours(training, test, run, interrupt.check)
+            draw_neighbours(training, test, run, within)
         except StopRequest:
             print(f"\nStopped. {run.folder} has a checkpoint: the same command with --resume goes on from it.")
             draw_curves(training, run)
@@ -295,13 +322,19 @@ def main(arguments: list[str] | None = None) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would add to the time of all that is measured
     torch.backends.cudnn.benchmark = False
     status = 2  # of an error before training starts
+    name = "train_retrieval.py"
     try:
         with ExitStack() as stack:
-            ready = prepare(options, stack)
+            ranks = Ranks()
+            if ranks.world > 1:
+                name += f", rank {ranks.rank}"
+            if not ranks.first:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            ready = prepare(options, ranks, stack)
             status = 1
             return carry_out(*ready)
     except (InputError, OSError) as error:
-        print(f"train_retrieval.py: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print("\nStopped before training began.", file=sys.stderr)

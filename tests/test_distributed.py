@@ -412,7 +412,7 @@ def fail(rank, world, folder, how):
             loss_function(model(x), labels).backward()
     except (RuntimeError, FileNotFoundError) as error:
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's own clean-up of a group that is broken may abort the process, or wait without end
 
 
 @pytest.mark.parametrize("how", ["exits", "raises", "late", "late, cached"])

@@ -68,11 +68,11 @@ class PerClassBatches:
         return sum(len(images) < self.per_class for images in self._images)
 
     def __call__(self, step: int) -> Tensor:
-        """Image numbers [batch_size] of a step."""
+        """Image numbers [batch_size] of a step, in random order: any part of a batch is of many classes."""
         random = generator("batch", self._seed, step)
         classes = torch.randperm(len(self._images), generator=random)[: self._classes]
         drawn = [self._draw(self._images[label], random) for label in classes.tolist()]
-        return torch.cat(drawn)[: self.batch_size]
+        return torch.cat(drawn)[: self.batch_size][torch.randperm(self.batch_size, generator=random)]
 
     def _draw(self, images: Tensor, random: torch.Generator) -> Tensor:
         rounds = -(-self.per_class // len(images))
@@ -89,9 +89,12 @@ class Distortion:
     shift: float  # share of the size, in each direction
     flip: bool
 
-    def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Distorted copies of images [b, C, S, S] float32; what lies outside an image goes on as its border."""
-        draw = torch.rand(len(images), 5, generator=random).to(images.device) * 2 - 1
+    def draw(self, images: int, random: torch.Generator) -> Tensor:
+        """How each of some images is to be distorted, [images, 5], from -1 to 1."""
+        return torch.rand(images, 5, generator=random) * 2 - 1
+
+    def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
+        """Distorted copies of images [b, C, S, S] float32, each as drawn; what lies outside goes on as the border."""
         if not (self.rotate or self.resize or self.shift or self.flip):
             return images
         angle, size = draw[:, 0] * math.radians(self.rotate), 1 + draw[:, 1] * self.resize
@@ -105,19 +108,19 @@ class Distortion:
 
 
 class Feed:
-    """Images and labels of a step; images that do not lie in memory are decoded while the step before is trained."""
+    """A share of the images of a step; those that do not lie in memory are decoded while the step before is trained."""
 
-    def __init__(self, images: Images, batches: PerClassBatches) -> None:
-        self._images, self._batches = images, batches
+    def __init__(self, images: Images, batches: PerClassBatches, share: slice) -> None:
+        self._images, self._batches, self._share = images, batches, share
         self._pool = ThreadPoolExecutor(1)
-        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+        self._ahead: dict[int, Future[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """[B, C, S, S] uint8 and [B] int64."""
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, C, S, S] uint8, their labels [b] int64, and their numbers [b] int64."""
         here = self._ahead.pop(step, None)
         self._ahead = {step + 1: self._pool.submit(self._read, step + 1)}
         return here.result() if here is not None else self._read(step)
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        index = self._batches(step)
-        return self._images.pixels(index), self._images.labels[index]
+    def _read(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = self._batches(step)[self._share]
+        return self._images.pixels(index), self._images.labels[index], index

@@ -46,7 +46,7 @@ _ABOUT = {
     "method": "which kernels",
 }
 _TYPES = {"float": float, "float | None": float, "int | None": int, "str": str}
-_ELSEWHERE = {"gather_across_devices"}  # not a matter of the loss alone
+_ELSEWHERE = {"gather_across_devices"}  # as the processes are
 
 
 def _settings(name: str) -> dict[str, inspect.Parameter]:
@@ -75,8 +75,8 @@ def setting_names() -> set[str]:
     return set(_settings("roadmap"))
 
 
-def make(options: argparse.Namespace) -> nn.Module:
-    """The loss that the options ask for.
+def make(options: argparse.Namespace, across_devices: bool = False) -> nn.Module:
+    """The loss that the options ask for, of the batches of all processes as one if it is ``across_devices``.
 
     Raises:
         InputError: a setting that this loss does not have, or a value that it does not take.
@@ -89,7 +89,7 @@ def make(options: argparse.Namespace) -> nn.Module:
         listed = ", ".join("--" + name.replace("_", "-") for name in own)
         raise InputError(f"--{foreign[0].replace('_', '-')} is no setting of --loss {options.loss}, which has {listed}")
     try:
-        return made(**fixed, **given)
+        return made(**fixed, **given, gather_across_devices=across_devices)
     except ValueError as error:
         raise InputError(f"--loss {options.loss}: {error}") from error
 
@@ -97,35 +97,40 @@ def make(options: argparse.Namespace) -> nn.Module:
 def describe(loss: nn.Module) -> str:
     """Its name, and the settings that are not the defaults."""
     defaults = {name: value.default for name, value in inspect.signature(type(loss)).parameters.items()}
-    changed = [f"{name}={loss.settings[name]!r}" for name in defaults if loss.settings[name] != defaults[name]]
+    changed = [
+        f"{name}={loss.settings[name]!r}"
+        for name in defaults
+        if loss.settings[name] != defaults[name] and name not in _ELSEWHERE
+    ]
     return f"{type(loss).__name__}({', '.join(changed)})"
 
 
 class Meter:
-    """Runs loss and gradient of a batch of embeddings, and keeps the time and memory that they took.
+    """Keeps the time and memory that a loss of embeddings and its gradient take.
 
     Attributes:
-        seconds: of the last call.
-        bytes: by which the device's memory in use rose in the last call, at the most: on the CPU the resident memory
+        seconds: of the last call, until its backward had the gradient of the embeddings.
+        bytes: by which the device's memory in use rose in that time, at the most: on the CPU the resident memory
             of the process, where the system is Linux and lets it be asked; else None.
     """
 
-    def __init__(self, loss: nn.Module, device: torch.device) -> None:
-        self.loss, self._device = loss, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.seconds, self.bytes = 0.0, None
 
-    def __call__(self, embeddings: Tensor, labels: Tensor, scaler: torch.amp.GradScaler) -> tuple[Tensor, Tensor]:
-        """The loss of embeddings [B, D], and its gradient times the scaler's factor, [B, D]."""
-        leaf = embeddings.detach().requires_grad_()
+    def __call__(self, embeddings: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """``loss(embeddings)`` of embeddings [B, D] that want a gradient."""
         before = self._mark()
         begin = time.perf_counter()
-        loss = self.loss(leaf, labels)
-        scaler.scale(loss).backward()
-        self._wait()
-        self.seconds = time.perf_counter() - begin
-        peak = self._peak()
-        self.bytes = None if before is None or peak is None else max(0, peak - before)
-        return loss.detach(), leaf.grad
+
+        def end(gradient: Tensor) -> None:
+            self._wait()
+            self.seconds = time.perf_counter() - begin
+            peak = self._peak()
+            self.bytes = None if before is None or peak is None else max(0, peak - before)
+
+        embeddings.register_hook(end)
+        return loss(embeddings)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -65,6 +65,14 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--batch-size", type=_whole(2, 1 << 20), metavar="N", default=128, help="images a step; default 128")
+    add(
+        "--mini-batch-size",
+        type=count,
+        metavar="N",
+        help="images that the network takes at a time, twice; the loss is of the whole batch all the same",
+    )
+    add("--memory-size", type=count, metavar="N", help="rank this many past embeddings, too")
+    add("--memory-warmup", type=_whole(0), metavar="N", help="steps before that; default --warmup")
     add("--per-class", type=at_least_2, metavar="N", help="images a class in a batch; default 4, or what fills it")
     length = training.add_mutually_exclusive_group()
     about_epochs = f"passes over the training images; default {EPOCHS}, or what makes {LEAST_STEPS} steps"
@@ -116,6 +124,8 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.backbone == "small" and (options.pretrained or options.weights):
         parser.error("--pretrained and --weights are for --backbone with a model of timm's")
+    if options.memory_warmup is not None and options.memory_size is None:
+        parser.error("--memory-warmup is for --memory-size")
     if options.weights and not options.weights.is_file():
         parser.error(f"--weights: there is no file {options.weights}")
     return options
@@ -129,6 +139,8 @@ def complete(options: argparse.Namespace, images_to_train_on: int) -> None:
         options.steps = max(EPOCHS * options.epoch, LEAST_STEPS) if few else options.epochs * options.epoch
     if options.warmup is None:
         options.warmup = min(20, options.steps // 10)
+    if options.memory_size is not None and options.memory_warmup is None:
+        options.memory_warmup = options.warmup
     if options.evaluate_every is None:
         options.evaluate_every = options.epoch * -(-options.steps // (EVALUATIONS * options.epoch))
     if options.checkpoint_every is None:

@@ -20,14 +20,14 @@ import torch
 
 from .errors import InputError, reason
 
-FORMAT = 1
+FORMAT = 2
 WRITTEN = ("metrics.csv", "steps.csv", "checkpoint.pt", "best.pt", "settings.json", "curves.png", "neighbours.png")
 
 
 class Table:
-    """Rows of numbers with a step each, in memory and in a CSV."""
+    """Rows of numbers with a step each, in memory and, with a path, in a CSV."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path, self.rows = path, []
         self.rows: list[dict[str, Any]]
 
@@ -55,6 +55,8 @@ class Table:
     def add(self, row: dict[str, Any]) -> None:
         """One row more, with the columns of the first."""
         self.rows.append(row)
+        if self.path is None:
+            return
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
             if len(self.rows) == 1:
@@ -175,6 +177,23 @@ class Run:
             if about.get(name) != value
         ]
         return state
+
+
+class Onlooker:
+    """The run on a rank that does not write: what the first one's Run holds, and what is added to it."""
+
+    def __init__(
+        self, folder: Path, state: dict[str, Any] | None, metrics: list[dict[str, Any]], steps: list[dict[str, Any]]
+    ) -> None:
+        self.folder, self.state, self.notes = folder, state, []
+        self.metrics, self.steps = Table(None), Table(None)
+        self.metrics.rows, self.steps.rows = metrics, steps
+
+    def save(self, **state: Any) -> None:
+        """The first rank does."""
+
+    def save_best(self, network: dict[str, Any]) -> None:
+        """The first rank does."""
 
 
 class Board:

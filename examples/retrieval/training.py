@@ -9,61 +9,78 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from roadmap_ext import EmbeddingMemory, cached_backward
 
 from . import batches, losses, networks
 from .errors import InputError
 from .images import MIB, Images
 from .options import AMP
+from .ranks import Ranks
 
 _EMBEDDED = 256  # images that are embedded at a time where no gradient is wanted
 
 
 class Training:
-    """Network, optimiser and loss. A step depends on these and on its number alone: all chance is drawn from that."""
+    """Network, optimiser and loss. A step depends on these and on its number alone: all chance is drawn from that.
 
-    def __init__(self, options: argparse.Namespace, train: Images, device: torch.device) -> None:
-        self.options, self.device = options, device
+    Of several ranks each takes its share of the batch; the loss is that of the whole.
+    """
+
+    def __init__(self, options: argparse.Namespace, train: Images, device: torch.device, ranks: Ranks) -> None:
+        self.options, self.device, self.ranks = options, device, ranks
         sampler = batches.PerClassBatches(train.labels, options.batch_size, options.per_class, options.seed)
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
-        self._feed = batches.Feed(train, sampler)
+        if options.batch_size < 2 * ranks.world:
+            raise InputError(
+                f"--batch-size {options.batch_size} leaves {ranks.world} processes less than 2 images each"
+            )
+        self._share = ranks.share(options.batch_size)
+        self._feed = batches.Feed(train, sampler, self._share)
         self._distort = batches.Distortion(options.rotate, options.resize, options.shift, options.flip)
-        self.loss = losses.make(options)
-        self._meter = losses.Meter(self.loss, device)
+        self.loss = losses.make(options, ranks.world > 1)
+        self._meter = losses.Meter(device)
+        self._memory: EmbeddingMemory | None = None
+        if options.memory_size is not None:
+            self._memory = EmbeddingMemory(
+                options.memory_size,
+                options.dim,
+                warm_up=options.memory_warmup,
+                gather_across_devices=ranks.world > 1,
+                device=device,
+            )
         torch.manual_seed(options.seed)
         self.network = _make_network(options, train.channels, train.size).to(device)
+        self._model = ranks.together(self.network, device)
         self._optimizer = torch.optim.AdamW(self.network.parameters(), options.lr, weight_decay=options.weight_decay)
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self._autocast = torch.autocast(device.type, AMP[options.amp], enabled=options.amp != "none")
 
     def probe(self) -> None:
         """Runs the loss once, for its errors: no kernel for this device, no such method."""
-        embeddings, labels = torch.eye(4, self.options.dim), torch.tensor([0, 0, 1, 1])
+        embeddings, labels = torch.eye(4, self.options.dim, device=self.device), torch.tensor([0, 0, 1, 1])
         try:
-            self._meter(embeddings.to(self.device), labels.to(self.device), self._scaler)
+            self._scaler.scale(self.loss(embeddings.requires_grad_(), labels.to(self.device))).backward()
         except (ValueError, RuntimeError) as error:
             raise InputError(f"--loss {self.options.loss} on {self.device}: {error}") from error
 
     def step(self, number: int) -> dict[str, Any]:
         """Trains on the batch of a step, and says what it took."""
         begin = time.perf_counter()
-        pixels, labels = self._feed(number)
-        pixels, labels = pixels.to(self.device), labels.to(self.device)
+        pixels, labels, ids = (x.to(self.device) for x in self._feed(number))
         random = batches.generator("distortion", self.options.seed, number)
-        torch.manual_seed(batches.seed_of("network", self.options.seed, number))  # dropout, wherever it is
+        draw = self._distort.draw(self.options.batch_size, random)[self._share].to(self.device)
+        rank = f" on rank {self.ranks.rank}" if self.ranks.rank else ""
+        torch.manual_seed(batches.seed_of("network" + rank, self.options.seed, number))  # dropout, wherever it is
         rate = self.learning_rate(number)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        distorted = self._distort(pixels.float(), random)
-        with self._autocast:
-            embeddings = self.network(distorted)
-        loss, gradient = self._meter(embeddings, labels, self._scaler)
         self._optimizer.zero_grad()
-        embeddings.backward(gradient)
+        value = self._backward((pixels, draw), labels, ids).item()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        value = loss.item()
         if not math.isfinite(value):
             raise InputError(f"the loss of step {number + 1} is {value}: lower --lr, or train with --amp none")
         return {
@@ -75,6 +92,37 @@ class Training:
             "loss_mib": None if self._meter.bytes is None else self._meter.bytes / MIB,
         }
 
+    def _backward(self, inputs: tuple[Tensor, Tensor], labels: Tensor, ids: Tensor) -> Tensor:
+        """The loss of pixels [b, C, S, S] and how they are to be distorted [b, 5]; adds to the gradients."""
+
+        def embed(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+            return model(self._distort(inputs[0].float(), inputs[1]))
+
+        def rank(embeddings: Tensor) -> Tensor:
+            if self._memory is None:
+                return self.loss(embeddings, labels)
+            self._memory.enqueue(embeddings, labels, ids)
+            return self.loss(embeddings, labels, ref_emb=self._memory, ids=ids)
+
+        if self.options.mini_batch_size is not None:
+            with self._autocast:
+                return cached_backward(
+                    self._model,
+                    inputs,
+                    labels,
+                    lambda embeddings, _: self._meter(embeddings, rank),
+                    mini_batch_size=self.options.mini_batch_size,
+                    scaler=self._scaler,
+                    call=embed,
+                )
+        with self._autocast:
+            embeddings = embed(self._model, inputs)
+        leaf = embeddings.detach().requires_grad_()
+        loss = self._meter(leaf, rank)
+        self._scaler.scale(loss).backward()
+        embeddings.backward(leaf.grad)
+        return loss.detach()
+
     def learning_rate(self, number: int) -> float:
         """A line up over the first steps, then constant or half a cosine down to 0."""
         options = self.options
@@ -85,14 +133,16 @@ class Training:
 
     @torch.no_grad()
     def embed(self, what: Images, check: Callable[[], None]) -> Tensor:
-        """[n, D] float32 of all images; ``check`` is called between batches."""
+        """[n, D] float32 of all images; ``check`` is called between batches. Each rank embeds its share."""
+        self.ranks.share_buffers(self.network)
         self.network.eval()
-        out = []
-        for index in torch.arange(len(what)).split(_EMBEDDED):
+        out = [torch.empty(0, self.options.dim, device=self.device)]
+        for index in torch.arange(len(what))[self.ranks.share(len(what))].split(_EMBEDDED):
             check()
-            with self._autocast:
-                out.append(self.network(what.pixels(index).to(self.device).float()).float())
-        return torch.cat(out)
+            if len(index):
+                with self._autocast:
+                    out.append(self.network(what.pixels(index).to(self.device).float()).float())
+        return self.ranks.gather(torch.cat(out))
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but its number."""
@@ -100,6 +150,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "memory": self._memory and self._memory.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -107,6 +158,8 @@ class Training:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        if self._memory is not None:
+            self._memory.load_state_dict(state["memory"])
 
 
 def _make_network(options: argparse.Namespace, channels: int, size: int) -> networks.Network:
