@@ -25,6 +25,7 @@ from retrieval.batches import Distortion, Feed, PerClassBatches, generator
 from retrieval.data import load
 from retrieval.errors import InputError
 from retrieval.options import complete, parse
+from retrieval.ranks import Ranks
 from retrieval.run import Run, Table, replace
 from retrieval.training import Training
 
@@ -67,6 +68,10 @@ def options(*arguments):
 
 def program(*arguments):
     return train_retrieval.main([str(argument) for argument in arguments])
+
+
+def distorted(by, images, random):
+    return by(images, by.draw(len(images), random))
 
 
 def refused(capsys, *arguments):
@@ -329,9 +334,6 @@ class TestBatches:
         batch = sampler(data.draw(st.integers(0, 1000)))
         assert len(batch) == batch_size
         drawn = labels[batch]
-        assert (
-            drawn == drawn.unique_consecutive().repeat_interleave(drawn.unique_consecutive(return_counts=True)[1])
-        ).all()
         counts = drawn.bincount(minlength=len(sizes))
         present = counts[counts > 0].sort().values.tolist()
         left = batch_size % each
@@ -351,6 +353,11 @@ class TestBatches:
         # Every image has its turn.
         assert torch.cat([first(step) for step in range(100)]).unique().numel() == 100
 
+    def test_any_part_of_a_batch_is_of_many_classes(self):
+        labels = torch.arange(1000) % 10
+        for part in labels[PerClassBatches(labels, 800, 80, seed=0)(0)].split(100):
+            assert part.bincount(minlength=10).max() < 30
+
     def test_defaults_fill_the_batch(self):
         labels = torch.arange(1000) % 10
         assert PerClassBatches(labels, 16, None, 0).per_class == 4
@@ -369,16 +376,18 @@ class TestBatches:
 
     def test_distortion(self):
         whole = torch.rand(5, 2, 9, 9)
-        assert torch.equal(Distortion(0, 0, 0, False)(whole, generator("d", 0, 0)), whole)
-        mirrored = Distortion(0, 0, 0, True)(whole, generator("d", 0, 0))
+        assert torch.equal(distorted(Distortion(0, 0, 0, False), whole, generator("d", 0, 0)), whole)
+        mirrored = distorted(Distortion(0, 0, 0, True), whole, generator("d", 0, 0))
         for before, after in zip(whole, mirrored, strict=True):
             assert torch.allclose(after, before, atol=1e-5) or torch.allclose(after, before.flip(2), atol=1e-5)
         moved = Distortion(20, 0.2, 0.1, False)
-        assert torch.equal(moved(whole, generator("d", 0, 7)), moved(whole, generator("d", 0, 7)))
-        assert not torch.equal(moved(whole, generator("d", 0, 7)), moved(whole, generator("d", 0, 8)))
-        assert torch.allclose(moved(torch.full((3, 1, 9, 9), 7.0), generator("d", 0, 0)), torch.tensor(7.0))
+        assert torch.equal(distorted(moved, whole, generator("d", 0, 7)), distorted(moved, whole, generator("d", 0, 7)))
+        assert not torch.equal(
+            distorted(moved, whole, generator("d", 0, 7)), distorted(moved, whole, generator("d", 0, 8))
+        )
+        assert torch.allclose(distorted(moved, torch.full((3, 1, 9, 9), 7.0), generator("d", 0, 0)), torch.tensor(7.0))
         # To the right by a pixel of nine; the border goes on.
-        shifted = Distortion(0, 0, 0.5, False)(torch.arange(9.0).expand(400, 1, 9, 9), generator("d", 0, 0))
+        shifted = distorted(Distortion(0, 0, 0.5, False), torch.arange(9.0).expand(400, 1, 9, 9), generator("d", 0, 0))
         centre = shifted[:, 0, 4, 4] - 4
         assert centre.abs().max() <= 4
         assert centre.max() > 3.5
@@ -387,27 +396,29 @@ class TestBatches:
     def test_distortion_by_known_draws(self, monkeypatch):
         monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.ones(shape))
         whole = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
-        turned = Distortion(90, 0, 0, False)(whole, generator("d", 0, 0))
+        turned = distorted(Distortion(90, 0, 0, False), whole, generator("d", 0, 0))
         assert torch.allclose(turned, whole.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
             turned, whole.rot90(-1, (2, 3)), atol=1e-5
         )
         line = torch.linspace(-8, 8, 9).expand(1, 1, 9, 9)
-        resized = Distortion(0, 0.5, 0, False)(line, generator("d", 0, 0))
+        resized = distorted(Distortion(0, 0.5, 0, False), line, generator("d", 0, 0))
         assert torch.allclose(resized, (1.5 * line).clamp(-8, 8), atol=1e-5)
 
     def test_half_are_mirrored(self):
         line = torch.arange(9.0).expand(400, 1, 9, 9)
-        mirrored = Distortion(0, 0, 0, True)(line, generator("d", 0, 0))[:, 0, 0, 0] > 4
+        mirrored = distorted(Distortion(0, 0, 0, True), line, generator("d", 0, 0))[:, 0, 0, 0] > 4
         assert 150 < mirrored.sum() < 250
 
     def test_feed(self, tmp_path):
         found = images.read(write(tmp_path, some_classes()), 8, hold_mib=0)
         sampler = PerClassBatches(found.labels, 8, 4, 0)
-        feed = Feed(found, sampler)
-        for step in (0, 1, 2, 7, 8, 3):
-            pixels, labels = feed(step)
-            assert torch.equal(pixels, found.pixels(sampler(step)))
-            assert torch.equal(labels, found.labels[sampler(step)])
+        for share in (slice(0, 8), slice(3, 5)):
+            feed = Feed(found, sampler, share)
+            for step in (0, 1, 2, 7, 8, 3):
+                pixels, labels, index = feed(step)
+                assert torch.equal(index, sampler(step)[share])
+                assert torch.equal(pixels, found.pixels(index))
+                assert torch.equal(labels, found.labels[index])
 
 
 class TestLosses:
@@ -448,15 +459,16 @@ class TestLosses:
             losses.make(options("--loss", "sup-ap", "--tau", -1))
 
     def test_meter(self):
-        meter = losses.Meter(losses.make(options()), torch.device("cpu"))
-        embeddings = torch.randn(2048, 8, requires_grad=True)
+        meter, loss = losses.Meter(torch.device("cpu")), losses.make(options())
+        embeddings, other = (torch.ones(2048, 8).cumsum(0).sin().requires_grad_() for _ in range(2))
         labels = torch.arange(2048) % 512
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss, gradient = meter(embeddings, labels, scaler)
-        expected = meter.loss(embeddings, labels)
+        metered = meter(embeddings, lambda given: loss(given, labels))
+        assert meter.seconds == 0
+        metered.backward()
+        expected = loss(other, labels)
         expected.backward()
-        assert torch.equal(loss, expected.detach())
-        assert torch.equal(gradient, embeddings.grad)
+        assert torch.equal(metered, expected)
+        assert torch.equal(embeddings.grad, other.grad)
         assert 0 < meter.seconds < 10
         if sys.platform == "linux" and meter.bytes is not None:
             assert meter.bytes < 64 << 20
@@ -507,7 +519,7 @@ class TestStep:
         torch.use_deterministic_algorithms(True)
         data = data or load(given)[0]
         complete(given, len(data))
-        training = Training(given, data, torch.device("cpu"))
+        training = Training(given, data, torch.device("cpu"), Ranks())
         seen = types.SimpleNamespace(inputs=[], seeds=[], modes=[], dtypes=[], rates=[], norms=[])
 
         def before_network(module, inputs):
@@ -596,6 +608,36 @@ class TestStep:
 
         with pytest.raises(KeyboardInterrupt):
             training.embed(load(options())[1], check)
+
+    @pytest.mark.parametrize("amp", ["none", "fp16"])
+    @pytest.mark.parametrize("memory", [(), ("--memory-size", 30, "--memory-warmup", 1)], ids=["alone", "memory"])
+    def test_mini_batches_are_the_batch(self, amp, memory):
+        """but for batch norm, which is left out here."""
+        gradients = []
+        for mini in ((), ("--mini-batch-size", 6), ("--mini-batch-size", 20)):
+            training, seen = self.make("--amp", amp, *memory, *mini, "--schedule", "constant")
+            for name, module in list(training.network.body.named_children()):
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    setattr(training.network.body, name, torch.nn.Identity())
+            rows = [training.step(step) for step in range(3)]
+            assert len(seen.inputs) == 3 * (8 if mini == ("--mini-batch-size", 6) else 1)
+            assert all(0 < row["loss_ms"] < row["step_ms"] for row in rows)
+            gradients.append(torch.tensor([*seen.norms, *(row["loss"] for row in rows)]))
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1 if amp == "fp16" else 1e-4, atol=1e-6)
+        assert torch.equal(gradients[2], gradients[0])
+
+    def test_the_memory_is_ranked_after_its_warm_up(self):
+        training, _ = self.make("--memory-size", 50, "--memory-warmup", 2)
+        held, references = [], []
+        training.loss.register_forward_pre_hook(
+            lambda module, inputs, given: references.append(len(given["ref_emb"])), with_kwargs=True
+        )
+        for step in range(6):
+            training.step(step)
+            held.append(sorted(training._memory.ids.tolist()))
+        assert references == [0, 0, 20, 40, 50, 50]
+        assert held[3] == sorted(torch.cat([training._feed._batches(step) for step in (2, 3)]).tolist())
+        assert torch.equal(training._memory.labels, load(options())[0].labels[training._memory.ids])
 
     def test_the_scaler_is_part_of_the_state(self, same_images):
         first, _ = self.make("--amp", "fp16", data=same_images)
@@ -767,6 +809,14 @@ class TestRuns:
         assert program(*odd, tmp_path / "d", "--steps", 12) == 0
         assert same(outcome(tmp_path / "c"), outcome(tmp_path / "d"))
 
+    def test_the_memory_goes_on(self, tmp_path):
+        given = [*TINY, "--schedule", "constant", "--memory-size", 70, "--mini-batch-size", 9, "--out"]
+        assert program(*given, tmp_path / "a", "--steps", 5) == 0
+        assert program(*given, tmp_path / "a", "--resume") == 0
+        assert program(*given, tmp_path / "b") == 0
+        assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+        assert outcome(tmp_path / "b")[0]["memory"]["_extra_state"]["entries"] == 70
+
     def test_a_shorter_run(self, tmp_path, capsys):
         constant = [*TINY, "--schedule", "constant", "--out", tmp_path / "a"]
         assert program(*constant) == 0
@@ -892,6 +942,66 @@ class TestRuns:
         assert "lower --lr" in capsys.readouterr().err
         state, (_, steps) = outcome(tmp_path / "run")
         assert state["step"] == len(steps) < 8
+
+
+def torchrun(*arguments, **keywords):
+    """The program in two processes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [ROOT / "examples" / "train_retrieval.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords
+    )
+
+
+class TestTwoProcesses:
+    """Under torchrun; that loss and gradients are those of one process is shown in test_distributed.py."""
+
+    LONG = (*TINY, "--steps", 60, "--memory-size", 50, "--mini-batch-size", 4, "--evaluate-every", 20)
+
+    def test_stopped_and_gone_on(self, tmp_path):
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        process = torchrun(*self.LONG, "--out", whole)
+        text, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert text.count("mAP@R") == 2  # the heading and the end, once each
+        assert sorted(path.name for path in whole.iterdir()) == sorted(os.listdir(whole))
+        state, (metrics, steps) = outcome(whole)
+        assert [int(row["step"]) for row in metrics] == [0, 20, 40, 60]
+        assert [int(row["step"]) for row in steps] == list(range(1, 61))
+        assert float(metrics[-1]["mAP@R"]) > float(metrics[0]["mAP@R"]) + 0.1
+        assert state["memory"]["_extra_state"]["entries"] == 50
+
+        process = torchrun(*self.LONG, "--checkpoint-every", 1000, "--out", broken)
+        deadline = time.monotonic() + 60
+        while not (broken / "steps.csv").exists() or (broken / "steps.csv").read_text().count("\n") < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "--resume goes on from it" in text
+        assert 9 < outcome(broken)[0]["step"] < 60
+        process = torchrun(*self.LONG, "--checkpoint-every", 1000, "--out", broken, "--resume")
+        text, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert same(outcome(broken), outcome(whole))
+
+    def test_bad_input(self, tmp_path):
+        (tmp_path / "settings.json").write_text("{}")
+        process = torchrun(*TINY, "--out", tmp_path)
+        text, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "train_retrieval.py, rank 0: error:" in errors
+        assert "holds a run already (settings.json)" in errors
+        assert "step" not in text
+
+    def test_more_processes_than_images(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(Ranks, "join", lambda self, device: None)
+        monkeypatch.setenv("WORLD_SIZE", "11")
+        assert "leaves 11 processes fewer than 2 each" in refused(capsys, *TINY, "--out", tmp_path / "run")
+        monkeypatch.setenv("WORLD_SIZE", "two")
+        assert "torchrun's to set" in refused(capsys, *TINY, "--out", tmp_path / "run")
 
 
 def test_a_query_is_not_its_own_neighbour(tmp_path, monkeypatch):
