@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import roadmap_ext
-from tools.fit_series import DEGREES, sigmoid, slope
+from tools.fit_series import DEGREES, ENDS, sigmoid, slope
 
 from .ap_loss import duration, interval, mebibytes, multiple
 from .loop import clustered, torch_loop
@@ -511,7 +511,7 @@ def print_series() -> None:
     """What the coefficients in use are good for: known without measuring."""
     print("\nseries: bounds on the relative error, and sum |coefficient| / |sum of them|, by which rounding may grow")
     for name, degree in DEGREES.items():
-        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree)), ("slope", slope(degree))):
+        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree, ENDS[name])), ("slope", slope(degree, ENDS[name]))):
             condition = float(sum(map(abs, coefficients)) / sum(coefficients))
             print(f"  {name:<8}{title:<9}K = {degree}: {bound:.1e}, {condition:.0f}")
 

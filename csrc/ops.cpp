@@ -44,6 +44,7 @@ struct Input {
  private:
   static void check(const Tensor& s, const Tensor& t, const std::optional<Tensor>& i) {
     STD_TORCH_CHECK(s.dim() == 2 && s.is_cpu(), "scores must be a 2-D CPU tensor");
+    STD_TORCH_CHECK(s.size(1) < (int64_t(1) << 32), "scores must have less than 2^32 columns, got ", s.size(1));
     check_mask(s, t, "target");
     if (i) check_mask(s, *i, "ignore");
   }

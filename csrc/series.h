@@ -1,4 +1,4 @@
-// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= 0,
+// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= kOvershoot tau,
 // y = e^(t / tau), with relative errors as noted below:
 //
 //     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k
@@ -15,37 +15,38 @@ struct Series;
 template <>
 struct Series<float> {
   static constexpr int kDegree = 12;
+  static constexpr double kOvershoot = 0.095;
   static constexpr double sigmoid(int k) {
-    constexpr double kCoefficients[12] = {  // 1.3e-09
-        0.9999999986985918,
-        -0.9999996238930227,
-        0.9999817581608944,
-        -0.9996482644945015,
-        0.9964324327114262,
-        -0.9781379230121537,
-        0.9121668122784133,
-        -0.7555760439433814,
-        0.5076406607462475,
-        -0.24836182864466944,
-        0.07641902419835983,
-        -0.010917003456908547,
+    constexpr double kCoefficients[12] = {  // 2.9e-09
+        0.999999997106487,
+        -0.999999239532169,
+        0.9999664113117234,
+        -0.9994093263587074,
+        0.9945257894329176,
+        -0.9692695176550955,
+        0.8864734751878551,
+        -0.7078126842495541,
+        0.45064942456563606,
+        -0.2061686072784888,
+        0.05877825810059138,
+        -0.007733981329025182,
     };
     return kCoefficients[k];
   }
   static constexpr double slope(int k) {
-    constexpr double kCoefficients[12] = {  // 2.0e-08
-        0.9999999857611293,
-        -1.9999960046993006,
-        2.9998104854884793,
-        -3.996405308725378,
-        4.963945862906054,
-        -5.780368291037724,
-        6.117539370721117,
-        -5.525044112928566,
-        3.9214161753322205,
-        -1.9832793247903844,
-        0.6222881173412822,
-        -0.08990696026836392,
+    constexpr double kCoefficients[12] = {  // 4.4e-08
+        0.9999999687518897,
+        -1.9999920456148492,
+        2.9996569631787455,
+        -3.9940719276880188,
+        4.945698588365507,
+        -5.6969429870073816,
+        5.879406189909968,
+        -5.088059498077846,
+        3.4059184075606144,
+        -1.6054724749202316,
+        0.4657484514806678,
+        -0.06188964030142024,
     };
     return kCoefficients[k];
   }
@@ -54,6 +55,7 @@ struct Series<float> {
 template <>
 struct Series<double> {
   static constexpr int kDegree = 24;
+  static constexpr double kOvershoot = 0.0;
   static constexpr double sigmoid(int k) {
     constexpr double kCoefficients[24] = {  // 8.5e-19
         1.0,

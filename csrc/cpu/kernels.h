@@ -173,6 +173,10 @@ struct Kernels {
   void (*remove_radial)(T* gradient, const T* x, T scale, int64_t n);
   // Adds a block's negatives above the margin.
   void (*hinge_block)(const Block<T>&, T margin, HingeSum& sum);
+  // AP = mean of rank+ / (rank+ + rank-): the weights dloss/drank-, and dloss/drank+ unless `second` is null. Returns
+  // the sum of the losses of the positives; `largest` becomes the largest weight, by magnitude.
+  double (*ap_weights)(const double* rank_positive, const double* rank_negative, int64_t size, double* weight,
+                       double* second, double& largest);
   // Smooth: adds sum_{j in P, j != i} sigma(s_j - s_i) for the positives i of groups [first, last).
   void (*rank_positives)(const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
                          double* rank);

@@ -34,17 +34,19 @@ template <typename T>
 struct Row {
   int64_t index = 0;
   Positives<T> p;
-  std::vector<int64_t> column;    // [P]  ascending
-  std::vector<int64_t> position;  // [P]  where the positive of column[k] stands in p
-  std::vector<int64_t> ordinal;   // [P]  its inverse, for gradients that arrive by column
-  std::vector<double> rank_positive, rank_negative, slope, inverse, gradient;  // [P]  in the order of p
-  std::vector<Entry<T>> order;                                                 // [P]  score, k
-  std::vector<double> partial;                                                 // [spans, 2, P]
-  std::vector<HingeSum> hinges;                                                // [spans]  of the negatives
+  std::vector<int64_t> column;                   // [at least P]  ascending
+  std::vector<typename Entry<T>::Index> source;  // [P]  the column of each in p
+  // [P]  Where the columns of p stand in `column`, and the inverse; for who goes by columns: see place().
+  std::vector<int64_t> ordinal, position;
+  std::vector<typename Entry<T>::Index> lookup;                               // [columns]
+  std::vector<double> rank_positive, rank_negative, slope, second, gradient;  // [P]  in the order of p
+  std::vector<double> partial;                                                // [spans, 2, P]
+  std::vector<HingeSum> hinges;                                               // [spans]  of the negatives
   bool nan = false;
   double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
+  Sorter<T> sorter;                                 // of its positives
   SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row goes the tiled way
 
   int64_t size() const { return p.size(); }
@@ -78,89 +80,107 @@ class Pass {
   bool ranks() const { return ranks_; }
   const Objective& objective() const { return objective_; }
   const Settings<T>& settings() const { return settings_; }
+  const Kernels<T>& kernels() const { return kernels_; }
   const Sorting<T>& sorting() const { return sorting_; }
 
+  // Positives of a span of columns.
   struct Found {
-    std::vector<Entry<T>> entry;  // score, place among them
-    std::vector<int64_t> column;
-
-    void clear() {
-      entry.clear();
-      column.clear();
-    }
-    void append(const Found& other) {
-      const auto first = static_cast<typename Entry<T>::Index>(column.size());
-      for (const Entry<T>& e : other.entry) entry.push_back({e.value, e.index + first});
-      column.insert(column.end(), other.column.begin(), other.column.end());
-    }
+    std::vector<Entry<T>> entry;  // [at least part.count]  score, column
+    std::vector<int64_t> column;  // [at least part.count]  ascending
+    typename Sorter<T>::Part part;
   };
 
-  // Positives of columns [begin, end).
+  // Finds those of columns [begin, end).
   void collect(int64_t row, int64_t begin, int64_t end, Scratch<T>& scratch, Found& found) const {
+    auto part = found.part = {};
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
       roles_.fill(row, at, count, scratch.roles);
       const int words = static_cast<int>(divide_up(count, 64));
-      size_t more = 0, k = found.column.size();
-      for (int w = 0; w < words; ++w) more += __builtin_popcountll(scratch.roles.positive[w]);
-      found.entry.resize(k + more);
-      found.column.resize(k + more);
+      int64_t k = part.count;
+      for (int w = 0; w < words; ++w) part.count += __builtin_popcountll(scratch.roles.positive[w]);
+      const auto room = static_cast<size_t>(std::max(2 * k, part.count));
+      if (found.entry.size() < static_cast<size_t>(part.count)) found.entry.resize(room);
+      if (found.column.size() < static_cast<size_t>(part.count)) found.column.resize(room);
       for (int w = 0; w < words; ++w) {
         for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1, ++k) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
-          found.entry[k] = {score(row, column), static_cast<typename Entry<T>::Index>(k)};
+          const T value = score(row, column);
+          found.entry[k] = {value, static_cast<typename Entry<T>::Index>(column)};
           found.column[k] = column;
+          part.nan |= value != value;
+          part.low = value < part.low ? value : part.low;
+          part.high = value > part.high ? value : part.high;
         }
+      }
+    }
+    found.part = part;
+  }
+
+  // Sorts what collect() found in the spans of a row.
+  void arrange(int64_t index, std::vector<Found>& spans, Row<T>& row, const Parallel& parallel) const {
+    const int64_t size = row.sorter.gather(spans, row.column, parallel);
+    // The buffers stay from row to row and from call to call, and nothing else does.
+    row.index = index;
+    row.scale = 1;
+    row.positive_weight = row.negative_weight = 0;
+    row.negative_hinges = 0;
+    row.sorted = nullptr;
+    row.nan = row.sorter.nan();
+    row.hinges.clear();
+    Positives<T>& p = row.p;
+    p.score.resize(size);
+    p.weight.resize(size);
+    p.weight_negative.resize(size);
+    p.weight_positive.resize(smooth_ ? size : 0);
+    p.groups.clear();
+    row.source.resize(size);
+    row.rank_positive.resize(size);
+    row.rank_negative.resize(size);
+    row.slope.resize(size);
+    row.gradient.resize(size);
+    const auto take = [&](const Entry<T>* entry, int64_t begin, int64_t count) {
+      T* const score = p.score.data() + begin;
+      auto* const source = row.source.data() + begin;
+      for (int64_t i = 0; i < count; ++i) {
+        score[i] = entry[i].value;
+        source[i] = entry[i].index;
+      }
+    };
+    // A NaN has no place in an order; such a row is not computed at all.
+    if (row.nan || !objective_.ap) {
+      take(row.sorter.room(0), 0, size);
+      return;
+    }
+    row.sorter.sort(sorting_, parallel, take);
+    double* const rank = row.rank_positive.data();
+    if (smooth_) {
+      std::fill_n(rank, size, 1.0);
+    } else {  // positives at least as high, ties included
+      const T* const score = p.score.data();
+      for (int64_t i = 0, tied = 0; i < size; ++i) {
+        tied = i > 0 && score[i] == score[i - 1] ? tied : i;
+        rank[i] = static_cast<double>(size - tied);
       }
     }
   }
 
-  // Sorts what collect() found.
-  void arrange(int64_t index, Found& found, Row<T>& row) const {
-    const auto size = static_cast<int64_t>(found.column.size());
-    row.index = index;
-    row.nan = false;
-    row.scale = 1;
-    row.sorted = nullptr;
-    row.column.swap(found.column);
-    row.order.resize(size);
-    T low = size ? found.entry[0].value : T(0), high = low;
-    for (const Entry<T>& e : found.entry) {
-      row.nan |= e.value != e.value;
-      low = e.value < low ? e.value : low;
-      high = e.value > high ? e.value : high;
-    }
-    // A NaN has no place in an order; such a row is not computed at all.
-    if (!row.nan && objective_.ap) {
-      sorting_.sort(found.entry.data(), size, low, high, row.order.data());
-    } else {
-      row.order.swap(found.entry);
-    }
-    Positives<T>& p = row.p;
-    p.score.resize(size);
-    p.exponential.resize(size);
-    p.weight.resize(size);
-    p.weight_negative.resize(size);
-    p.weight_positive.resize(smooth_ ? size : 0);
+  // Fills `ordinal` and `position`.
+  void place(Row<T>& row) const {
+    const int64_t size = row.size();
+    row.ordinal.resize(size);
     row.position.resize(size);
-    T* const score = p.score.data();
-    int64_t* const position = row.position.data();
-    const Entry<T>* const order = row.order.data();
-    for (int64_t i = 0; i < size; ++i) {
-      score[i] = order[i].value;
-      position[order[i].index] = i;
+    if (size < m_.columns / 16) {
+      const auto begin = row.column.begin(), end = begin + size;
+      for (int64_t i = 0; i < size; ++i) {
+        row.ordinal[i] = std::lower_bound(begin, end, static_cast<int64_t>(row.source[i])) - begin;
+      }
+    } else {
+      row.lookup.resize(m_.columns);
+      for (int64_t k = 0; k < size; ++k) row.lookup[row.column[k]] = static_cast<typename Entry<T>::Index>(k);
+      for (int64_t i = 0; i < size; ++i) row.ordinal[i] = row.lookup[row.source[i]];
     }
-    row.rank_positive.assign(size, 1.0);
-    row.rank_negative.assign(size, 0.0);
-    row.slope.assign(size, 0.0);
-    row.gradient.resize(size);
-    p.groups.clear();
-    if (row.nan || !objective_.ap) return;
-    if (!smooth_) {  // positives at least as high, ties included
-      double* const rank = row.rank_positive.data();
-      for (int64_t i = 0; i < size; ++i)
-        rank[i] = i > 0 && score[i] == score[i - 1] ? rank[i - 1] : static_cast<double>(size - i);
-    }
+    for (int64_t i = 0; i < size; ++i) row.position[row.ordinal[i]] = i;
   }
 
   // Groups neighbouring positives, for the tiled kernels.
@@ -168,6 +188,7 @@ class Pass {
     if (row.nan || !objective_.ap) return;
     Positives<T>& p = row.p;
     const int64_t size = row.size();
+    p.exponential.resize(size);
     // Few positives share their exponentials over all the range there is; with many, pairs count for more, and a narrow
     // group skips more of them.
     const T span = size <= kSparse ? settings_.group_span : settings_.group_span / 2;
@@ -206,7 +227,8 @@ class Pass {
     for (int64_t k = 0; k < samples; ++k) {
       const int64_t column = (2 * k + 1) * m_.columns / (2 * samples);
       const T v = score(row.index, column);
-      if (!(v - u.front() >= -settings_.cut) || std::binary_search(row.column.begin(), row.column.end(), column))
+      if (!(v - u.front() >= -settings_.cut) ||
+          std::binary_search(row.column.begin(), row.column.begin() + size, column))
         continue;
       ++kept;
       curve +=
@@ -224,19 +246,17 @@ class Pass {
     return scan < tiled;
   }
 
-  // The negatives of columns [begin, end) that reach a positive, and the hinges of all. Returns whether one is NaN.
-  bool keep(const Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, SortedRow<T>& sorted,
-            typename SortedRow<T>::Part& part, HingeSum* hinges) const {
-    bool nan = false;
+  // The negatives of columns [begin, end) that reach a positive, and the hinges of all.
+  void keep(const Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, typename Sorter<T>::Part& part,
+            Entry<T>* out, HingeSum* hinges) const {
     part.begin = begin;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
-      part.count += sorting_.keep_entries(block, row.p.score.front(), at, settings_, scratch,
-                                          sorted.room(begin) + part.count, part.low, part.high, nan);
+      part.count += sorting_.keep_entries(block, row.p.score.front(), at, settings_, scratch, out + part.count,
+                                          part.low, part.high, part.nan);
       if (hinges && block.top > static_cast<T>(objective_.negative_margin))
         kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
-    return nan;
   }
 
   // Ranks of the positives in groups [first, last) among the negatives of one span of columns, and the hinges of these,
@@ -258,20 +278,24 @@ class Pass {
     kernels_.rank_positives(row.p, first, last, settings_, scratch, row.rank_positive.data());
   }
 
-  // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in.
-  void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch) const {
-    double* out = row.gradient.data() + begin;
+  // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in. They stay in `row`,
+  // or go where they belong if the row is written at once: `direct` is that of direct(), or null.
+  void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, T* direct) const {
+    double* const gradient = row.gradient.data();
     if (row.sorted && smooth_) {
       // The scan has them.
     } else if (smooth_ && objective_.ap) {
-      kernels_.gradient_positives(row.p, begin, end, settings_, scratch, out);
+      kernels_.gradient_positives(row.p, begin, end, settings_, scratch, gradient + begin);
     } else {
-      std::fill(out, out + (end - begin), 0.0);
+      std::fill(gradient + begin, gradient + end, 0.0);
     }
     for (int64_t i = begin; i < end; ++i) {
       // A pair without slope carries nothing back, whatever arrives.
-      if (objective_.ap && row.slope[i] != 0) row.gradient[i] -= row.p.weight[i] * row.slope[i];
+      if (objective_.ap && row.slope[i] != 0) gradient[i] -= row.p.weight[i] * row.slope[i];
     }
+    if (!direct) return;
+    const double by = row_scale(row.index);
+    for (int64_t i = begin; i < end; ++i) direct[row.source[i]] = own_gradient(row, i, by);
   }
 
   // The gradient of one block of columns, in the type of the scores.
@@ -294,21 +318,16 @@ class Pass {
       const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
       const Hinge<T>* const hinged = hinges ? &hinge : nullptr;
       const T* const column_scales = m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr;
-      if (row.sorted && !row.sorted->gradient()) {
-        // There already.
-      } else if (row.sorted) {
+      if (row.sorted) {
         sorting_.spread_block(block, row.sorted->gradient() + begin, row.scale * by, hinged, column_scales, scratch,
                               out);
       } else {
         kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinged, column_scales,
                                 scratch, out, trace);
       }
-      auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
+      auto k = std::lower_bound(row.column.begin(), row.column.begin() + row.size(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
-        const int64_t i = row.position[k];
-        const bool below = objective_.calibration && row.p.score[i] < static_cast<T>(objective_.positive_margin);
-        const double own = row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0);
-        out[row.column[k] - begin] = static_cast<T>(own * by) * column_scale(row.column[k]);
+        out[row.column[k] - begin] = own_gradient(row, row.position[k], by) * column_scale(row.column[k]);
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -342,6 +361,12 @@ class Pass {
     }
     const T value = static_cast<const T*>(m_.scores)[at];
     return m_.row_scale ? value * column_scale(column) * row_scale(row) : value;
+  }
+
+  // Of positive i by its own score, hinge and all.
+  T own_gradient(const Row<T>& row, int64_t i, double by) const {
+    const bool below = objective_.calibration && row.p.score[i] < static_cast<T>(objective_.positive_margin);
+    return static_cast<T>((row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0)) * by);
   }
 
   T row_scale(int64_t row) const { return m_.row_scale ? static_cast<const T*>(m_.row_scale)[row] : T(1); }
@@ -389,52 +414,34 @@ void weigh_groups(Positives<T>& p) {
   }
 }
 
-// The weights of the ranks, weight(i) = {dloss/drank-, dloss/drank+}, in the forms that the kernels take.
-template <typename T, typename Weight>
-void set_weights(Row<T>& row, bool smooth, const Weight& weight) {
+// What kernels take of the weights p.weight, dloss/drank-, and `second`, dloss/drank+ (smooth), of which none is larger
+// than `largest`.
+template <typename T>
+void set_weights(Row<T>& row, bool smooth, double largest) {
   Positives<T>& p = row.p;
   const int64_t size = row.size();
-  double* const negative = p.weight.data();
-  double unit = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const std::pair<double, double> w = weight(i);
-    negative[i] = w.first;
-    const double first = std::fabs(w.first), second = smooth ? std::fabs(w.second) : 0.0;
-    unit = first > unit ? first : unit;
-    unit = second > unit ? second : unit;
-  }
   weigh_groups(p);
-  p.unit = unit = unit > 0 && std::isfinite(unit) ? unit : 1;
-  T* const scaled = p.weight_negative.data();
-  for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<T>(negative[i] / unit);
-  for (int64_t i = 0; smooth && i < size; ++i) p.weight_positive[i] = static_cast<T>(weight(i).second / unit);
+  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1;
+  p.unit = unit;
+  const double *const first = p.weight.data(), *const second = row.second.data();
+  T *const scaled = p.weight_negative.data(), *const scaled_second = p.weight_positive.data();
+  for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<T>(first[i] / unit);
+  for (int64_t i = 0; smooth && i < size; ++i) scaled_second[i] = static_cast<T>(second[i] / unit);
 }
 
-// The loss of a row and the weights of its ranks: AP = mean of rank+ / (rank+ + rank-).
+// The loss of a row and the weights of its ranks.
 template <typename T>
-double ap_weights(Row<T>& row, bool smooth) {
+double ap_weights(Row<T>& row, const Pass<T>& pass) {
   if (row.nan) return std::numeric_limits<double>::quiet_NaN();
   const int64_t size = row.size();
   if (!size) return 0;
-  row.inverse.resize(size);
-  double* const inverse = row.inverse.data();  // of the rank
-  const double* const positive = row.rank_positive.data();
-  const double* const negative = row.rank_negative.data();
-  // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
-  const auto miss = [&](int64_t i) { return std::isinf(negative[i]) ? 1.0 : negative[i] * inverse[i]; };
-  for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / (positive[i] + negative[i]);
-  // Four sums side by side: one would wait for its own additions.
-  KahanSum losses[4], loss;
-  for (int64_t i = 0; i < size; i += 4) {
-    for (int64_t k = 0; k < 4 && i + k < size; ++k) losses[k].add(miss(i + k));
-  }
-  for (const KahanSum& part : losses) loss.add(part.sum);
-  const double share = 1 / static_cast<double>(size);
-  set_weights(row, smooth, [&](int64_t i) -> std::pair<double, double> {
-    // Multiplied twice: rank squared can overflow.
-    return {positive[i] * inverse[i] * (inverse[i] * share), -miss(i) * (inverse[i] * share)};
-  });
-  return loss.sum / static_cast<double>(size);
+  row.second.resize(pass.smooth() ? size : 0);
+  double largest;
+  const double loss =
+      pass.kernels().ap_weights(row.rank_positive.data(), row.rank_negative.data(), size, row.p.weight.data(),
+                                pass.smooth() ? row.second.data() : nullptr, largest);
+  set_weights(row, pass.smooth(), largest);
+  return loss / static_cast<double>(size);
 }
 
 // Hinges of the positives below their margin. Decided in T, as the scores are; summed in double.
@@ -488,10 +495,25 @@ Scratch<T>& scratch() {
   return *own;
 }
 
-// So is the workspace of its sorted rows, 33 bytes a column of float scores, unless it is large: see trim().
+// So is the workspace of its rows, unless it is large: 33 bytes a column of sorted float scores, and 90 a positive.
 template <typename T>
-SortedRow<T>& sorted_row() {
-  static thread_local SortedRow<T> own;
+struct Workspace {
+  Row<T> row;
+  SortedRow<T> sorted;
+  std::vector<typename Pass<T>::Found> found;  // of each span
+
+  void trim() {
+    if (row.size() > 1 << 18) {
+      row = {};
+      found.clear();
+    }
+    sorted.trim();
+  }
+};
+
+template <typename T>
+Workspace<T>& workspace() {
+  static thread_local Workspace<T> own;
   return own;
 }
 
@@ -535,6 +557,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   };
   const bool reads = pass.ranks() || pass.objective().calibration;
   const auto clear_spans = [&](Row<T>& row, int64_t spans) {
+    std::fill(row.rank_negative.begin(), row.rank_negative.end(), 0.0);
+    std::fill(row.slope.begin(), row.slope.end(), 0.0);
     row.partial.assign(spans > 1 ? spans * 2 * row.size() : 0, 0.0);
     row.hinges.assign(pass.objective().calibration ? spans : 0, {});
   };
@@ -555,16 +579,15 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   // Collects and sorts the negatives of a row, and reads its ranks off them. Returns whether the scan takes the row.
   const auto scan = [&](Row<T>& row, const Parallel& parallel) {
     if (!pass.scans(row) || !(reads || gradient)) return false;
-    SortedRow<T>& sorted = sorted_row<T>();
+    SortedRow<T>& sorted = workspace<T>().sorted;
     const int64_t spans = divide_up(m.columns, kSpan);
-    sorted.begin(m.columns, spans);
+    sorted.negatives().begin(m.columns, spans);
     row.hinges.assign(pass.objective().calibration ? spans : 0, {});
-    std::vector<char> nan(spans, 0);
     parallel.run(spans, [&](int64_t span, int) {
-      nan[span] = pass.keep(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(), sorted,
-                            sorted.part(span), hinges_of(row, span, 0));
+      pass.keep(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(), sorted.negatives().part(span),
+                sorted.negatives().room(span * kSpan), hinges_of(row, span, 0));
     });
-    row.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
+    row.nan = sorted.negatives().nan();
     if (row.nan) return true;
     if (!sorted.finite()) return false;
     sorted.sort(row.size(), pass.sorting(), parallel);
@@ -578,8 +601,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     }
     return true;
   };
-  // The gradients of a sorted row, once it has weights.
-  const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) {
+  // The gradients of a sorted row, once it has weights. Returns where they went, if that is where they belong.
+  const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) -> T* {
     Positives<T>& p = row.p;
     const auto finite = [](double weight) { return std::isfinite(weight); };
     if (!std::all_of(p.weight.begin(), p.weight.end(), finite) ||
@@ -587,7 +610,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       row.sorted = nullptr;  // sums would carry them to all
       pass.group(row);
       weigh_groups(p);
-      return;
+      return nullptr;
     }
     T* const out = pass.direct(row, gradient);
     row.sorted->gradient(p.score, p.weight_negative, m.columns,
@@ -597,18 +620,18 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       row.sorted->gradient_positives(p.score, p.weight_positive, p.unit / pass.settings().tau, pass.settings(),
                                      pass.sorting(), parallel, scratch<T>, row.gradient.data());
     }
+    return out;
   };
 
   const bool shared = parallel.workers > 1 && m.rows < 4 * parallel.workers && m.columns >= 2 * kBlock;
   if (!shared) {
-    std::vector<Row<T>> rows(parallel.workers);
-    std::vector<typename Pass<T>::Found> founds(parallel.workers);
-    parallel.run(m.rows, [&](int64_t index, int worker) {
-      Row<T>& row = rows[worker];
+    parallel.run(m.rows, [&](int64_t index, int) {
+      Workspace<T>& space = workspace<T>();
+      Row<T>& row = space.row;
       Scratch<T>& own = scratch<T>();
-      founds[worker].clear();
-      pass.collect(index, 0, m.columns, own, founds[worker]);
-      pass.arrange(index, founds[worker], row);
+      space.found.resize(1);
+      pass.collect(index, 0, m.columns, own, space.found[0]);
+      pass.arrange(index, space.found, row, serial());
       const bool scanned = scan(row, serial());
       if (!scanned) pass.group(row);
       const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
@@ -631,30 +654,32 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
       finish(row);
       if (!gradient) return;
-      if (row.sorted) scan_gradient(row, serial());
+      T* const direct = row.sorted ? scan_gradient(row, serial()) : nullptr;
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
-          pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), own);
+          pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), own, direct);
         }
       }
-      scale(row);
-      for (int64_t begin = 0; begin < m.columns; begin += kBlock) {
-        pass.gradient(row, begin, own, trace.whole ? &trace : nullptr, gradient);
+      if (!direct) {
+        scale(row);
+        pass.place(row);
+        for (int64_t begin = 0; begin < m.columns; begin += kBlock) {
+          pass.gradient(row, begin, own, trace.whole ? &trace : nullptr, gradient);
+        }
       }
-      sorted_row<T>().trim();
+      space.trim();
     });
     return;
   }
 
-  Row<T> row;
+  Workspace<T>& space = workspace<T>();
+  Row<T>& row = space.row;
   for (int64_t index = 0; index < m.rows; ++index) {
-    std::vector<typename Pass<T>::Found> parts(divide_up(m.columns, kSpan));
-    parallel.run(static_cast<int64_t>(parts.size()), [&](int64_t part, int) {
-      pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch<T>(), parts[part]);
+    space.found.resize(divide_up(m.columns, kSpan));
+    parallel.run(static_cast<int64_t>(space.found.size()), [&](int64_t part, int) {
+      pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch<T>(), space.found[part]);
     });
-    typename Pass<T>::Found found;
-    for (const auto& part : parts) found.append(part);
-    pass.arrange(index, found, row);
+    pass.arrange(index, space.found, row, parallel);
     const bool scanned = scan(row, parallel);
     if (!scanned) pass.group(row);
     const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
@@ -679,16 +704,19 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     }
     finish(row);
     if (!gradient) continue;
-    if (row.sorted) scan_gradient(row, parallel);
+    T* const direct = row.sorted ? scan_gradient(row, parallel) : nullptr;
     if (!row.nan) {
       parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
-        pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch<T>());
+        pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch<T>(), direct);
       });
     }
-    scale(row);
-    parallel.run(divide_up(m.columns, kBlock),
-                 [&](int64_t block, int) { pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient); });
-    sorted_row<T>().trim();
+    if (!direct) {
+      scale(row);
+      pass.place(row);
+      parallel.run(divide_up(m.columns, kBlock),
+                   [&](int64_t block, int) { pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient); });
+    }
+    space.trim();
   }
 }
 
@@ -710,7 +738,7 @@ void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, 
   run_rows(
       pass, parallel,
       [&](Row<T>& row) {
-        out.loss[row.index] = static_cast<T>(ap_weights(row, pass.smooth()));
+        out.loss[row.index] = static_cast<T>(ap_weights(row, pass));
         out.positives[row.index] = row.size();
       },
       out.gradient, out.unscale);
@@ -729,7 +757,7 @@ void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Ob
         row.positive_weight = weight[1];
         row.negative_weight = weight[2];
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        value[0] = objective.ap ? ap_weights(row, pass.smooth()) : row.nan ? nan : 0;
+        value[0] = objective.ap ? ap_weights(row, pass) : row.nan ? nan : 0;
         if (!objective.calibration) return;
         // Nothing of a row with a NaN counts: what it has summed depends on where it met the NaN.
         const HingeSum none = {nan, 0};
@@ -752,8 +780,9 @@ void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const 
       pass, parallel,
       [&](Row<T>& row) {
         constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
-        for (int64_t k = 0; k < row.size(); ++k) {
-          const int64_t at = out.first[row.index] + k, i = row.position[k];
+        pass.place(row);
+        for (int64_t i = 0; i < row.size(); ++i) {
+          const int64_t k = row.ordinal[i], at = out.first[row.index] + k;
           out.query[at] = row.index;
           out.reference[at] = row.column[k];
           out.positive_rank[at] = row.nan ? kNan : static_cast<T>(row.rank_positive[i]);
@@ -771,17 +800,22 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
   run_rows(
       pass, parallel,
       [&](Row<T>& row) {
-        row.ordinal.resize(row.size());
         const int64_t first = in.first[row.index];
-        for (int64_t k = 0; k < row.size(); ++k) {
-          row.ordinal[row.position[k]] = k;
-          row.slope[row.position[k]] = static_cast<double>(in.slope[first + k]);
-          row.nan |= in.slope[first + k] != in.slope[first + k];  // the forward pass met a NaN score
+        pass.place(row);
+        for (int64_t i = 0; i < row.size(); ++i) {
+          const T slope = in.slope[first + row.ordinal[i]];
+          row.slope[i] = static_cast<double>(slope);
+          row.nan |= slope != slope;  // the forward pass met a NaN score
         }
-        set_weights(row, pass.smooth(), [&](int64_t i) -> std::pair<double, double> {
+        double largest = 0;
+        row.second.resize(pass.smooth() ? row.size() : 0);
+        for (int64_t i = 0; i < row.size(); ++i) {
           const int64_t at = first + row.ordinal[i];
-          return {in.negative_weight[at], in.positive_weight ? in.positive_weight[at] : 0};
-        });
+          row.p.weight[i] = in.negative_weight[at];
+          if (pass.smooth()) row.second[i] = in.positive_weight ? in.positive_weight[at] : 0;
+          largest = std::max({largest, std::fabs(row.p.weight[i]), pass.smooth() ? std::fabs(row.second[i]) : 0.0});
+        }
+        set_weights(row, pass.smooth(), largest);
       },
       in.gradient, static_cast<T*>(nullptr));
 }

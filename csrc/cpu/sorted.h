@@ -26,60 +26,69 @@ inline Parallel serial() {
           }};
 }
 
+// Sorts entries that were collected in parts, each on its own span of one buffer.
 template <typename T>
-class SortedRow {
+class Sorter {
  public:
-  // Sources in a leaf: few where many targets read them, for they are met pair by pair.
-  static int leaf_for(int64_t sources, int64_t targets) {
-    return targets * 4 < sources ? 32 : targets < 4 * sources ? 16 : 8;
-  }
-  // Leaves and targets of one task.
-  static constexpr int64_t kLeaves = 64, kPiece = 2048;
-  // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
-  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
-
-  // ---- collecting, a span of columns at a time: spans may be given to several threads ----
-
-  void begin(int64_t columns, int64_t spans) {
-    parts_.assign(spans, {});
-    if (from_.size() < static_cast<size_t>(columns + kPad)) from_.resize(columns + kPad);
-  }
-  // Where the entries of a span that begins at this column go.
-  Entry<T>* room(int64_t column) { return from_.data() + column; }
   struct Part {
     int64_t begin = 0, count = 0;
     T low = std::numeric_limits<T>::infinity(), high = -std::numeric_limits<T>::infinity();
+    bool nan = false;
   };
-  Part& part(int64_t span) { return parts_[span]; }
 
-  // Whether all that was collected can be sorted; false for infinities.
-  bool finite() const {
-    for (const Part& part : parts_) {
-      if (part.count && !(std::fabs(part.low) <= kLargestSorted<T> && std::fabs(part.high) <= kLargestSorted<T>))
-        return false;
-    }
-    return true;
+  // Empty, with room for so many entries.
+  void begin(int64_t entries, int64_t parts) {
+    parts_.assign(parts, {});
+    if (from_.size() < static_cast<size_t>(entries + kPad)) from_.resize(entries + kPad);
   }
-
-  int64_t size() const { return negatives_.n; }
-
-  // Gives back what a very long row has taken.
-  void trim() {
-    if (from_.size() * sizeof(Entry<T>) > size_t(16) << 20) *this = {};
-  }
-
-  // Sorts what was collected.
-  void sort(int64_t targets, const Sorting<T>& kernels, const Parallel& parallel) {
-    T low = std::numeric_limits<T>::infinity(), high = -low;
+  // Takes over what was found in spans, {entry, column, part} each, and joins their columns. Returns how many there
+  // are.
+  template <typename Found>
+  int64_t gather(std::vector<Found>& spans, std::vector<int64_t>& column, const Parallel& parallel) {
+    parts_.clear();
     int64_t n = 0;
+    for (Found& found : spans) {
+      found.part.begin = n;
+      parts_.push_back(found.part);
+      n += found.part.count;
+    }
+    if (spans.size() == 1) {
+      from_.swap(spans[0].entry);
+      column.swap(spans[0].column);
+    } else {
+      if (from_.size() < static_cast<size_t>(n)) from_.resize(n);
+      if (column.size() < static_cast<size_t>(n)) column.resize(n);
+      parallel.run(static_cast<int64_t>(spans.size()), [&](int64_t k, int) {
+        std::copy_n(spans[k].entry.data(), parts_[k].count, from_.data() + parts_[k].begin);
+        std::copy_n(spans[k].column.data(), parts_[k].count, column.data() + parts_[k].begin);
+      });
+    }
+    return n;
+  }
+  // Where the entries of a part that begins here go.
+  Entry<T>* room(int64_t begin) { return from_.data() + begin; }
+  Part& part(int64_t index) { return parts_[index]; }
+  const std::vector<Part>& parts() const { return parts_; }
+  size_t bytes() const { return (from_.capacity() + to_.capacity()) * sizeof(Entry<T>); }
+
+  bool nan() const {
+    return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.nan; });
+  }
+  int64_t count() const {
+    int64_t n = 0;
+    for (const Part& part : parts_) n += part.count;
+    return n;
+  }
+
+  // take(entries, begin, count) is given them in order, a stretch at a time: entries[0] is the begin-th of all.
+  template <typename Take>
+  void sort(const Sorting<T>& kernels, const Parallel& parallel, const Take& take) {
+    T low = std::numeric_limits<T>::infinity(), high = -low;
     for (const Part& part : parts_) {
-      n += part.count;
       low = std::min(low, part.low);
       high = std::max(high, part.high);
     }
-    negatives_.weight.clear();
-    negatives_.resize(n, leaf_for(n, targets));
-    column_.resize(n);
+    const int64_t n = count();
     if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
     if (n <= kSmall) {
       int64_t end = 0;
@@ -88,7 +97,7 @@ class SortedRow {
         end += part.count;
       }
       kernels.sort(from_.data(), n, low, high, to_.data());
-      take(to_.data(), 0, n);
+      take(to_.data(), int64_t(0), n);
       return;
     }
     const auto buckets = static_cast<int32_t>(std::min(n / kBucket, kMostBuckets));
@@ -118,7 +127,61 @@ class SortedRow {
       const int64_t begin = edges_[b], count = edges_[b + 1] - begin;
       const T width = (high - low) / static_cast<T>(buckets), first = low + static_cast<T>(b) * width;
       kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin);
-      take(from_.data(), begin, count);
+      take(from_.data() + begin, begin, count);
+    });
+  }
+
+ private:
+  // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
+  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
+
+  std::vector<Part> parts_;
+  std::vector<Entry<T>> from_, to_;
+  std::vector<uint32_t> place_, edges_;
+};
+
+template <typename T>
+class SortedRow {
+ public:
+  // Sources in a leaf: few where many targets read them, for they are met pair by pair.
+  static int leaf_for(int64_t sources, int64_t targets) {
+    return targets * 4 < sources ? 32 : targets < 4 * sources ? 16 : 8;
+  }
+  // Leaves and targets of one task.
+  static constexpr int64_t kLeaves = 64, kPiece = 2048;
+
+  // The negatives, which the caller collects: by column, a part a span, so that several threads may.
+  Sorter<T>& negatives() { return sorter_; }
+
+  // Whether all that was collected can be sorted; false for infinities.
+  bool finite() const {
+    for (const auto& part : sorter_.parts()) {
+      if (part.count && !(std::fabs(part.low) <= kLargestSorted<T> && std::fabs(part.high) <= kLargestSorted<T>))
+        return false;
+    }
+    return true;
+  }
+
+  int64_t size() const { return negatives_.n; }
+
+  // Gives back what a very long row has taken.
+  void trim() {
+    if (sorter_.bytes() > size_t(32) << 20) *this = {};
+  }
+
+  // Sorts what was collected.
+  void sort(int64_t targets, const Sorting<T>& kernels, const Parallel& parallel) {
+    const int64_t n = sorter_.count();
+    negatives_.weight.clear();
+    negatives_.resize(n, leaf_for(n, targets));
+    column_.resize(n);
+    sorter_.sort(kernels, parallel, [&](const Entry<T>* entry, int64_t begin, int64_t count) {
+      T* const value = negatives_.value.data() + begin;
+      auto* const column = column_.data() + begin;
+      for (int64_t j = 0; j < count; ++j) {
+        value[j] = entry[j].value;
+        column[j] = entry[j].index;
+      }
     });
   }
 
@@ -191,16 +254,6 @@ class SortedRow {
  private:
   static constexpr int64_t kSpread = 1 << 16;
 
-  void take(const Entry<T>* entry, int64_t begin, int64_t count) {
-    T* const value = negatives_.value.data() + begin;
-    auto* const column = column_.data() + begin;
-    entry += begin;
-    for (int64_t j = 0; j < count; ++j) {
-      value[j] = entry[j].value;
-      column[j] = entry[j].index;
-    }
-  }
-
   void sum(Sources<T>& sources, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel) {
     const int64_t leaves = sources.leaves();
     parallel.run((leaves + kLeaves - 1) / kLeaves, [&](int64_t task, int) {
@@ -236,9 +289,7 @@ class SortedRow {
     sum(mirrored_, s, kernels, parallel);
   }
 
-  std::vector<Part> parts_;
-  std::vector<Entry<T>> from_, to_;
-  std::vector<uint32_t> place_, edges_;
+  Sorter<T> sorter_;
   std::vector<typename Entry<T>::Index> column_;  // [n]  of each sorted negative
   Sources<T> negatives_, mirrored_;
   std::vector<T> gradient_;  // [columns]

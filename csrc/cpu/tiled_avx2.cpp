@@ -27,6 +27,10 @@ namespace avx2 {
 //
 #include "counting_body.h"
 //
+#include "sorting_body.h"
+//
+#include "dense_body.h"
+//
 #include "sorted_body.h"
 }  // namespace avx2
 }  // namespace roadmap

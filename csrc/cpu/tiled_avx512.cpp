@@ -34,6 +34,10 @@ namespace avx512 {
 //
 #include "counting_body.h"
 //
+#include "sorting_body.h"
+//
+#include "dense_body.h"
+//
 #include "sorted_body.h"
 }  // namespace avx512
 }  // namespace roadmap

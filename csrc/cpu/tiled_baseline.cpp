@@ -16,6 +16,10 @@ namespace baseline {
 //
 #include "counting_body.h"
 //
+#include "sorting_body.h"
+//
+#include "dense_body.h"
+//
 #include "sorted_body.h"
 }  // namespace baseline
 

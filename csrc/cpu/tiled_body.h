@@ -793,10 +793,53 @@ void mask_bits(const uint8_t* bytes, int count, uint64_t* bits) {
   }
 }
 
+inline double ap_weights(const double* rank_positive, const double* rank_negative, int64_t size, double* weight,
+                         double* second, double& largest) {
+  using X = Vec<double>;
+  const auto one = X::set(1), zero = X::set(0), finite = X::set(std::numeric_limits<double>::max());
+  const auto share = X::set(1 / static_cast<double>(size));
+  auto sum = zero, lost = zero, high = zero;  // sums a lane, compensated (Kahan)
+  for (int64_t i = 0; i < size; i += X::kWidth) {
+    const int count = static_cast<int>(std::min<int64_t>(size - i, X::kWidth));
+    const bool whole = count == X::kWidth;
+    alignas(64) double lanes[2][X::kWidth];
+    if (!whole) {  // past the end ranks are such that nothing is added
+      std::fill_n(lanes[0], X::kWidth, 1e300);
+      std::fill_n(lanes[1], X::kWidth, 0.0);
+      std::copy_n(rank_positive + i, count, lanes[0]);
+      std::copy_n(rank_negative + i, count, lanes[1]);
+    }
+    const auto positive = X::load(whole ? rank_positive + i : lanes[0]);
+    const auto negative = X::load(whole ? rank_negative + i : lanes[1]);
+    const auto inverse = one / (positive + negative);
+    // The share of rank- directly: 1 - AP would cancel where the ranking is nearly right.
+    const auto miss = X::select(X::greater(negative, finite), one, negative * inverse);
+    // Multiplied twice: rank squared can overflow.
+    const auto by = inverse * share, first = positive * inverse * by, other = miss * by;
+    const auto part = miss - lost, next = sum + part;
+    lost = (next - sum) - part;
+    sum = next;
+    high = X::max(high, first);
+    X::store(whole ? weight + i : lanes[0], first);
+    if (!whole) std::copy_n(lanes[0], count, weight + i);
+    if (!second) continue;
+    high = X::max(high, other);
+    X::store(whole ? second + i : lanes[1], zero - other);
+    if (!whole) std::copy_n(lanes[1], count, second + i);
+  }
+  alignas(64) double sums[X::kWidth];
+  X::store(sums, sum);
+  KahanSum loss;
+  for (const double lane : sums) loss.add(lane);
+  X::store(sums, high);
+  largest = *std::max_element(sums, sums + X::kWidth);
+  return loss.sum;
+}
+
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {any_nan<T>,       positive_exponentials<T>, rank_block<T>,     gradient_block<T>,    scale_block<T>,
-          remove_radial<T>, hinge_block<T>,           rank_positives<T>, gradient_positives<T>};
+  return {any_nan<T>,       positive_exponentials<T>, rank_block<T>, gradient_block<T>, scale_block<T>,
+          remove_radial<T>, hinge_block<T>,           ap_weights,    rank_positives<T>, gradient_positives<T>};
 }
 
 }  // namespace

@@ -1,0 +1,322 @@
+// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file (after tiled_body.h).
+//
+// On a half line the sigmoid is a short sum of exponentials (series.h), and a sum of e^(-k |v - u| / tau) over all v on
+// one side of u is the sum at any other point times a power of a decay. So the sources v are sorted and cut into leaves
+// of equal size; where leaves meet, the sums over all sources below and above are kept. A target u reads
+//
+//     the sources below its own leaf                one series
+//     its own leaf, and whatever else is near       pair by pair
+//     from there to the leaf of the knee u + delta  a count less the series of both ends
+//     the leaf of the knee                          pair by pair
+//     the sources above that                        a count and a sum
+//
+// Neighbouring targets do so together. Series are float64: their coefficients alternate, which would cost float32 two
+// digits where scores lie close. Steps and knees are decided pair by pair, exactly as by the tiled kernels.
+
+namespace {
+
+// Relative error 8e-12 where scores are float, 5e-18 where they are double.
+template <typename T>
+constexpr int kDecayDegree = sizeof(T) == 4 ? 9 : 13;
+
+// e^x for x <= 0; from -600 on it stops falling, which keeps a product with any sum of sources a normal number.
+template <typename T>
+Vec<double>::V decay(Vec<double>::V x) {
+  using X = Vec<double>;
+  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(-600)), X::set(0));
+}
+
+// The same where powers up to the degree are taken of it.
+template <typename T>
+Vec<double>::V power_decay(Vec<double>::V x) {
+  using X = Vec<double>;
+  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(sizeof(T) == 4 ? -55 : -600)), X::set(0));
+}
+
+// ---- sorting ----
+
+template <typename T>
+struct Bucketing {
+  T low, scale, last;
+
+  Bucketing(T low, T high, int32_t buckets) : low(low), scale(buckets / (high - low)), last(T(buckets - 1)) {}
+  // Whether the buckets tell anything apart: the range may be too wide or too narrow for T.
+  bool usable() const { return scale > 0 && scale < infinity<T>(); }
+  // Never falls where the value rises.
+  uint32_t of(T value) const {
+    const T x = (value - low) * scale, from = x > 0 ? x : T(0);
+    return static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last));
+  }
+};
+
+template <typename T>
+int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<T>& s, Scratch<T>& scratch,
+                 Entry<T>* out, T& low, T& high, bool& nan) {
+  using X = Vec<T>;
+  using Index = typename Entry<T>::Index;
+  const int kept = keep(block, lowest, s, scratch, nan);
+  // The columns, packed as the scores were: their bits pass for scores, no arithmetic is done on them.
+  typedef Index Indices __attribute__((vector_size(sizeof(typename X::V))));
+  Indices column;
+  for (int lane = 0; lane < X::kWidth; ++lane) column[lane] = static_cast<Index>(first + lane);
+  int front = 0;
+  for (int j = 0; j < block.count; j += X::kWidth, column += static_cast<Index>(X::kWidth)) {
+    const unsigned bits = scratch.kept_bits[j / X::kWidth];
+    if (!bits) continue;
+    typename X::V packed;
+    std::memcpy(&packed, &column, sizeof packed);
+    X::compress(scratch.band + front, packed, bits);
+    front += __builtin_popcount(bits);
+  }
+  for (int j = 0; j < kept; ++j) {
+    out[j].value = scratch.kept[j];
+    std::memcpy(&out[j].index, &scratch.band[j], sizeof(Index));
+  }
+  if (kept && !nan) {
+    high = std::max(high, highest(scratch.kept, kept));
+    for (int j = 0; j < kept; ++j) scratch.band[j] = -scratch.kept[j];
+    X::store(scratch.band + kept, X::set(-infinity<T>()));
+    low = std::min(low, -highest(scratch.band, kept));
+  }
+  return kept;
+}
+
+// body(j, bucket) for each entry. The buckets of many are found before any is used, in vectors.
+template <typename T, typename Body>
+void for_buckets(const Entry<T>* entry, int64_t n, const Bucketing<T>& bucket, const Body& body) {
+  constexpr int kMany = 512;
+  uint16_t of[kMany];
+  for (int64_t begin = 0; begin < n; begin += kMany) {
+    const int count = static_cast<int>(std::min<int64_t>(kMany, n - begin));
+    for (int j = 0; j < count; ++j) of[j] = static_cast<uint16_t>(bucket.of(entry[begin + j].value));
+    for (int j = 0; j < count; ++j) body(begin + j, of[j]);
+  }
+}
+
+template <typename T>
+void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* count) {
+  const Bucketing<T> bucket(low, high, buckets);
+  if (!bucket.usable()) {
+    count[0] += static_cast<uint32_t>(n);
+    return;
+  }
+  for_buckets(entry, n, bucket, [&](int64_t, uint16_t b) { ++count[b]; });
+}
+
+template <typename T>
+void deal_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to) {
+  const Bucketing<T> bucket(low, high, buckets);
+  if (!bucket.usable()) {
+    std::copy_n(entry, n, to + place[0]);
+    place[0] += static_cast<uint32_t>(n);
+    return;
+  }
+  for_buckets(entry, n, bucket, [&](int64_t j, uint16_t b) { to[place[b]++] = entry[j]; });
+}
+
+// Sorts `from` into `to`; gives up, and returns false, where that takes more than `most` moves.
+template <typename T>
+bool insertion_sort(const Entry<T>* from, int64_t n, int64_t most, Entry<T>* to) {
+  for (int64_t j = 0; j < n; ++j) {
+    const Entry<T> moved = from[j];
+    int64_t at = j;
+    for (; at > 0 && moved.value < to[at - 1].value; --at) to[at] = to[at - 1];
+    to[at] = moved;
+    most -= j - at;
+    if (most < 0) return false;
+  }
+  return true;
+}
+
+// Sorts entries that lie between low and high, about: by 16 bits of where they lie in that range, two stable passes of
+// 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range.
+template <typename T>
+void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, int depth) {
+  constexpr int64_t kFewEntries = 24, kCrowd = 24;
+  constexpr int32_t kKeys = 1 << 16;
+  if (n <= kFewEntries) {
+    insertion_sort(from, n, n * n, to);
+    return;
+  }
+  const Bucketing<T> bucket(low, high, kKeys);
+  if (!bucket.usable() || depth > 3) {
+    std::copy_n(from, n, to);
+    std::sort(to, to + n, [](const Entry<T>& a, const Entry<T>& b) {
+      return a.value < b.value || (a.value == b.value && a.index < b.index);
+    });
+    return;
+  }
+  uint32_t fine[257] = {}, coarse[257] = {};
+  for_buckets(from, n, bucket, [&](int64_t, uint16_t key) {
+    ++fine[(key & 255) + 1];
+    ++coarse[(key >> 8) + 1];
+  });
+  for (int b = 1; b <= 256; ++b) {
+    fine[b] += fine[b - 1];
+    coarse[b] += coarse[b - 1];
+  }
+  for_buckets(from, n, bucket, [&](int64_t j, uint16_t key) { to[fine[key & 255]++] = from[j]; });
+  for_buckets(to, n, bucket, [&](int64_t j, uint16_t key) { from[coarse[key >> 8]++] = to[j]; });
+  if (insertion_sort(from, n, 4 * n, to)) return;
+  for (int64_t begin = 0; begin < n;) {
+    const uint32_t key = bucket.of(from[begin].value);
+    T bottom = from[begin].value, top = bottom;
+    int64_t end = begin + 1;
+    for (; end < n && bucket.of(from[end].value) == key; ++end) {
+      bottom = from[end].value < bottom ? from[end].value : bottom;
+      top = from[end].value > top ? from[end].value : top;
+    }
+    if (end - begin > kCrowd && bottom < top) {
+      sort_entries(from + begin, end - begin, bottom, top, to, depth + 1);
+      std::copy_n(to, end - begin, from + begin);
+    }
+    begin = end;
+  }
+  insertion_sort(from, n, n * n, to);
+}
+
+template <typename T>
+void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to) {
+  sort_entries(from, n, low, high, to, 0);
+}
+
+// ---- the sums of the leaves ----
+
+// Processors are slow at denormal numbers. Float's lowest decay has no power so low.
+template <typename T>
+Vec<double>::V next_power(Vec<double>::V power, Vec<double>::V y) {
+  if constexpr (sizeof(T) == 8) return Vec<double>::max(power * y, Vec<double>::set(1e-280));
+  return power * y;
+}
+
+// Sums of the powers of q, a leaf in each lane: sum[k - 1] += w q^k for `count` vectors. weight null: 1.
+template <typename T>
+void power_sums(const double* q, const double* weight, int count, Vec<double>::V* sum) {
+  using X = Vec<double>;
+  constexpr int kDegree = Sources<T>::kDegree;
+  for (int k = 0; k < kDegree; ++k) sum[k] = X::set(0);
+  for (int j = 0; j < count; ++j) {
+    const X::V y = X::load(q + j * X::kWidth);
+    X::V power = y;
+    if (weight) {
+      const X::V w = X::load(weight + j * X::kWidth);
+      for (int k = 0; k < kDegree; ++k) {
+        sum[k] = X::mul_add(w, power, sum[k]);
+        power = next_power<T>(power, y);
+      }
+    } else {
+      for (int k = 0; k < kDegree; ++k) {
+        sum[k] = sum[k] + power;
+        power = next_power<T>(power, y);
+      }
+    }
+  }
+}
+
+template <typename T>
+void sum_leaves(Sources<T>& sources, int64_t first, int64_t last, const Settings<T>& s) {
+  using X = Vec<double>;
+  constexpr int kLanes = X::kWidth, kStride = Sources<T>::kStride, kDegree = Sources<T>::kDegree;
+  constexpr int kMost = Sources<T>::kMostLeaf * kLanes;
+  const int size = sources.leaf;
+  const bool weighted = !sources.weight.empty();
+  const X::V rate = X::set(1 / s.tau);
+
+  alignas(64) double value[kMost], weight[kMost], q[kMost], low[kLanes], high[kLanes];
+  for (int64_t leaf = first; leaf < last; leaf += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, last - leaf));
+    const int64_t begin = leaf * size;
+    const int count = static_cast<int>(std::min<int64_t>(sources.n - begin, lanes * size));
+    // Element j of a leaf stands in row j; those there are not weigh nothing.
+    const bool full = count == kLanes * size;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int own = std::max(0, std::min(size, count - lane * size));
+      const T* const v = sources.value.data() + begin + lane * size;
+      for (int j = 0; j < own; ++j) value[j * kLanes + lane] = static_cast<double>(v[j]);
+      for (int j = own; j < size; ++j) value[j * kLanes + lane] = static_cast<double>(own ? v[own - 1] : T(0));
+      if (weighted || !full) {
+        const T* const w = weighted ? sources.weight.data() + begin + lane * size : nullptr;
+        for (int j = 0; j < size; ++j) weight[j * kLanes + lane] = j >= own ? 0 : w ? static_cast<double>(w[j]) : 1.0;
+      }
+      low[lane] = own ? static_cast<double>(v[0]) : 0;
+      high[lane] = own ? static_cast<double>(v[own - 1]) : 0;
+    }
+    const double* const given = weighted || !full ? weight : nullptr;
+    const X::V bottom = X::load(low), top = X::load(high);
+    X::V weights = X::set(0), sums = X::set(0), powers[kDegree];
+    for (int j = 0; j < size * kLanes; j += kLanes) {
+      const X::V v = X::load(value + j), w = given ? X::load(weight + j) : X::set(1);
+      weights = weights + w;
+      if (!weighted) sums = X::mul_add(w, v - bottom, sums);
+      X::store(q + j, power_decay<T>((v - top) * rate));
+    }
+    const auto put = [&](double* out, int64_t stride, X::V v) {
+      double all[kLanes];
+      X::store(all, v);
+      for (int lane = 0; lane < lanes; ++lane) out[lane * stride] = all[lane];
+    };
+    put(&sources.weights[leaf], 1, weights);
+    put(&sources.sums[leaf], 1, sums);
+    power_sums<T>(q, given, size, powers);
+    for (int k = 0; k < kDegree; ++k) put(&sources.below[(leaf + 1) * kStride + k], kStride, powers[k]);
+    for (int j = 0; j < size * kLanes; j += kLanes) {
+      X::store(q + j, power_decay<T>((bottom - X::load(value + j)) * rate));
+    }
+    power_sums<T>(q, given, size, powers);
+    for (int k = 0; k < kDegree; ++k) put(&sources.above[leaf * kStride + k], kStride, powers[k]);
+  }
+}
+
+// out[k - 1] = a[k - 1] + sign e^(-k distance / tau) b[k - 1].
+template <typename T>
+void join(const double* a, double sign, double distance, const double* b, const Settings<T>& s, double* out) {
+  using X = Vec<double>;
+  const X::V exponent = X::set(-distance / s.tau);
+  alignas(64) static constexpr double kNumbers[24] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
+                                                      13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24};
+  for (int k = 0; k < Sources<T>::kStride; k += X::kWidth) {
+    const X::V by = decay<T>(exponent * X::load(kNumbers + k)) * X::set(sign);
+    X::store(out + k, X::mul_add(by, X::load(b + k), X::load(a + k)));
+  }
+}
+
+template <typename T>
+void join_below(Sources<T>& sources, const Settings<T>& s) {
+  const int size = sources.leaf;
+  constexpr int kStride = Sources<T>::kStride;
+  std::fill_n(sources.below.data(), kStride, 0.0);
+  for (int64_t leaf = 1; leaf < sources.leaves(); ++leaf) {
+    const int64_t end = std::min(sources.n, (leaf + 1) * size);
+    const double distance =
+        static_cast<double>(sources.value[end - 1]) - static_cast<double>(sources.value[leaf * size - 1]);
+    double* const own = sources.below.data() + (leaf + 1) * kStride;
+    join(own, 1, distance, own - kStride, s, own);
+  }
+}
+
+template <typename T>
+void join_above(Sources<T>& sources, const Settings<T>& s) {
+  const int size = sources.leaf;
+  constexpr int kStride = Sources<T>::kStride;
+  const int64_t leaves = sources.leaves();
+  std::fill_n(sources.above.data() + leaves * kStride, kStride, 0.0);
+  KahanSum weights, sum;
+  sources.weights[leaves] = sources.sums[leaves] = 0;
+  for (int64_t leaf = leaves - 1; leaf >= 0; --leaf) {
+    double distance = 0;
+    if (leaf + 1 < leaves) {
+      distance =
+          static_cast<double>(sources.value[(leaf + 1) * size]) - static_cast<double>(sources.value[leaf * size]);
+      sum.add(sources.weights[leaf + 1] * distance);  // from one leaf to the next: nothing is ever taken off
+    }
+    weights.add(sources.weights[leaf]);
+    sum.add(sources.sums[leaf]);
+    sources.weights[leaf] = weights.sum;
+    sources.sums[leaf] = sum.sum;
+    if (leaf + 1 == leaves) continue;
+    double* const own = sources.above.data() + leaf * kStride;
+    join(own, 1, distance, own + kStride, s, own);
+  }
+}
+
+}  // namespace
