@@ -207,8 +207,9 @@ def usable(name: str | None, ranks: Ranks) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", ranks.local)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used: {reason(error)}") from error
     return device

@@ -66,8 +66,8 @@ def cached_backward(
     Raises:
         TypeError: ``mini_batch_size`` is no integer; the model or the loss returns no tensor.
         ValueError: ``mini_batch_size`` is below 1; inputs have no tensor, tensors of different length, or one that is
-            itself the result of something differentiable; the model's rows are not those of its inputs; the loss is no
-            scalar, or does not depend on the embeddings.
+            itself the result of something differentiable; the model's rows are not those of its inputs, or have no
+            gradient; the loss is no scalar, or does not depend on the embeddings.
         RuntimeError: gradients are switched off.
 
     Example:
@@ -89,7 +89,7 @@ def cached_backward(
     if len(parts) == 1 and not hasattr(model, "no_sync"):
         embeddings = run(parts[0])
         loss, gradient = _loss_and_gradient(embeddings, labels, loss_fn, scaler)
-        _backward(embeddings, gradient)
+        _backward_through_model(embeddings, gradient)
         return loss
 
     devices = _devices(model, inputs)
@@ -110,7 +110,7 @@ def cached_backward(
         with no_sync():
             with _fresh_autocast(devices):
                 embeddings = run(part)
-            _backward(embeddings, gradient[part])
+            _backward_through_model(embeddings, gradient[part])
     chance.restore(after)
     return loss
 
@@ -165,7 +165,10 @@ def _devices(model: object, inputs: Any) -> list[torch.device]:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if isinstance(model, torch.nn.Module):
         tensors += list(model.parameters())
-    return sorted({torch.device("cpu")} | {tensor.device for tensor in tensors}, key=str)
+    used = {torch.device("cpu")} | {tensor.device for tensor in tensors}
+    if torch.cuda.is_initialized():  # a callable may have its parameters there, out of sight
+        used.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(used, key=str)
 
 
 def _loss_and_gradient(
@@ -183,6 +186,14 @@ def _loss_and_gradient(
     if leaf.grad is None:
         raise ValueError("the loss does not depend on the embeddings that loss_fn was given")
     return loss.detach(), leaf.grad
+
+
+def _backward_through_model(embeddings: Tensor, gradient: Tensor) -> None:
+    if not embeddings.requires_grad:
+        raise ValueError(
+            "the model's embeddings have no gradient: are all of its parameters frozen, or does it detach them?"
+        )
+    _backward(embeddings, gradient)
 
 
 def _backward(of: Tensor, gradient: Tensor | None) -> None:

@@ -161,6 +161,8 @@ class EmbeddingMemory(nn.Module):
         return self.embeddings, self.labels, self.ids
 
     def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> None:
+        if ids is None:
+            raise TypeError("ids must be a torch.Tensor of integers, got None: a memory has to know what each row is")
         check_embeddings(embeddings, labels, None, None, ids, ids)
         if embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings must have the memory's dimension, {self.dim}, got {embeddings.shape[1]}")

@@ -34,7 +34,7 @@ class Training:
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
         if options.batch_size < 2 * ranks.world:
             raise InputError(
-                f"--batch-size {options.batch_size} leaves {ranks.world} processes less than 2 images each"
+                f"--batch-size {options.batch_size} leaves {ranks.world} processes fewer than 2 images each"
             )
         self._share = ranks.share(options.batch_size)
         self._feed = batches.Feed(train, sampler, self._share)
