@@ -169,10 +169,13 @@ class EmbeddingMemory(nn.Module):
 
     def get_extra_state(self) -> dict[str, int]:
         """What state_dict() holds beside the entries."""
-        return {"entries": self._entries, "next": self._next, "calls": self._calls}
+        place = {"entries": self._entries, "next": self._next, "calls": self._calls}
+        return {"size": self.size, "dim": self.dim, **place}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The inverse of get_extra_state()."""
+        if (state["size"], state["dim"]) != (self.size, self.dim):
+            return  # load_state_dict() raises when it is through, and no entries were loaded
         self._entries, self._next, self._calls = (int(state[name]) for name in ("entries", "next", "calls"))
 
     def extra_repr(self) -> str:
