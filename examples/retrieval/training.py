@@ -99,8 +99,9 @@ class Training:
             return model(self._distort(inputs[0].float(), inputs[1]))
 
         def rank(embeddings: Tensor) -> Tensor:
+            # By ids, an image that comes again, in this batch or from the memory, is not its own positive.
             if self._memory is None:
-                return self.loss(embeddings, labels)
+                return self.loss(embeddings, labels, ids=ids, ref_ids=ids)
             self._memory.enqueue(embeddings, labels, ids)
             return self.loss(embeddings, labels, ref_emb=self._memory, ids=ids)
 
