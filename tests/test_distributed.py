@@ -237,6 +237,7 @@ def work(rank, world, folder):
         for share, rows in SHARES[world].items()
     }
     torch.save(results, folder / f"{rank}.pt")
+    torch.save(exchanged(world), folder / f"bytes {rank}.pt")
     errors = {}
     for name, call in WRONG.items():
         try:
@@ -249,19 +250,17 @@ def work(rank, world, folder):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """What each rank brought of all cases, and the errors of all wrong calls."""
+    """What each rank brought of all cases, the errors of all wrong calls, and the bytes of a step."""
     folder = tmp_path_factory.mktemp(f"{request.param} ranks")
     assert statuses(start(request.param, work, folder)) == [0] * request.param
     each = range(request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in each], [
-        torch.load(folder / f"errors {rank}.pt") for rank in each
-    ]
+    return [[torch.load(folder / f"{what}{rank}.pt") for rank in each] for what in ("", "errors ", "bytes ")]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_one_process(ranks, name):
     """Loss and gradients, as DistributedDataParallel averages them, are those of one process with the whole batch."""
-    brought, _ = ranks
+    brought = ranks[0]
     tolerance = TOLERANCE.get(name, 1e-9)
     for share, rows in SHARES[len(brought)].items():
         whole = CASES[name](Whole(rows), rows)
@@ -279,12 +278,42 @@ def test_as_one_process(ranks, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_on_every_rank(ranks, name):
-    brought, _ = ranks
+    brought = ranks[0]
     for share in SHARES[len(brought)]:
         first, *others = (result[name, share] for result in brought)
         for other in others:
             for what in ("gradients", "memory", *(["loss"] if "none" not in name else [])):
                 assert what not in first or torch.equal(first[what], other[what]), (share, what)
+
+
+def exchanged(world):
+    """Bytes from the other ranks in forward and in backward, for equal shares of 6 items of 5 float32."""
+    received = []
+
+    def count(call):
+        def counted(out, *arguments):
+            received.append(out.numel() * out.element_size() * (world - 1) // world)
+            return call(out, *arguments)
+
+        return counted
+
+    for name in (distributed._ALL_GATHER, "all_to_all_single"):
+        setattr(torch.distributed, name, count(getattr(torch.distributed, name)))
+    embeddings = torch.randn(6, 5, requires_grad=True)
+    loss = roadmap_ext.RoadmapLoss(gather_across_devices=True)(embeddings, torch.arange(6) // 3)
+    forward = sum(received)
+    loss.backward()
+    return forward, sum(received) - forward
+
+
+def test_bytes_a_step(ranks):
+    """are those of docs/large-batches.md."""
+    n, d, s = 6, 5, 4
+    for counted in ranks[2]:
+        assert counted == (
+            (len(ranks[0]) - 1) * (512 + 8 * n + n * d * s + 24),
+            (len(ranks[0]) - 1) * (8 + n * d * s),
+        )
 
 
 # --- what does not fit together --------------------------------------------------------------------------------------
