@@ -10,7 +10,7 @@ The loss sees the whole batch, and only a mini-batch's activations are in memory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -92,14 +92,12 @@ def cached_backward(
         _backward_through_model(embeddings, gradient)
         return loss
 
-    devices = _devices(model, inputs)
-    chance = _Chance(devices)
+    chance = _Chance(_devices(model, inputs))
     before, first_pass = [], []
     with torch.no_grad(), _kept_buffers(model):
         for part in parts:
             before.append(chance.state())
-            with _fresh_autocast(devices):
-                first_pass.append(run(part))
+            first_pass.append(run(part))
     loss, gradient = _loss_and_gradient(torch.cat(first_pass), labels, loss_fn, scaler)
     del first_pass
     after = chance.state()
@@ -108,8 +106,7 @@ def cached_backward(
         # DistributedDataParallel exchanges gradients once, when the last are there.
         no_sync = nullcontext if part.stop == rows else getattr(model, "no_sync", nullcontext)
         with no_sync():
-            with _fresh_autocast(devices):
-                embeddings = run(part)
+            embeddings = run(part)
             _backward_through_model(embeddings, gradient[part])
     chance.restore(after)
     return loss
@@ -161,7 +158,7 @@ def _length(inputs: Any) -> int:
 
 
 def _devices(model: object, inputs: Any) -> list[torch.device]:
-    """Where the model may draw random numbers, and autocast may be on."""
+    """Where the model may draw random numbers."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if isinstance(model, torch.nn.Module):
         tensors += list(model.parameters())
@@ -249,13 +246,3 @@ def _kept_buffers(model: object) -> Iterator[None]:
         hook.remove()
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-
-
-def _fresh_autocast(devices: list[torch.device]) -> AbstractContextManager[Any]:
-    """The autocast that is on, without its cache: that would give the second pass the first one's weights, which were
-    cast without a graph, and their gradient would be lost."""
-    stack = ExitStack()
-    for kind in sorted({device.type for device in devices}):
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
-    return stack

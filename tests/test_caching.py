@@ -120,7 +120,7 @@ def test_every_device_that_may_draw_is_restored(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, calls):
-    """Both passes and the loss run under it, and weights that were cast without a graph are cast again."""
+    """Both passes and the loss run under it; what torch cast without a graph has no part in the second pass."""
     (x, labels), model = batch(torch.float32), network(dtype=torch.float32)
     seen, within = calls(model), []
 
@@ -144,6 +144,26 @@ def test_autocast(dtype, calls):
         torch.testing.assert_close(gradients(model), whole, rtol=0, atol=2 * torch.finfo(dtype).eps * whole.abs().max())
     assert {out.dtype for *_, out in seen} == {dtype}
     assert set(within) == {(dtype, True)}
+
+
+@pytest.mark.parametrize("size", [7, 14])
+def test_backward_is_outside_autocast(size):
+    """so that what the model computes in float32 has its gradient in float32."""
+
+    class Exact(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    x, model = torch.randn(14, 6), Exact(6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = RoadmapLoss()(model(x), torch.arange(14) // 2)
+    expected.backward()
+    whole = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        cached_backward(model, x, torch.arange(14) // 2, RoadmapLoss(), mini_batch_size=size)
+    torch.testing.assert_close(gradients(model), whole)
 
 
 @pytest.mark.parametrize("size", [5, 13])
