@@ -58,9 +58,9 @@ RUNS = [
     Run(4096, MINI, memory=8192),
     Run(4096, MINI, processes=2),
     Run(4096, MINI, memory=8192, processes=2),
-    Run(16384),
     Run(16384, MINI),
     Run(16384, MINI, processes=2),
+    Run(16384),
 ]
 
 
@@ -141,17 +141,17 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
     print(f"{'batch':>8}{'mini-batch':>12}{'memory':>8}{'processes':>11}{'step':>10}{'its loss':>10}{'MiB in all':>12}")
     rows = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for run in (run for run in RUNS if run.batch <= arguments.largest):
         measured = measure(run, arguments.steps)
         rows.append({**asdict(run), **{name: f"{value:.4g}" for name, value in measured.items()}, **about})
         settings = f"{run.batch:>8,}{run.mini_batch or '-':>12}{run.memory or '-':>8}{run.processes:>11}"
         times = f"{measured['step_s']:>8.2f} s{measured['loss_s']:>8.2f} s"
         print(settings + times + f"{measured['all_processes_mib']:>12,.0f}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "large_batches_cpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        with (arguments.out / "large_batches_cpu.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     judged = [row for row in rows if row["batch"] == 16384 and row["mini_batch"]]
     for row in judged:
         used = float(row["all_processes_mib"]) * MIB

@@ -260,6 +260,7 @@ def prepare(
     ranks.join(device)
     stack.callback(ranks.leave)
     training = Training(options, train_on, device, ranks)
+    stack.callback(training.close)
     training.probe()
     name = "digits" if options.data_root is None else options.data_root.resolve().stem
     folder = options.out or Path("runs") / f"{name}-{options.loss}"

@@ -628,6 +628,19 @@ class TestStep:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1 if amp == "fp16" else 1e-4, atol=1e-6)
         assert torch.equal(gradients[2], gradients[0])
 
+    @pytest.mark.parametrize("memory", [(), ("--memory-size", 64, "--memory-warmup", 0)], ids=["alone", "memory"])
+    def test_an_image_is_not_its_own_positive(self, memory, same_images):
+        """Images that come more than once are told by their numbers; what the loss makes of these is its own matter."""
+        training, _ = self.make(*memory, "--batch-size", 240, "--per-class", 24, data=same_images)  # 10 of each class
+        seen = []
+        training.loss.register_forward_pre_hook(lambda module, inputs, given: seen.append(given), with_kwargs=True)
+        training.step(0)
+        numbers = training._feed._batches(0)
+        assert len(numbers.unique()) == 100
+        assert torch.equal(seen[0]["ids"], numbers)
+        known = training._memory.ids if memory else seen[0]["ref_ids"]
+        assert torch.equal(known.sort().values, numbers[-len(known) :].sort().values)
+
     def test_the_memory_is_ranked_after_its_warm_up(self):
         training, _ = self.make("--memory-size", 50, "--memory-warmup", 2)
         held, references = [], []
@@ -949,6 +962,7 @@ class TestRuns:
 def rank_of_program(rank, world, port, said, *arguments):
     """A rank as torchrun would start it; what it prints goes into files."""
     torch.set_num_threads(1)
+    sys.setswitchinterval(1000)  # threads that wait for the main one to let go of Python's lock have to wait long
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for stream in (sys.stdout, sys.stderr):

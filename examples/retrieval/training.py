@@ -57,6 +57,14 @@ class Training:
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self._autocast = torch.autocast(device.type, AMP[options.amp], enabled=options.amp != "none")
 
+    def close(self) -> None:
+        """Lets go of what belongs to the ranks' group, which has to end after it.
+
+        Else DistributedDataParallel takes the group along, and holds Python's lock while gloo's threads wait for it to
+        put their last tensors away.
+        """
+        self._model = self.network
+
     def probe(self) -> None:
         """Runs the loss once, for its errors: no kernel for this device, no such method."""
         embeddings, labels = torch.eye(4, self.options.dim, device=self.device), torch.tensor([0, 0, 1, 1])
