@@ -265,6 +265,11 @@ class TestPairs:
             ((embeddings, labels[:, None].expand(-1, 3)), ValueError, "labels must be a 1D tensor"),
             ((embeddings, labels, None, ref_emb), ValueError, "ref_emb was given without ref_labels"),
             ((embeddings, labels, None, None, ref_labels), ValueError, "ref_labels was given without ref_emb"),
+            (
+                (embeddings, labels, None, roadmap_ext.EmbeddingMemory(3, 4)),
+                TypeError,
+                r"ref_emb is an EmbeddingMemory, .* use roadmap_ext\.\w+Loss, or the CrossBatchMemory",
+            ),
             ((embeddings, labels, None, ref_emb, ref_labels.double()), TypeError, r"use ref_labels.long\(\)"),
             ((embeddings, labels, None, ref_emb[:, :3], ref_labels), ValueError, "dimension of embeddings, 6, got 3"),
             ((embeddings, None, triplet, ref_emb[:, :3]), ValueError, "dimension of embeddings, 6, got 3"),
