@@ -1,6 +1,7 @@
 """The training program: what it reads, draws, keeps and refuses; that a run goes on to the same bits."""
 
 import csv
+import gc
 import io
 import json
 import os
@@ -962,7 +963,13 @@ class TestRuns:
 def rank_of_program(rank, world, port, said, *arguments):
     """A rank as torchrun would start it; what it prints goes into files."""
     torch.set_num_threads(1)
-    sys.setswitchinterval(1000)  # threads that wait for the main one to let go of Python's lock have to wait long
+    leave = Ranks.leave
+
+    def leave_alone(self):
+        assert not any(type(x) is torch.nn.parallel.DistributedDataParallel for x in gc.get_objects())
+        leave(self)
+
+    Ranks.leave = leave_alone  # what would outlive the group might never end
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for stream in (sys.stdout, sys.stderr):
