@@ -207,8 +207,9 @@ def usable(name: str | None, ranks: Ranks) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", ranks.local)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used: {reason(error)}") from error
     return device
@@ -259,6 +260,7 @@ def prepare(
     ranks.join(device)
     stack.callback(ranks.leave)
     training = Training(options, train_on, device, ranks)
+    stack.callback(training.close)
     training.probe()
     name = "digits" if options.data_root is None else options.data_root.resolve().stem
     folder = options.out or Path("runs") / f"{name}-{options.loss}"

@@ -10,7 +10,7 @@ The loss sees the whole batch, and only a mini-batch's activations are in memory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,8 +66,8 @@ def cached_backward(
     Raises:
         TypeError: ``mini_batch_size`` is no integer; the model or the loss returns no tensor.
         ValueError: ``mini_batch_size`` is below 1; inputs have no tensor, tensors of different length, or one that is
-            itself the result of something differentiable; the model's rows are not those of its inputs; the loss is no
-            scalar, or does not depend on the embeddings.
+            itself the result of something differentiable; the model's rows are not those of its inputs, or have no
+            gradient; the loss is no scalar, or does not depend on the embeddings.
         RuntimeError: gradients are switched off.
 
     Example:
@@ -89,17 +89,15 @@ def cached_backward(
     if len(parts) == 1 and not hasattr(model, "no_sync"):
         embeddings = run(parts[0])
         loss, gradient = _loss_and_gradient(embeddings, labels, loss_fn, scaler)
-        _backward(embeddings, gradient)
+        _backward_through_model(embeddings, gradient)
         return loss
 
-    devices = _devices(model, inputs)
-    chance = _Chance(devices)
+    chance = _Chance(_devices(model, inputs))
     before, first_pass = [], []
     with torch.no_grad(), _kept_buffers(model):
         for part in parts:
             before.append(chance.state())
-            with _fresh_autocast(devices):
-                first_pass.append(run(part))
+            first_pass.append(run(part))
     loss, gradient = _loss_and_gradient(torch.cat(first_pass), labels, loss_fn, scaler)
     del first_pass
     after = chance.state()
@@ -108,9 +106,8 @@ def cached_backward(
         # DistributedDataParallel exchanges gradients once, when the last are there.
         no_sync = nullcontext if part.stop == rows else getattr(model, "no_sync", nullcontext)
         with no_sync():
-            with _fresh_autocast(devices):
-                embeddings = run(part)
-            _backward(embeddings, gradient[part])
+            embeddings = run(part)
+            _backward_through_model(embeddings, gradient[part])
     chance.restore(after)
     return loss
 
@@ -161,11 +158,14 @@ def _length(inputs: Any) -> int:
 
 
 def _devices(model: object, inputs: Any) -> list[torch.device]:
-    """Where the model may draw random numbers, and autocast may be on."""
+    """Where the model may draw random numbers."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if isinstance(model, torch.nn.Module):
         tensors += list(model.parameters())
-    return sorted({torch.device("cpu")} | {tensor.device for tensor in tensors}, key=str)
+    used = {torch.device("cpu")} | {tensor.device for tensor in tensors}
+    if torch.cuda.is_initialized():  # a callable may have its parameters there, out of sight
+        used.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(used, key=str)
 
 
 def _loss_and_gradient(
@@ -183,6 +183,14 @@ def _loss_and_gradient(
     if leaf.grad is None:
         raise ValueError("the loss does not depend on the embeddings that loss_fn was given")
     return loss.detach(), leaf.grad
+
+
+def _backward_through_model(embeddings: Tensor, gradient: Tensor) -> None:
+    if not embeddings.requires_grad:
+        raise ValueError(
+            "the model's embeddings have no gradient: are all of its parameters frozen, or does it detach them?"
+        )
+    _backward(embeddings, gradient)
 
 
 def _backward(of: Tensor, gradient: Tensor | None) -> None:
@@ -238,13 +246,3 @@ def _kept_buffers(model: object) -> Iterator[None]:
         hook.remove()
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-
-
-def _fresh_autocast(devices: list[torch.device]) -> AbstractContextManager[Any]:
-    """The autocast that is on, without its cache: that would give the second pass the first one's weights, which were
-    cast without a graph, and their gradient would be lost."""
-    stack = ExitStack()
-    for kind in sorted({device.type for device in devices}):
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
-    return stack

@@ -339,7 +339,10 @@ def roadmap_loss(
         return refs
 
     if gather_across_devices and distributed.world_size() > 1:
-        loss: Tensor = _across_ranks(
+        across_ranks = distributed.roadmap_loss
+        if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
+            across_ranks = torch.compiler.disable(across_ranks)
+        loss: Tensor = across_ranks(
             embeddings, labels, ids, checked, memory is not None, objective, include_self, chunk_size, method
         )
         return loss
@@ -348,9 +351,6 @@ def roadmap_loss(
     relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)
     return embedding_loss(embeddings, None if alone else ref_emb, relation, objective, chunk_size, method)
 
-
-# Each rank looks at what the others bring, which is no matter for a graph.
-_across_ranks = torch.compiler.disable(distributed.roadmap_loss)
 
 # The fake kernels are registered by importing them; the name is not used otherwise.
 del _ops

@@ -161,16 +161,21 @@ class EmbeddingMemory(nn.Module):
         return self.embeddings, self.labels, self.ids
 
     def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> None:
+        if ids is None:
+            raise TypeError("ids must be a torch.Tensor of integers, got None: a memory has to know what each row is")
         check_embeddings(embeddings, labels, None, None, ids, ids)
         if embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings must have the memory's dimension, {self.dim}, got {embeddings.shape[1]}")
 
     def get_extra_state(self) -> dict[str, int]:
         """What state_dict() holds beside the entries."""
-        return {"entries": self._entries, "next": self._next, "calls": self._calls}
+        place = {"entries": self._entries, "next": self._next, "calls": self._calls}
+        return {"size": self.size, "dim": self.dim, **place}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The inverse of get_extra_state()."""
+        if (state["size"], state["dim"]) != (self.size, self.dim):
+            return  # load_state_dict() raises when it is through, and no entries were loaded
         self._entries, self._next, self._calls = (int(state[name]) for name in ("entries", "next", "calls"))
 
     def extra_repr(self) -> str:

@@ -65,7 +65,18 @@ from torch.nn.functional import normalize
 from torch.utils._pytree import tree_map
 
 import roadmap_ext
-from roadmap_ext import RoadmapLoss, _checks, _chunks, _relation, ap_loss, reference, roadmap_loss, smooth_rank
+from roadmap_ext import (
+    EmbeddingMemory,
+    RoadmapLoss,
+    _checks,
+    _chunks,
+    _relation,
+    ap_loss,
+    cached_backward,
+    reference,
+    roadmap_loss,
+    smooth_rank,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -702,6 +713,32 @@ def test_lists_with_nonsense_are_read_inside():
         torch.ops.roadmap_ext.count_pairs(span, column, None, None, None, None, -1, 4, 3)
     synchronize()
     assert RoadmapLoss()(on_device(torch.randn(9, 4)), torch.arange(9, device=DEVICE) % 3).isfinite()
+
+
+def test_cached_backward_draws_alike_in_both_passes_and_ranks_a_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Dropout(0.4), torch.nn.Linear(16, 5)).to(DEVICE)
+    x, labels, ids = on_device((torch.randn(13, 6), torch.arange(13) % 4, torch.arange(13)))
+    found = []
+    for cached in (False, True):
+        memory = EmbeddingMemory(40, 5, device=DEVICE)
+
+        def ranked(embeddings, labels, memory=memory):
+            memory.enqueue(embeddings, labels, ids)
+            return RoadmapLoss()(embeddings, labels, ref_emb=memory, ids=ids)
+
+        model.zero_grad()
+        for seed in (3, 4):
+            torch.manual_seed(seed)
+            if cached:
+                cached_backward(model, x, labels, ranked, mini_batch_size=5)
+            else:
+                ranked(torch.cat([model(part) for part in x.split(5)]), labels).backward()
+        found.append(
+            (torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), torch.rand(3, device=DEVICE))
+        )
+        assert memory.embeddings.device == DEVICE
+        assert len(memory) == 26
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_build_info_names_the_gpus():

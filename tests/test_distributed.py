@@ -7,7 +7,6 @@ that alone.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import os
 import re
@@ -15,6 +14,7 @@ import time
 
 import pytest
 import torch
+from ranks import begin, start, statuses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +43,7 @@ SHARES = {
     3: {"equal": [6, 6, 6], "unequal": [2, 11, 5], "empty": [7, 0, 6], "last alone": [0, 0, 9]},
 }
 DIM, FEATURES = 5, 4
-TIMEOUT = 4  # seconds that a rank waits for the others where they fail
+TIMEOUT = 3  # seconds that a rank waits for the others where they fail
 
 
 def batch(rows, dtype=torch.float64):
@@ -228,14 +228,6 @@ CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2}
 
 
-def begin(rank, world, folder, seconds):
-    """Joins the ranks."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), world)
-    timeout = datetime.timedelta(seconds=seconds)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-
-
 def work(rank, world, folder):
     """One rank: every case with every share, then one wrong call after another."""
     begin(rank, world, folder, 30)
@@ -245,6 +237,7 @@ def work(rank, world, folder):
         for share, rows in SHARES[world].items()
     }
     torch.save(results, folder / f"{rank}.pt")
+    torch.save(exchanged(world), folder / f"bytes {rank}.pt")
     errors = {}
     for name, call in WRONG.items():
         try:
@@ -255,38 +248,19 @@ def work(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-def run(world, folder, target, *arguments, seconds=120):
-    """Exit statuses of the ranks; None of one that had to be killed."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=target, args=(rank, world, folder, *arguments), daemon=True) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    statuses = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return statuses
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """What each rank brought of all cases, and the errors of all wrong calls."""
+    """What each rank brought of all cases, the errors of all wrong calls, and the bytes of a step."""
     folder = tmp_path_factory.mktemp(f"{request.param} ranks")
-    assert run(request.param, folder, work) == [0] * request.param
+    assert statuses(start(request.param, work, folder)) == [0] * request.param
     each = range(request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in each], [
-        torch.load(folder / f"errors {rank}.pt") for rank in each
-    ]
+    return [[torch.load(folder / f"{what}{rank}.pt") for rank in each] for what in ("", "errors ", "bytes ")]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_one_process(ranks, name):
     """Loss and gradients, as DistributedDataParallel averages them, are those of one process with the whole batch."""
-    brought, _ = ranks
+    brought = ranks[0]
     tolerance = TOLERANCE.get(name, 1e-9)
     for share, rows in SHARES[len(brought)].items():
         whole = CASES[name](Whole(rows), rows)
@@ -304,12 +278,42 @@ def test_as_one_process(ranks, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_on_every_rank(ranks, name):
-    brought, _ = ranks
+    brought = ranks[0]
     for share in SHARES[len(brought)]:
         first, *others = (result[name, share] for result in brought)
         for other in others:
             for what in ("gradients", "memory", *(["loss"] if "none" not in name else [])):
                 assert what not in first or torch.equal(first[what], other[what]), (share, what)
+
+
+def exchanged(world):
+    """Bytes from the other ranks in forward and in backward, for equal shares of 6 items of 5 float32."""
+    received = []
+
+    def count(call):
+        def counted(out, *arguments):
+            received.append(out.numel() * out.element_size() * (world - 1) // world)
+            return call(out, *arguments)
+
+        return counted
+
+    for name in (distributed._ALL_GATHER, "all_to_all_single"):
+        setattr(torch.distributed, name, count(getattr(torch.distributed, name)))
+    embeddings = torch.randn(6, 5, requires_grad=True)
+    loss = roadmap_ext.RoadmapLoss(gather_across_devices=True)(embeddings, torch.arange(6) // 3)
+    forward = sum(received)
+    loss.backward()
+    return forward, sum(received) - forward
+
+
+def test_bytes_a_step(ranks):
+    """are those of docs/large-batches.md."""
+    n, d, s = 6, 5, 4
+    for counted in ranks[2]:
+        assert counted == (
+            (len(ranks[0]) - 1) * (512 + 8 * n + n * d * s + 24),
+            (len(ranks[0]) - 1) * (8 + n * d * s),
+        )
 
 
 # --- what does not fit together --------------------------------------------------------------------------------------
@@ -415,16 +419,25 @@ def fail(rank, world, folder, how):
     os._exit(0)  # gloo's own clean-up of a group that is broken may abort the process, or wait without end
 
 
-@pytest.mark.parametrize("how", ["exits", "raises", "late", "late, cached"])
-def test_rank_that_fails(how, tmp_path):
+HOWS = ("exits", "raises", "late", "late, cached")
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """The errors of two ranks whose third fails, for each way to fail; all at once, for most of it is waiting."""
+    folders = {how: tmp_path_factory.mktemp(how) for how in HOWS}
+    began = time.monotonic()
+    started = [start(3, fail, folders[how], how) for how in HOWS]
+    assert [statuses(processes, 60) for processes in started] == [[0, 0, 0]] * len(HOWS)
+    assert time.monotonic() - began < 50
+    return {how: [(folders[how] / f"{rank}.txt").read_text() for rank in range(2)] for how in HOWS}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_rank_that_fails(how, failed):
     """No rank waits longer than the process group's timeout says."""
-    start = time.monotonic()
-    assert run(3, tmp_path, fail, how, seconds=60) == [0, 0, 0]
-    assert time.monotonic() - start < 50
-    for rank in range(2):
-        text = (tmp_path / f"{rank}.txt").read_text()
-        expected = f"RuntimeError: rank {rank} of 3 waited in vain for the others"
-        assert text.startswith(expected), text
+    for rank, text in enumerate(failed[how]):
+        assert text.startswith(f"RuntimeError: rank {rank} of 3 waited in vain for the others"), text
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -456,10 +469,46 @@ def test_a_single_rank(alone):
             assert torch.equal(CASES[name](Rank(rows, 0), rows)[what], expected), (name, what)
 
 
-def test_compiled(alone, monkeypatch):
+@pytest.fixture
+def as_several(alone, monkeypatch):
+    """The way of several ranks; there is one."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(roadmap_ext.memory, "world_size", lambda: 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_single_rank_by_the_way_of_several(as_several, name):
+    rows, tolerance = [17], TOLERANCE.get(name, 1e-9)
+    ours = CASES[name](Rank(rows, 0), rows)
+    for what, expected in CASES[name](Whole(rows), rows).items():
+        torch.testing.assert_close(ours[what], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("labels", "labels must have an integer dtype"),
+        ("no tensor", "embeddings must be a torch.Tensor"),
+        ("memory's ids", "ref_emb is an EmbeddingMemory, which holds"),
+        ("enqueued dimension", "embeddings must have the memory's dim"),
+        ("gathered number", "gather takes a tensor of rows"),
+    ],
+)
+def test_wrong_on_the_only_rank(as_several, name, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        WRONG[name](1)
+
+
+def test_what_is_no_tensor_or_has_no_backend(as_several):
+    with pytest.raises(TypeError, match=r"gather takes a torch\.Tensor, got list"):
+        distributed.gather([1.0])
+    with pytest.raises(ValueError, match=r"no backend for tensors on meta, only .*cpu:gloo.*: move them there"):
+        distributed.gather(torch.zeros(3, device="meta"))
+
+
+def test_compiled(as_several):
     """torch.compile leaves the exchange out of its graphs."""
     x, labels, _ = batch(8)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # by the way of several; there is one
     loss = roadmap_ext.RoadmapLoss(gather_across_devices=True)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.compile(lambda x: loss(2 * x, labels), backend="aot_eager")(leaf).backward()

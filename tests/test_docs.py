@@ -68,11 +68,41 @@ def test_commands_of_training(capsys):
     assert len(commands) == 3
     for command in commands:
         options.parse(None, command.split())
+    large = (ROOT / "docs/large-batches.md").read_text()
+    many = re.findall(
+        r"^    .*torchrun --nproc-per-node 2 examples/train_retrieval.py (.*)$", page + large, re.MULTILINE
+    )
+    many += re.findall(r'^    make train ARGS="(.*)"$', large, re.MULTILINE)
+    assert len(many) == 3
+    for command in many:
+        options.parse(None, command.split())
     with pytest.raises(SystemExit):
         options.parse(None, ["--help"])
     assert not re.search(r"[A-Z]+_[A-Z]+", re.sub(r"`[^`]*`", "", page)), "a placeholder is left"
     there = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"`(--[a-z-]+)", page)) <= there
+
+
+def test_the_page_of_large_batches(tmp_path):
+    torch.manual_seed(0)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        names = {}
+        *found, shards = blocks("docs/large-batches.md")
+        assert len(found) == 4
+        for block in found:
+            exec(block, names)
+            assert 0 < names["loss"] < 3
+        assert len(names["memory"]) == 3 * 256
+    finally:
+        torch.distributed.destroy_process_group()
+    exec(shards, names)
+    scores = torch.rand(5, 40, dtype=torch.float64, requires_grad=True)
+    whole = roadmap_ext.ap_loss(scores, torch.arange(40).expand(5, 40) < 7)
+    parts = names["loss_of_shards"](scores[:, :7], scores[:, 7:].split([10, 3, 20], dim=1))
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, scores), torch.autograd.grad(whole, scores))
 
 
 def test_links_between_pages_lead_somewhere():

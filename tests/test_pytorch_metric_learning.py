@@ -5,7 +5,6 @@ Expected values come from masks that are filled pair by pair here, and the plain
 
 import contextlib
 import copy
-import datetime
 import doctest
 import importlib
 import io
@@ -19,6 +18,7 @@ import pytest
 import torch
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, samplers, trainers
 from pytorch_metric_learning.utils import distributed
+from ranks import begin, start, statuses
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,6 +265,11 @@ class TestPairs:
             ((embeddings, labels[:, None].expand(-1, 3)), ValueError, "labels must be a 1D tensor"),
             ((embeddings, labels, None, ref_emb), ValueError, "ref_emb was given without ref_labels"),
             ((embeddings, labels, None, None, ref_labels), ValueError, "ref_labels was given without ref_emb"),
+            (
+                (embeddings, labels, None, roadmap_ext.EmbeddingMemory(3, 4)),
+                TypeError,
+                r"ref_emb is an EmbeddingMemory, .* use roadmap_ext\.\w+Loss, or the CrossBatchMemory",
+            ),
             ((embeddings, labels, None, ref_emb, ref_labels.double()), TypeError, r"use ref_labels.long\(\)"),
             ((embeddings, labels, None, ref_emb[:, :3], ref_labels), ValueError, "dimension of embeddings, 6, got 3"),
             ((embeddings, None, triplet, ref_emb[:, :3]), ValueError, "dimension of embeddings, 6, got 3"),
@@ -812,13 +817,9 @@ def cases():
         yield f"{kind.__name__}, miner", wrap(kind()), distributed.DistributedMinerWrapper(miners.BatchHardMiner()), 1
 
 
-def work(rank, folder):
+def work(rank, world, folder):
     """One rank: the loss of its share, and the gradient there, of every case."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=30)
-    )
+    begin(rank, world, folder, 30)
     embeddings, labels = (x[rank] for x in shares())
     results = {}
     for name, wrapper, miner, calls in cases():
@@ -834,15 +835,7 @@ def work(rank, folder):
 def ranks(tmp_path_factory):
     """What two processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, folder), daemon=True) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert statuses(start(WORLD, work, folder)) == [0] * WORLD
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -1,11 +1,13 @@
 """The training program: what it reads, draws, keeps and refuses; that a run goes on to the same bits."""
 
 import csv
+import gc
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import train_retrieval
 from hypothesis import given, settings
@@ -26,7 +29,7 @@ from retrieval.data import load
 from retrieval.errors import InputError
 from retrieval.options import complete, parse
 from retrieval.ranks import Ranks
-from retrieval.run import Run, Table, replace
+from retrieval.run import WRITTEN, Run, Table, replace
 from retrieval.training import Training
 
 ROOT = Path(__file__).parents[1]
@@ -626,6 +629,19 @@ class TestStep:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1 if amp == "fp16" else 1e-4, atol=1e-6)
         assert torch.equal(gradients[2], gradients[0])
 
+    @pytest.mark.parametrize("memory", [(), ("--memory-size", 64, "--memory-warmup", 0)], ids=["alone", "memory"])
+    def test_an_image_is_not_its_own_positive(self, memory, same_images):
+        """Images that come more than once are told by their numbers; what the loss makes of these is its own matter."""
+        training, _ = self.make(*memory, "--batch-size", 240, "--per-class", 24, data=same_images)  # 10 of each class
+        seen = []
+        training.loss.register_forward_pre_hook(lambda module, inputs, given: seen.append(given), with_kwargs=True)
+        training.step(0)
+        numbers = training._feed._batches(0)
+        assert len(numbers.unique()) == 100
+        assert torch.equal(seen[0]["ids"], numbers)
+        known = training._memory.ids if memory else seen[0]["ref_ids"]
+        assert torch.equal(known.sort().values, numbers[-len(known) :].sort().values)
+
     def test_the_memory_is_ranked_after_its_warm_up(self):
         training, _ = self.make("--memory-size", 50, "--memory-warmup", 2)
         held, references = [], []
@@ -944,62 +960,95 @@ class TestRuns:
         assert state["step"] == len(steps) < 8
 
 
-def torchrun(*arguments, **keywords):
-    """The program in two processes."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "examples" / "train_retrieval.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords
-    )
+def rank_of_program(rank, world, port, said, *arguments):
+    """A rank as torchrun would start it; what it prints goes into files."""
+    torch.set_num_threads(1)
+    leave = Ranks.leave
+
+    def leave_alone(self):
+        assert not any(type(x) is torch.nn.parallel.DistributedDataParallel for x in gc.get_objects())
+        leave(self)
+
+    Ranks.leave = leave_alone  # what would outlive the group might never end
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for stream in (sys.stdout, sys.stderr):
+        to = os.open(f"{said}-{rank}-{stream.fileno()}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, stream.fileno())
+    sys.exit(train_retrieval.main(list(arguments)))
 
 
 class TestTwoProcesses:
-    """Under torchrun; that loss and gradients are those of one process is shown in test_distributed.py."""
+    """Trained as one; that loss and gradients are those of one process is shown in test_distributed.py."""
 
-    LONG = (*TINY, "--steps", 60, "--memory-size", 50, "--mini-batch-size", 4, "--evaluate-every", 20)
+    LONG = (*TINY, "--steps", 40, "--memory-size", 50, "--mini-batch-size", 4, "--evaluate-every", 20)
 
-    def test_stopped_and_gone_on(self, tmp_path):
+    @pytest.fixture
+    def run(self, tmp_path):
+        """Starts both ranks, and waits for them: exit statuses, and the texts of stdout and stderr of each."""
+
+        def run(*arguments, meanwhile=lambda processes: None):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            said = tmp_path / "said"
+            processes = ranks.start(2, rank_of_program, port, said, *map(str, arguments))
+            meanwhile(processes)
+            exits = ranks.statuses(processes)
+            return exits, [[Path(f"{said}-{rank}-{stream}.txt").read_text() for stream in (1, 2)] for rank in (0, 1)]
+
+        return run
+
+    def test_stopped_and_gone_on(self, tmp_path, run):
+        """The whole run under torchrun itself; then a signal to the second rank stops both, and they go on."""
         whole, broken = tmp_path / "whole", tmp_path / "broken"
-        process = torchrun(*self.LONG, "--out", whole)
-        text, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert text.count("mAP@R") == 2  # the heading and the end, once each
-        assert sorted(path.name for path in whole.iterdir()) == sorted(os.listdir(whole))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        process = subprocess.run(
+            [*torchrun, ROOT / "examples" / "train_retrieval.py", *map(str, self.LONG), "--out", whole],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("mAP@R") == 2  # the heading and the end: one rank speaks
+        assert sorted(os.listdir(whole)) == sorted(WRITTEN)
         state, (metrics, steps) = outcome(whole)
-        assert [int(row["step"]) for row in metrics] == [0, 20, 40, 60]
-        assert [int(row["step"]) for row in steps] == list(range(1, 61))
+        assert [int(row["step"]) for row in metrics] == [0, 20, 40]
+        assert [int(row["step"]) for row in steps] == list(range(1, 41))
         assert float(metrics[-1]["mAP@R"]) > float(metrics[0]["mAP@R"]) + 0.1
         assert state["memory"]["_extra_state"]["entries"] == 50
 
-        process = torchrun(*self.LONG, "--checkpoint-every", 1000, "--out", broken)
-        deadline = time.monotonic() + 60
-        while not (broken / "steps.csv").exists() or (broken / "steps.csv").read_text().count("\n") < 10:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        text, _ = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert "--resume goes on from it" in text
-        assert 9 < outcome(broken)[0]["step"] < 60
-        process = torchrun(*self.LONG, "--checkpoint-every", 1000, "--out", broken, "--resume")
-        text, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        def stop(processes):
+            deadline = time.monotonic() + 60
+            while not (broken / "steps.csv").exists() or (broken / "steps.csv").read_text().count("\n") < 10:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            os.kill(processes[1].pid, signal.SIGINT)
+
+        exits, said = run(*self.LONG, "--checkpoint-every", 1000, "--out", broken, meanwhile=stop)
+        assert exits[0] == 128  # it was asked by the other
+        assert exits[1] == 128 + signal.SIGINT
+        assert "--resume goes on from it" in said[0][0]
+        assert said[1][0] == ""
+        assert 8 < outcome(broken)[0]["step"] < 40
+        exits, said = run(*self.LONG, "--checkpoint-every", 1000, "--out", broken, "--resume")
+        assert exits == [0, 0], said
         assert same(outcome(broken), outcome(whole))
 
-    def test_bad_input(self, tmp_path):
-        (tmp_path / "settings.json").write_text("{}")
-        process = torchrun(*TINY, "--out", tmp_path)
-        text, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert "train_retrieval.py, rank 0: error:" in errors
-        assert "holds a run already (settings.json)" in errors
-        assert "step" not in text
+    def test_bad_input(self, tmp_path, run):
+        folder = tmp_path / "run"
+        write(folder, {"settings.json": b"{}"})
+        exits, said = run(*TINY, "--out", folder)
+        assert exits == [2, 2]
+        for rank, ((out, errors), source) in enumerate(zip(said, ("", "rank 0: "), strict=True)):
+            assert f"train_retrieval.py, rank {rank}: error: {source}{folder} holds a run already" in errors
+            assert "step" not in out
 
     def test_more_processes_than_images(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(Ranks, "join", lambda self, device: None)
         monkeypatch.setenv("WORLD_SIZE", "11")
-        assert "leaves 11 processes fewer than 2 each" in refused(capsys, *TINY, "--out", tmp_path / "run")
+        assert "leaves 11 processes fewer than 2 images each" in refused(capsys, *TINY, "--out", tmp_path / "run")
         monkeypatch.setenv("WORLD_SIZE", "two")
         assert "torchrun's to set" in refused(capsys, *TINY, "--out", tmp_path / "run")
 
@@ -1135,7 +1184,7 @@ def test_settings_of_a_run_are_json(unbroken):
     written = json.loads((unbroken / "settings.json").read_text())
     assert written["settings"]["loss settings"]["tau"] == 0.01
     assert written["about"].keys() == {
-        "torch", "roadmap_ext", "instruction set", "numpy", "Pillow", "machine", "threads",
+        "torch", "roadmap_ext", "instruction set", "numpy", "Pillow", "machine", "threads", "processes",
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Training:
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
         if options.batch_size < 2 * ranks.world:
             raise InputError(
-                f"--batch-size {options.batch_size} leaves {ranks.world} processes less than 2 images each"
+                f"--batch-size {options.batch_size} leaves {ranks.world} processes fewer than 2 images each"
             )
         self._share = ranks.share(options.batch_size)
         self._feed = batches.Feed(train, sampler, self._share)
@@ -56,6 +56,14 @@ class Training:
         self._optimizer = torch.optim.AdamW(self.network.parameters(), options.lr, weight_decay=options.weight_decay)
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self._autocast = torch.autocast(device.type, AMP[options.amp], enabled=options.amp != "none")
+
+    def close(self) -> None:
+        """Lets go of what belongs to the ranks' group, which has to end after it.
+
+        Else DistributedDataParallel takes the group along, and holds Python's lock while gloo's threads wait for it to
+        put their last tensors away.
+        """
+        self._model = self.network
 
     def probe(self) -> None:
         """Runs the loss once, for its errors: no kernel for this device, no such method."""
@@ -99,8 +107,9 @@ class Training:
             return model(self._distort(inputs[0].float(), inputs[1]))
 
         def rank(embeddings: Tensor) -> Tensor:
+            # By ids, an image that comes again, in this batch or from the memory, is not its own positive.
             if self._memory is None:
-                return self.loss(embeddings, labels)
+                return self.loss(embeddings, labels, ids=ids, ref_ids=ids)
             self._memory.enqueue(embeddings, labels, ids)
             return self.loss(embeddings, labels, ref_emb=self._memory, ids=ids)
 

@@ -20,6 +20,7 @@ from .._autograd import resolve_method
 from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
 from .._chunks import embedding_loss
 from .._relation import Lists, Relation, from_labels, from_pairs
+from ..memory import EmbeddingMemory
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
 
@@ -141,6 +142,11 @@ class _PairLoss(losses.BaseMetricLossFunction):
         for name, value in (("labels", labels), ("ref_labels", ref_labels)):
             if value is not None and not isinstance(value, Tensor):  # the library would ask it for its shape
                 raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}")
+        if isinstance(ref_emb, EmbeddingMemory):
+            raise TypeError(
+                "ref_emb is an EmbeddingMemory, which takes ids, and this call has no place for them: use "
+                f"roadmap_ext.{type(self).__name__}, or the CrossBatchMemory of {__name__}"
+            )
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels was given without ref_emb: without either, the batch is its own reference")
         loss: Tensor = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
