@@ -13,9 +13,9 @@ namespace {
 
 // In units of tau: how far targets that read together may span, and how far sources may lie past a knee.
 constexpr double kDenseSpan = 0.1, kDenseKnee = 0.1;
-constexpr int kDenseTargets = 64, kDenseLeast = 8;
-// Sources that may be met one by one.
-constexpr int64_t kDenseSources = 256;
+constexpr int kDenseTargets = 64, kDenseLeast = 16;  // how many of them, at the most and at the least
+// Sources that may be met one by one, and how many are worth it.
+constexpr int64_t kDenseSources = 256, kSparseSources = 8;
 constexpr int kTerms = 6, kTermLanes = 8;  // of the polynomials, and of the tables, padded to vectors
 
 // Term m of the Taylor series of the k-th exponential of the series, for e^(k x): coefficient times k^m / m!.
@@ -72,12 +72,13 @@ class Dense {
   int begin(const T* target, int64_t left, Walk& walk, Scratch<T>& scratch) {
     const T span = static_cast<T>(kDenseSpan * s_.tau), first = target[0];
     int count = kDenseTargets;
-    while (count >= kDenseLeast && !(count <= left && target[count - 1] - first <= span)) count /= 2;
-    if (count < kDenseLeast) return 0;
+    while (count && !(count <= left && target[count - 1] - first <= span)) count -= kDenseLeast;
+    if (!count) return 0;
     const T last = target[count - 1];
     const int64_t n = sources_.n, leaf = sources_.leaf;
     const int64_t step = walk.step(first), step_end = walk.seek_step(step, last);
-    if (step_end - step > kDenseSources) return 0;
+    // Few sources cost wide groups little: series read by 64 targets then are cheaper than polynomials.
+    if (step_end - step > kDenseSources || (Weighted && step_end - step < kSparseSources)) return 0;
     const double low = static_cast<double>(first), high = static_cast<double>(last);
     const double wrong = Series<T>::kOvershoot * s_.tau;
     near_ = std::min(((step + step_end) / 2 + leaf / 2) / leaf, n / leaf);
@@ -139,10 +140,9 @@ class Dense {
         X::accumulate(slopes, slope_sum);
       }
       if constexpr (Smooth) {
-        for (int k = 0; k < lanes; ++k) rank[at + k] = curve[k];
-        if (slope) {
-          for (int k = 0; k < lanes; ++k) slope[at + k] = slopes[k] * rate_;
-        }
+        for (int k = 0; k < X::kWidth; ++k) slopes[k] *= rate_;
+        put(curve, lanes, rank + at);
+        if (slope) put(slopes, lanes, slope + at);
         continue;
       }
       const T last = target[at + lanes - 1];
@@ -197,8 +197,8 @@ class Dense {
                     tail_value(past[k] + (tail_sum + tail * (beyond - u[k])), all, s_);
         slopes[k] = slopes[k] * rate_ + s_.exact_rho * all;
       }
-      for (int k = 0; k < lanes; ++k) rank[at + k] = curve[k];
-      for (int k = 0; slope && k < lanes; ++k) slope[at + k] = slopes[k];
+      put(curve, lanes, rank + at);
+      if (slope) put(slopes, lanes, slope + at);
     }
   }
 
@@ -255,7 +255,7 @@ class Dense {
               tail + by * tails[k] - by_line * linear[k] - knee_.slope[2] * square[k] - knee_.slope[3] * cube[k];
         }
       }
-      for (int k = 0; k < lanes; ++k) slope[at + k] = slopes[k];
+      put(slopes, lanes, slope + at);
     }
   }
 
@@ -317,6 +317,14 @@ class Dense {
     const V x = X::load(all);
     widen(x, wide);
     return x;
+  }
+
+  static void put(const double* lanes, int count, double* out) {
+    if (count == kWide) {
+      std::copy_n(lanes, kWide, out);  // of a size that the compiler knows
+    } else {
+      std::copy_n(lanes, count, out);
+    }
   }
 
   static void widen(V v, double* out) {

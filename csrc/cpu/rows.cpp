@@ -92,6 +92,9 @@ class Pass {
 
   // Finds those of columns [begin, end).
   void collect(int64_t row, int64_t begin, int64_t end, Scratch<T>& scratch, Found& found) const {
+    // A score as it lies needs none of the questions of score(), asked once for each positive.
+    const bool plain = (m_.type == ScoreType::kFloat || m_.type == ScoreType::kDouble) && !m_.row_scale;
+    const T* const scores = plain ? static_cast<const T*>(m_.scores) + row * m_.score_stride : nullptr;
     auto part = found.part = {};
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
@@ -102,12 +105,14 @@ class Pass {
       const auto room = static_cast<size_t>(std::max(2 * k, part.count));
       if (found.entry.size() < static_cast<size_t>(part.count)) found.entry.resize(room);
       if (found.column.size() < static_cast<size_t>(part.count)) found.column.resize(room);
+      Entry<T>* const entry = found.entry.data();
+      int64_t* const columns = found.column.data();
       for (int w = 0; w < words; ++w) {
         for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1, ++k) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
-          const T value = score(row, column);
-          found.entry[k] = {value, static_cast<typename Entry<T>::Index>(column)};
-          found.column[k] = column;
+          const T value = plain ? scores[column] : score(row, column);
+          entry[k] = {value, static_cast<typename Entry<T>::Index>(column)};
+          columns[k] = column;
           part.nan |= value != value;
           part.low = value < part.low ? value : part.low;
           part.high = value > part.high ? value : part.high;
