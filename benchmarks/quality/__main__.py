@@ -19,45 +19,28 @@ from tqdm import tqdm
 from ..measure import provenance
 from . import plan, report, runs
 from .plan import Comparison
-from .runs import Results, Run, best_rate
+from .runs import Results, Run
 
 
 def carry_out(comparison: Comparison, results: Results, images: tuple[runs.Images, runs.Images]) -> None:
     """All runs that are not done yet."""
     train, test = images
     data = {"choice": plan.held_out(train), "test": (train, test)}
-    stages = list(comparison.runs())
-    every = [run for stage in stages for part in stage for run in part]
-    done = sum(_done(run, results) for run in every)
+    done = sum(run in results for run in comparison.runs(results))
     quiet = not sys.stderr.isatty()
     unit = {"unit": " images", "unit_scale": True, "mininterval": 30 if quiet else 0.5}
-    whole = len(every) * comparison.images
-    with tqdm(total=whole, initial=done * comparison.images, desc=f"{done}/{len(every)} runs", **unit) as progress:
-
-        def carry_out(run: Run) -> None:
-            nonlocal done
+    whole, options = len(comparison) * comparison.images, [*comparison.data, *comparison.network]
+    with tqdm(total=whole, initial=done * comparison.images, **unit) as progress:
+        for run in comparison.runs(results):
             if run in results:
-                return
+                continue
+            progress.set_description(f"{done}/{len(comparison)} runs", False)
             progress.set_postfix_str(f"{run.role} {run.loss} {run.batch_size} {run.rate:g} seed {run.seed}", False)
-            values = runs.train(
-                run, [*comparison.data, *comparison.network], comparison.images, *data[run.role], progress.update
-            )
+            values = runs.train(run, options, comparison.images, *data[run.role], progress.update)
             results.add(run, values, provenance())
             done += 1
-            progress.set_description(f"{done}/{len(every)} runs", False)
             progress.write(_line(run, values))
-
-        for choices, tests in stages:
-            for run in choices:
-                carry_out(run)
-            for run in tests:
-                carry_out(run._replace(rate=best_rate(results.of("choice", run.loss, run.batch_size))))
-
-
-def _done(run: Run, results: Results) -> bool:
-    if run.role == "choice":
-        return run in results
-    return any(found.seed == run.seed for found in results.of("test", run.loss, run.batch_size))
+        progress.set_description(f"{done}/{len(comparison)} runs")
 
 
 def _line(run: Run, values: dict[str, float]) -> str:

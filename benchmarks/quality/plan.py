@@ -14,11 +14,12 @@ from retrieval.images import Images
 from retrieval.options import parse
 
 from .losses import LOSSES
-from .runs import Run
+from .runs import Results, Run
 
 # To be raised with a change after which a run comes to something else.
 VERSION = 1
 MAIN = ("smooth-ap", "sup-ap", "roadmap", "contrastive")
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.3  # of the training classes, where a learning rate is chosen
 CHOICE_SEEDS = (1000,)  # none that a test has
 
@@ -42,18 +43,24 @@ class Comparison:
     data: tuple[str, ...]
     network: tuple[str, ...]
 
-    def runs(self) -> Iterator[tuple[list[Run], list[Run]]]:
-        """For each stage the runs that choose the learning rates; and the test's, seed by seed, with the rate yet 0."""
+    def __len__(self) -> int:
+        """How many runs it takes."""
+        losses = sum(len(losses) for _, losses in self.stages)
+        return losses * (len(self.rates) * len(CHOICE_SEEDS) + self.seeds)
+
+    def runs(self, results: Results) -> Iterator[Run]:
+        """All of them. The test's, seed by seed, take the learning rate that those before them chose."""
         for batch_size, losses in self.stages:
-            yield (
-                [
-                    Run("choice", loss, batch_size, rate, seed)
-                    for seed in CHOICE_SEEDS
-                    for loss in losses
-                    for rate in self.rates
-                ],
-                [Run("test", loss, batch_size, 0.0, seed) for seed in range(self.seeds) for loss in losses],
-            )
+            for loss in losses:
+                for rate in self.rates:
+                    yield from (Run("choice", loss, batch_size, rate, seed) for seed in CHOICE_SEEDS)
+            for seed in range(self.seeds):
+                for loss in losses:
+                    yield Run("test", loss, batch_size, self.rate(loss, batch_size, results), seed)
+
+    def rate(self, loss: str, batch_size: int, results: Results) -> float | None:
+        """The learning rate of a loss; None as long as it is not chosen."""
+        return results.best_rate(loss, batch_size, self.rates, CHOICE_SEEDS)
 
     def key(self, train: Images, test: Images) -> str:
         """Of all that the bits of a run depend on, but for what the run says itself and for machine and versions."""
@@ -68,7 +75,7 @@ class Comparison:
 def digits(seeds: int) -> Comparison:
     """scikit-learn's digits: images are held out for the test."""
     network = ("--blocks", "2", "--width", "16", "--dim", "32")
-    return Comparison("digits", ((128, MAIN), (32, MAIN)), (1e-3, 3e-3, 1e-2), seeds, 12_288, (), network)
+    return Comparison("digits", ((128, MAIN), (32, MAIN)), RATES, seeds, 12_288, (), network)
 
 
 def omniglot(data_root: Path, seeds: int) -> Comparison:
@@ -83,7 +90,7 @@ def omniglot(data_root: Path, seeds: int) -> Comparison:
     data = ("--data-root", str(roots[0]), "--test-root", str(roots[1]), "--image-size", "24")
     others = tuple(loss for loss in LOSSES if loss not in MAIN)
     stages = ((128, MAIN), (128, others), (32, MAIN), (512, MAIN))
-    return Comparison("omniglot", stages, (1e-3, 3e-3, 1e-2), seeds, 24_576, data, ("--width", "32"))
+    return Comparison("omniglot", stages, RATES, seeds, 24_576, data, ("--width", "32"))
 
 
 def held_out(images: Images) -> tuple[Images, Images]:

@@ -54,16 +54,15 @@ class Findings:
     def __init__(self, comparison: Comparison, results: Results) -> None:
         self.comparison = comparison
         self.batch_sizes = sorted({size for size, _ in comparison.stages})
-        self._runs: dict[tuple[int, str], dict[int, dict[str, float]]] = {}
         self.rates: dict[tuple[int, str], float] = {}
+        self._runs: dict[tuple[int, str], dict[int, dict[str, float]]] = {}
         for size, losses in comparison.stages:
             for loss in losses:
-                found: dict[Run, dict[str, float]] = {
-                    run: row for run, row in results.of("test", loss, size).items() if run.seed < comparison.seeds
-                }
-                if found:
-                    self._runs[size, loss] = {run.seed: row for run, row in found.items()}
-                    self.rates[size, loss] = next(iter(found)).rate
+                rate = comparison.rate(loss, size, results)
+                tests = {seed: Run("test", loss, size, rate, seed) for seed in range(comparison.seeds)}
+                done = {seed: results[run] for seed, run in tests.items() if run in results}
+                if done:
+                    self.rates[size, loss], self._runs[size, loss] = rate, done
 
     def losses(self, size: int) -> list[str]:
         """Those that have finished runs of a batch size, in the order of their list."""

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,15 +149,12 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
-    def of(self, role: str, loss: str, batch_size: int, rate: float | None = None) -> dict[Run, dict[str, float]]:
-        """The finished runs of a loss."""
-        wanted = (role, loss, batch_size)
-        return {run: row for run, row in self._rows.items() if run[:3] == wanted and (rate is None or run.rate == rate)}
+    def best_rate(self, loss: str, batch_size: int, rates: Sequence[float], seeds: Sequence[int]) -> float | None:
+        """The learning rate of the highest mean mAP@R among those to choose from; None as long as a run is missing.
 
-
-def best_rate(choices: dict[Run, dict[str, float]]) -> float:
-    """The learning rate of the highest mean mAP@R; one that diverged with any seed is none. Of equals the smaller."""
-    by_rate: dict[float, list[float]] = {}
-    for run, row in choices.items():
-        by_rate.setdefault(run.rate, []).append(row.get("mAP@R", -math.inf))
-    return max(sorted(by_rate), key=lambda rate: math.fsum(by_rate[rate]))
+        One that diverged with any seed is the last to be taken; of equals it is the smallest.
+        """
+        by_rate = {rate: [Run("choice", loss, batch_size, rate, seed) for seed in seeds] for rate in sorted(rates)}
+        if not all(run in self for choices in by_rate.values() for run in choices):
+            return None
+        return max(by_rate, key=lambda rate: math.fsum(self[run].get("mAP@R", -math.inf) for run in by_rate[rate]))
