@@ -110,8 +110,11 @@ class Results:
         self.foreign = 0
         text = path.read_text() if path.exists() else ""
         self._whole = text[: text.rfind("\n") + 1]  # without a row that was cut off
+        reader = csv.DictReader(io.StringIO(self._whole))
         try:
-            for row in csv.DictReader(io.StringIO(self._whole)):
+            if reader.fieldnames and not {*self._COLUMNS} <= {*reader.fieldnames}:
+                raise KeyError(", ".join(sorted({*self._COLUMNS} - {*reader.fieldnames})) + " missing")
+            for row in reader:
                 if row["key"] != key:
                     self.foreign += 1
                     continue
