@@ -118,6 +118,16 @@ class TestBound:
         assert (worst - estimate).mean() < 0.002
         assert (worst - estimate).max() < 0.05
 
+    def test_a_mean_is_exact_if_every_bound_is(self, monkeypatch):
+        monkeypatch.setattr(_decomposability, "MOST_SEARCHED", 2)
+        scores, number = torch.rand(2, 9), torch.arange(9) // 3
+        target = torch.zeros(2, 9, dtype=torch.bool)
+        target[:, [0, 3]] = True
+        assert decomposability_gap_of_scores(scores, target, number).exact is True
+        target[0, [6, 7]] = True
+        assert decomposability_gap_of_scores(scores, target, number, reduction="none").exact.tolist() == [False, True]
+        assert decomposability_gap_of_scores(scores, target, number).exact is False
+
     def test_no_positives(self):
         values, exact = bound_of([(0, 3), (0, 1)], [(1, 0), (0, 1)])
         assert math.isnan(values[0])
@@ -179,7 +189,7 @@ class TestGap:
         positives = torch.stack([counted[:, number == b].sum(1) for b in number.unique()], 1)
         negatives = torch.stack([(~target)[:, number == b].sum(1) for b in number.unique()], 1)
         torch.testing.assert_close(each[3:], decomposability_bound(positives, negatives), equal_nan=True)
-        mean = decomposability_gap(x, labels, number)
+        mean = decomposability_gap(x, labels, number, chunk_size=chunk_size)
         has = counted.any(1)
         assert mean[:4] == pytest.approx([column[has].mean().item() for column in each[:4]], rel=1e-12)
         assert mean.exact is True

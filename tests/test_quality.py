@@ -6,7 +6,11 @@ import math
 
 import pytest
 import torch
+import train_retrieval
 from pytorch_metric_learning.losses import FastAPLoss
+from retrieval import networks
+from retrieval.batches import generator
+from retrieval.data import load
 from retrieval.errors import InputError
 from torch.nn.functional import normalize
 
@@ -17,7 +21,16 @@ from benchmarks.quality.peers import BlackBoxAP, SoftBinAP, ranks
 from benchmarks.quality.plan import Comparison
 from benchmarks.quality.report import Findings, Interval
 from benchmarks.quality.runs import CURVE, MEASURED, Results, Run
-from roadmap_ext.metrics import average_precision
+from roadmap_ext.metrics import average_precision, decomposability_gap
+
+
+@pytest.fixture(autouse=True)
+def _global_settings():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
 
 # --- the losses -----------------------------------------------------------------------------------------------------
 
@@ -359,3 +372,35 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_plots_of_nothing(tmp_path):
     report.plot(Findings(TINY, Results(tmp_path / "none.csv", "k")), tmp_path / "empty.png")
+
+
+# --- the training program -------------------------------------------------------------------------------------------
+
+
+def test_the_gap_is_a_column_of_its_metrics_on_request(tmp_path, monkeypatch):
+    for name in ("draw_curves", "draw_neighbours"):
+        monkeypatch.setattr(train_retrieval, name, lambda *_: None)
+    tiny = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "50", "--steps", "4"]
+    tiny += ["--evaluate-every", "2"]
+    folders = {option: tmp_path / option for option in ("--gap", "--flip")}  # --flip: without
+    found = {}
+    for option, folder in folders.items():
+        assert train_retrieval.main([*tiny, option, "--no-normalize", "--out", str(folder)]) == 0
+        with (folder / "metrics.csv").open(newline="") as file:
+            found[option] = list(csv.DictReader(file))
+    assert [row["step"] for row in found["--gap"]] == ["0", "2", "4"]
+    assert not {"gap", "batch_AP", "gap_bound"} & {*found["--flip"][0]}
+    for row in found["--gap"]:
+        gap, batch_ap, ap = (float(row[name]) for name in ("gap", "batch_AP", "mAP"))
+        assert gap == pytest.approx(batch_ap - ap)
+        assert 0 < gap < float(row["gap_bound"]) < 1
+    # The last row is the network of the checkpoint, the batches are a split of the test images.
+    options = train_retrieval.parse(None, [*tiny, "--gap", "--no-normalize"])
+    test = load(options)[1]
+    network = networks.small(1, 8, 8, 2, 4).eval()
+    network.load_state_dict(torch.load(folders["--gap"] / "checkpoint.pt", weights_only=True)["network"])
+    with torch.no_grad():
+        embeddings = network(test.pixels(torch.arange(len(test))).float())
+    order = torch.randperm(len(test), generator=generator("gap", 0, 0))
+    expected = decomposability_gap(embeddings, test.labels, order.split(50), normalize=False)
+    assert float(found["--gap"][-1]["gap"]) == pytest.approx(expected.gap, rel=1e-4)
