@@ -153,7 +153,7 @@ def test_intervals():
 
 # --- the table of runs, and which there are -------------------------------------------------------------------------
 
-TINY = Comparison("tiny", ((16, ("sup-ap", "contrastive")), (8, ("sup-ap",))), (0.1, 0.2), 2, 32, (), ("--dim", "4"))
+TINY = Comparison("tiny", ((16, ("sup-ap", "contrastive")), (8, ("sup-ap",))), (0.1, 0.2), 1, 2, 32, (), ("--dim", "4"))
 TINY_RUNS = 3 * (2 + 2)
 
 
@@ -263,7 +263,8 @@ class TestComparison:
         assert dataclasses.replace(TINY, name="other", data=("--image-size", "9"), seeds=7).key(*images) == key
         for change in ({"images": 64}, {"network": ()}):
             assert dataclasses.replace(TINY, **change).key(*images) != key
-        assert TINY.key(images[1], images[0]) != key
+        for others in ((images[1], images[1]), (images[0], images[0])):
+            assert TINY.key(*others) != key
 
     def test_report_shows_what_is_done(self, trained, tmp_path, capsys):
         assert start(tmp_path, "--report") == 2
@@ -328,10 +329,11 @@ NETWORK = ["--blocks", "1", "--width", "4", "--dim", "8"]
 
 
 def test_held_out_classes_are_no_training_classes(images):
-    train, validation = plan.held_out(images[0])
+    train, validation = plan.held_out(images[0], 1000)
     assert set(train.classes).isdisjoint(validation.classes)
     assert len(validation.classes) == 3
     assert len(train) + len(validation) == len(images[0])
+    assert plan.held_out(images[0], 1001)[1].classes != validation.classes
 
 
 def test_runs_of_a_seed_begin_alike_whatever_the_loss(images):
@@ -358,7 +360,7 @@ def test_a_run_that_diverges_ends(images, monkeypatch):
 
 
 def test_from_end_to_end(tmp_path, monkeypatch, capsys):
-    comparison = Comparison("tiny", ((16, ("sup-ap", "contrastive")),), (1e-3, 1e-2), 1, 80, (), tuple(NETWORK))
+    comparison = Comparison("tiny", ((16, ("sup-ap", "contrastive")),), (1e-3, 1e-2), 1, 1, 80, (), tuple(NETWORK))
     monkeypatch.setattr(plan, "digits", lambda seeds: comparison)
     assert program.main(["--out", str(tmp_path)]) == 0
     found = rows(tmp_path)

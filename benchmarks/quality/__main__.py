@@ -24,8 +24,6 @@ from .runs import Results, Run
 
 def carry_out(comparison: Comparison, results: Results, images: tuple[runs.Images, runs.Images]) -> None:
     """All runs that are not done yet."""
-    train, test = images
-    data = {"choice": plan.held_out(train), "test": (train, test)}
     done = sum(run in results for run in comparison.runs(results))
     quiet = not sys.stderr.isatty()
     unit = {"unit": " images", "unit_scale": True, "mininterval": 30 if quiet else 0.5}
@@ -36,7 +34,8 @@ def carry_out(comparison: Comparison, results: Results, images: tuple[runs.Image
                 continue
             progress.set_description(f"{done}/{len(comparison)} runs", False)
             progress.set_postfix_str(f"{run.role} {run.loss} {run.batch_size} {run.rate:g} seed {run.seed}", False)
-            values = runs.train(run, options, comparison.images, *data[run.role], progress.update)
+            data = images if run.role == "test" else plan.held_out(images[0], run.seed)
+            values = runs.train(run, options, comparison.images, *data, progress.update)
             results.add(run, values, provenance())
             done += 1
             progress.write(_line(run, values))

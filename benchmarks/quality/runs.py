@@ -108,12 +108,14 @@ class Results:
         self.path, self._key = path, key
         self._rows: dict[Run, dict[str, float]] = {}
         self.foreign = 0
+        self._header: list[str] | None = None  # of the file; None if it is new
         text = path.read_text() if path.exists() else ""
         self._whole = text[: text.rfind("\n") + 1]  # without a row that was cut off
         reader = csv.DictReader(io.StringIO(self._whole))
         try:
             if reader.fieldnames and not {*self._COLUMNS} <= {*reader.fieldnames}:
                 raise KeyError(", ".join(sorted({*self._COLUMNS} - {*reader.fieldnames})) + " missing")
+            self._header = None if reader.fieldnames is None else [*reader.fieldnames]
             for row in reader:
                 if row["key"] != key:
                     self.foreign += 1
@@ -145,9 +147,11 @@ class Results:
         """A run that is done, with where and when it was."""
         self._rows[run] = {name: values[name] for name in (*CURVE, *MEASURED) if name in values}
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*self._COLUMNS, *about], lineterminator="\n")
-            if not file.tell():
+            header = self._header or [*self._COLUMNS, *about]
+            writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
+            if self._header is None:
                 writer.writeheader()
+                self._header = header
             writer.writerow({"key": self._key, **run._asdict(), **values, **about})
             file.flush()
             os.fsync(file.fileno())
