@@ -142,7 +142,8 @@ def _by_loss(axis: Axes, found: Findings, size: int) -> None:
 
 
 def _by_batch_size(axis: Axes, found: Findings) -> None:
-    several = [loss for loss in LOSSES if sum(loss in found.losses(size) for size in found.batch_sizes) > 1]
+    planned = [loss for _, losses in found.comparison.stages for loss in losses]
+    several = [loss for loss in LOSSES if planned.count(loss) > 1 and any(_has(found, loss))]
     for place, loss in enumerate(several):
         sizes = [size for size in found.batch_sizes if loss in found.losses(size)]
         means = [found.mean(size, loss, "mAP@R") for size in sizes]
