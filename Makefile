@@ -38,6 +38,7 @@ TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metr
 TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow
 TOOLS_demo := scikit-learn matplotlib tqdm
+TOOLS_quality := scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
 TOOLS_bench := matplotlib
 TOOLS_lint := ruff mypy clang-format
 
@@ -46,13 +47,14 @@ export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
 
-.PHONY: help build test demo train bench lint asan cuda-build gpu-check clean FORCE
+.PHONY: help build test demo train quality bench lint asan cuda-build gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make demo        train an embedding with the loss and draw what comes of it"
 	@echo "make train       train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
+	@echo "make quality     the paper's losses side by side on digits; ARGS='--data-root ...' for Omniglot, ARGS=--help"
 	@echo "make test        the tests, with their coverage"
 	@echo "make lint        ruff, mypy and clang-format, changing nothing"
 	@echo "make bench       time and memory against plain PyTorch"
@@ -66,7 +68,7 @@ help:
 	@echo "VENV=path             use this environment and its torch, 2.11 or newer, instead of .venv"
 	@echo "CUDA_VENV=path        use this environment and its CUDA build of torch for cuda-build instead of .venv-cuda"
 	@echo "TORCH_ARGS='...'      options for pip when it installs torch into .venv, such as --index-url"
-	@echo "ARGS='...'            options for what demo, train, test and bench run"
+	@echo "ARGS='...'            options for what demo, train, quality, test and bench run"
 	@echo "FORCE_CUDA=1 or 0     demand the CUDA kernels, or leave them out"
 
 build: $(BUILT)
@@ -80,6 +82,9 @@ demo: $(BUILT) $(MADE)/demo
 
 train: $(BUILT) $(MADE)/train
 	@$(PY) examples/train_retrieval.py $(ARGS)
+
+quality: $(BUILT) $(MADE)/quality
+	@$(PY) -m benchmarks.quality $(ARGS)
 
 bench: $(BUILT) $(MADE)/bench
 	@$(PY) -m benchmarks.ap_loss $(ARGS)

@@ -28,6 +28,7 @@ import numpy as np
 import PIL
 import torch
 from retrieval import losses, pictures
+from retrieval.batches import generator
 from retrieval.data import load
 from retrieval.errors import InputError, reason
 from retrieval.images import Images
@@ -35,10 +36,11 @@ from retrieval.options import complete, parse
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training
+from torch import Tensor
 from tqdm import tqdm
 
 import roadmap_ext
-from roadmap_ext.metrics import retrieval_metrics
+from roadmap_ext.metrics import decomposability_gap, retrieval_metrics
 
 
 class StopRequest(BaseException):
@@ -91,15 +93,7 @@ def evaluate(training: Training, test: Images, run: Run | Onlooker, step: int, c
     """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
     begin = time.perf_counter()
     embeddings, options = training.embed(test, check), training.options
-    measured = training.ranks.from_first(
-        lambda: retrieval_metrics(
-            embeddings,
-            test.labels.to(embeddings.device),
-            k=options.k,
-            normalize=options.normalize is not False,
-            progress=lambda queries: check(),
-        )
-    )
+    measured = training.ranks.from_first(lambda: measure(embeddings, test.labels, options, check))
     if not all(map(math.isfinite, measured.values())):
         raise InputError(f"the embeddings of step {step} are not finite: lower --lr, or train with --amp none")
     best = max(run.metrics.column("mAP@R"), default=-1.0)
@@ -119,6 +113,21 @@ def evaluate(training: Training, test: Images, run: Run | Onlooker, step: int, c
         "evaluation_s": time.perf_counter() - begin,
     }
     run.metrics.add(row)
+
+
+def measure(
+    embeddings: Tensor, labels: Tensor, options: argparse.Namespace, check: Callable[[], None]
+) -> dict[str, float]:
+    """How well embeddings retrieve each other; with --gap, too, what batches of them would make of it."""
+    labels, normalize = labels.to(embeddings.device), options.normalize is not False
+    settings = {"normalize": normalize, "progress": lambda queries: check()}
+    measured = retrieval_metrics(embeddings, labels, k=options.k, **settings)
+    if options.gap:
+        # The same batches whenever it is measured: the column shows training alone.
+        order = torch.randperm(len(labels), generator=generator("gap", options.seed, 0)).to(embeddings.device)
+        gap = decomposability_gap(embeddings, labels, order.split(options.batch_size), **settings)
+        measured |= {"batch_AP": gap.batch_ap, "gap": gap.gap, "gap_bound": gap.bound}
+    return measured
 
 
 def due(options: argparse.Namespace, step: int) -> bool:

@@ -202,6 +202,66 @@ def check_ks(value: object) -> tuple[int, ...]:
     return tuple(int(k) for k in ks)
 
 
+def check_batches(value: object, references: int, device: torch.device) -> Tensor:
+    """Check a partition of references into batches, and return the number of each one's batch, [N] int64 from 0 on.
+
+    It comes as these numbers, or as a list of the references of each batch.
+    """
+    if isinstance(value, Tensor):
+        _check_index("batches", value, device)
+        if len(value) != references:
+            raise ValueError(f"batches must have one entry a reference, {references}, got {len(value)}")
+        number: Tensor = torch.unique(value.long(), return_inverse=True)[1]
+        return number
+    if not isinstance(value, list | tuple):
+        raise TypeError(
+            "batches must be a tensor with the number of each reference's batch, or a list of tensors with the "
+            f"references of each batch, got {type(value).__name__}"
+        )
+    for place, batch in enumerate(value):
+        _check_index(f"batches[{place}]", batch, device)
+    index = torch.cat([batch.long() for batch in value]) if value else torch.empty(0, dtype=torch.int64, device=device)
+    # One comparison says all: every reference once.
+    if not torch.equal(index.sort().values, torch.arange(references, device=device)):
+        raise ValueError(
+            f"batches must hold each of the {references} references once: they hold {len(index)} indices, "
+            f"{len(set(index.tolist()))} of them different"
+            + (f", from {int(index.min())} to {int(index.max())}" if len(index) else "")
+            + "; leave references in no batch out of ref_emb"
+        )
+    number = torch.empty_like(index)
+    sizes = torch.tensor([len(batch) for batch in value], device=device, dtype=torch.int64)
+    number[index] = torch.arange(len(value), device=device).repeat_interleave(sizes)
+    return number
+
+
+def check_counts(positives: object, negatives: object) -> None:
+    """Check the numbers of positives and negatives in batches, [B, K] each."""
+    for name, value in (("positives", positives), ("negatives", negatives)):
+        if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be an integer torch.Tensor, [queries, batches], got {got}")
+        if value.dim() != 2:
+            raise ValueError(f"{name} must be 2-D, [queries, batches], got shape {tuple(value.shape)}")
+        if value.numel() and value.min() < 0:
+            raise ValueError(f"{name} must not be negative, got {int(value.min())}")
+    if isinstance(positives, Tensor) and isinstance(negatives, Tensor) and positives.shape != negatives.shape:
+        raise ValueError(
+            f"negatives must have the shape of positives, {tuple(positives.shape)}, got {tuple(negatives.shape)}"
+        )
+
+
+def _check_index(name: str, value: object, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of what is ranked, {device}, got {value.device}")
+
+
 def check_progress(value: object) -> None:
     """Raise TypeError unless ``value``, which cannot be called, says whether a bar is wanted."""
     if value is not None and not isinstance(value, bool):

@@ -7,16 +7,19 @@ other devices, and where there are no kernels, plain PyTorch sorts. Both give th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from . import _decomposability
 from ._checks import (
     SMALLEST_NORM,
+    check_batches,
     check_chunk_size,
+    check_counts,
     check_embeddings,
     check_flag,
     check_ks,
@@ -196,6 +199,261 @@ def retrieval_metrics(
     rows = torch.stack([*metrics.values()], dim=1)[counted].T.tolist()
     # Summed exactly: the result depends on no order, and so on no number of threads.
     return {name: math.fsum(row) / len(row) if row else math.nan for name, row in zip(metrics, rows, strict=True)}
+
+
+class DecomposabilityGap(NamedTuple):
+    """The mean over the queries that have a positive; NaN if none has."""
+
+    gap: float  # batch_ap - ap
+    batch_ap: float
+    ap: float
+    bound: float
+    exact: bool  # whether the bound is one for every query; else it is an estimate, from below
+
+
+class DecomposabilityGaps(NamedTuple):
+    """Each query's own, [B]; NaN for a query without positives."""
+
+    gap: Tensor  # float64: batch_ap - ap
+    batch_ap: Tensor  # float64: the mean AP of the batches that hold a positive of it
+    ap: Tensor  # float64: of all references together
+    bound: Tensor  # float64: the greatest gap that batches of these counts can have if batch_ap is 1
+    exact: Tensor  # bool: whether it is; else an estimate, from below
+
+
+@overload
+def decomposability_gap(
+    embeddings: Tensor,
+    labels: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: Literal["mean"] = "mean",
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> DecomposabilityGap: ...
+
+
+@overload
+def decomposability_gap(
+    embeddings: Tensor,
+    labels: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: Literal["none"],
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> DecomposabilityGaps: ...
+
+
+@torch.no_grad()
+def decomposability_gap(
+    embeddings: Tensor,
+    labels: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    ref_ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    progress: bool | Callable[[int], object] | None = None,
+) -> DecomposabilityGap | DecomposabilityGaps:
+    """By how much the AP that training sees, the mean over batches, exceeds the AP of the whole set.
+
+    For a query and a split of its references into batches (Ramzi et al., "Robust and Decomposable Average Precision for
+    Image Retrieval", NeurIPS 2021),
+
+        gap = 1/K * sum over batches b of AP_b - AP
+
+    which may be negative. AP is :func:`average_precision`. A batch without a positive of the query has no AP, and, as
+    in training, it is left out of that query's mean: K counts the others. Its negatives are in the AP of the whole.
+
+    Beside it stands the bound: the greatest gap that batches with these numbers of positives and negatives can have
+    *when every batch AP is 1*. It does not hold where ``batch_ap`` is less. It is
+
+        1 - 1/|P| * sum over b, and over j = 1 .. |P_b|, of (j + p_b) / (j + p_b + n_b)
+
+    where p_b and n_b count the positives and negatives of the batches before b, for the worst order of the batches.
+    That order is found where up to 10 batches hold positives of the query, and for any number that are all alike in
+    both counts. Else the bound is that of one order, by falling share of negatives: an estimate from below, with
+    ``exact`` False.
+
+    Args:
+        embeddings: [B, D], labels: [B], ref_emb: [N, D], ref_labels: [N], ids: [B], ref_ids: [N], normalize,
+            chunk_size, progress: as of :func:`retrieval_metrics`. Each query meets all references but itself.
+        batches: [N] the number of each reference's batch, any integers; or a list of int64 tensors, the references of
+            each batch, in which each reference occurs once.
+        reduction: ``"mean"`` over the queries that have a positive; or ``"none"``, each query's own.
+
+    Returns:
+        DecomposabilityGap of floats, ``exact`` if the bounds of all queries are; or DecomposabilityGaps of tensors [B].
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices differ, ``batches`` is no partition of the references, a setting is out of range.
+        ImportError: ``progress=True`` without tqdm.
+
+    Example:
+        Of the first query both batches are in order, and yet an image of class 3 ranks above one of class 7.
+
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, 0.6], [0.9, -0.4]])
+        >>> labels = torch.tensor([7, 7, 3, 3, 7])
+        >>> of = decomposability_gap(embeddings, labels, torch.tensor([0, 0, 0, 1, 1]), reduction="none")
+        >>> of.batch_ap[0].item(), round(of.ap[0].item(), 4), round(of.bound[0].item(), 4)
+        (1.0, 0.8333, 0.1667)
+    """
+    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    check_flag("normalize", normalize)
+    one_of("reduction", reduction, _REDUCTIONS)
+    check_chunk_size(chunk_size)
+    alone = ref_emb is None or ref_emb is embeddings
+    ref_labels = labels if ref_labels is None else ref_labels
+    number = check_batches(batches, len(ref_labels), embeddings.device)
+    report, close = _reporter(progress, len(embeddings))
+    # Batch after batch, so that each is a slice.
+    order, sizes = number.argsort(stable=True), number.bincount().tolist()
+    dtype = _scores_dtype(embeddings, ref_emb)
+    columns, parts = len(order), []
+    index = torch.arange(len(embeddings), device=embeddings.device)
+    step = _chunk_rows(len(embeddings), _BUDGET // max(1, columns * dtype.itemsize), chunk_size)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        queries = _vectors(embeddings, dtype, normalize)
+        references = (queries if ref_emb is None or alone else _vectors(ref_emb, dtype, normalize))[order]
+        try:
+            for begin in range(0, max(1, len(queries)), step):
+                part = slice(begin, begin + step)
+                target = labels[part, None].long() == ref_labels[order].long()
+                ignore = torch.zeros_like(target)
+                if ids is not None and ref_ids is not None:
+                    ignore |= ids[part, None].long() == ref_ids[order].long()
+                if alone:
+                    ignore |= index[part, None] == order
+                parts.append(_gaps(queries[part] @ references.T, target, ignore, sizes))
+                report(len(target))
+        finally:
+            close()
+    return _reduced(parts, reduction)
+
+
+@overload
+def decomposability_gap_of_scores(
+    scores: Tensor,
+    target: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ignore: Tensor | None = None,
+    *,
+    reduction: Literal["mean"] = "mean",
+) -> DecomposabilityGap: ...
+
+
+@overload
+def decomposability_gap_of_scores(
+    scores: Tensor,
+    target: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ignore: Tensor | None = None,
+    *,
+    reduction: Literal["none"],
+) -> DecomposabilityGaps: ...
+
+
+@torch.no_grad()
+def decomposability_gap_of_scores(
+    scores: Tensor,
+    target: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    ignore: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+) -> DecomposabilityGap | DecomposabilityGaps:
+    """:func:`decomposability_gap` from scores.
+
+    Args:
+        scores: [B, N], target: [B, N], ignore: [B, N], as of :func:`average_precision`.
+        batches: the batch of each of the N references, and reduction: as of :func:`decomposability_gap`.
+
+    Returns:
+        DecomposabilityGap, or with ``reduction="none"`` DecomposabilityGaps.
+
+    Raises:
+        TypeError, ValueError: as these two.
+
+    Example:
+        >>> scores, target = torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[True, False, True, False]])
+        >>> decomposability_gap_of_scores(scores, target, torch.tensor([0, 0, 1, 1])).gap  # 1 - (1 + 2/3) / 2
+        0.16666666666666674
+    """
+    check_scores(scores, target, ignore)
+    one_of("reduction", reduction, _REDUCTIONS)
+    number = check_batches(batches, scores.shape[1], scores.device)
+    order, sizes = number.argsort(stable=True), number.bincount().tolist()
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    step = max(1, _CHUNK_ELEMENTS.get(scores.device.type, 1 << 20) // max(1, len(order)))
+    parts = []
+    for begin in range(0, max(1, len(scores)), step):
+        part = slice(begin, begin + step)
+        kept = torch.zeros_like(target[part]) if ignore is None else ignore[part]
+        parts.append(_gaps(scores[part].to(dtype)[:, order], target[part][:, order], kept[:, order], sizes))
+    return _reduced(parts, reduction)
+
+
+def decomposability_bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound of :func:`decomposability_gap`, from counts.
+
+    Args:
+        positives: [B, K] how many positives of each query are in each batch, any integer dtype.
+        negatives: [B, K] how many negatives.
+
+    Returns:
+        The bound [B] float64, NaN for a query without positives; and whether it is exact [B] bool, else an estimate.
+
+    Raises:
+        TypeError: not integer tensors.
+        ValueError: shapes or devices differ, or a count is negative.
+
+    Example:
+        >>> decomposability_bound(torch.tensor([[1, 1]]), torch.tensor([[1, 1]]))
+        (tensor([0.1667], dtype=torch.float64), tensor([True]))
+    """
+    check_counts(positives, negatives)
+    return _decomposability.bound(positives.long(), negatives.long())
+
+
+def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> DecomposabilityGaps:
+    """Of scores [b, N] whose columns are those of one batch after the other."""
+    evaluate = _masked if _has_kernel(scores) else _sorted
+    ap = evaluate(scores, target, ignore)[:, 0]
+    sums = torch.zeros_like(ap)
+    positives, negatives = torch.zeros(2, len(scores), len(sizes), dtype=torch.int64, device=scores.device)
+    parts = zip(*(torch.split(tensor, sizes, dim=1) for tensor in (scores, target, ignore)), strict=True)
+    for b, (values, relevant, left_out) in enumerate(parts):
+        positives[:, b], negatives[:, b] = (relevant & ~left_out).sum(1), (~relevant & ~left_out).sum(1)
+        sums += torch.where(positives[:, b] > 0, evaluate(values, relevant, left_out)[:, 0], 0.0)
+    batch_ap = sums / (positives > 0).sum(1)
+    return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *_decomposability.bound(positives, negatives))
+
+
+def _reduced(parts: list[DecomposabilityGaps], reduction: str) -> DecomposabilityGap | DecomposabilityGaps:
+    """Of all chunks together."""
+    each = DecomposabilityGaps(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if reduction == "none":
+        return each
+    counted = ~each.bound.isnan()  # NaN without positives alone; a NaN among the scores is to be seen
+    rows = torch.stack(each[:4], dim=1)[counted].T.tolist()
+    gap, batch_ap, ap, bound = (math.fsum(row) / len(row) if row else math.nan for row in rows)
+    return DecomposabilityGap(gap, batch_ap, ap, bound, bool(each.exact.all()))
 
 
 def _by_kernel(

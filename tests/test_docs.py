@@ -115,3 +115,11 @@ def test_links_between_pages_lead_somewhere():
 def test_the_page_of_the_sorted_scan():
     (block,) = blocks("docs/sorted-scan.md")
     exec(block, {})
+
+
+def test_the_page_of_the_paper():
+    names = {}
+    (block,) = blocks("docs/paper.md")
+    exec(block, names)
+    assert 0 < names["measured"].gap < names["measured"].bound < 1
+    assert names["each"].mean().item() == pytest.approx(names["measured"].gap)

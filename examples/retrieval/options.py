@@ -119,6 +119,7 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--checkpoint-every", type=count, metavar="N", help="steps; default as often as it evaluates")
     add("--k", type=count, metavar="N", nargs="+", default=[1, 10, 100], help="of R@k; default 1 10 100")
+    add("--gap", action="store_true", help="measure the decomposability gap of random batches of --batch-size, too")
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")
 
     options = parser.parse_args(arguments)

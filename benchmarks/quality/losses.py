@@ -1,0 +1,51 @@
+"""All losses by name, each of embeddings as the network gives them and of labels, with the settings it is known by.
+
+From pytorch-metric-learning where it has a correct one, else from peers.py or from roadmap_ext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import ContrastiveLoss, FastAPLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner
+from torch import Tensor, nn
+
+import roadmap_ext
+
+from .peers import BlackBoxAP, SoftBinAP
+
+
+class HardTriplets(nn.Module):
+    """For each image its farthest positive and nearest negative (Hermans et al., "In Defense of the Triplet Loss")."""
+
+    def __init__(self, margin: float = 0.2) -> None:
+        super().__init__()
+        self.miner, self.loss = BatchHardMiner(), TripletMarginLoss(margin)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of embeddings [B, D] with labels [B]."""
+        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+class Loss(NamedTuple):
+    """A loss as it is written, and how it is made."""
+
+    title: str
+    make: Callable[[], nn.Module]
+
+
+LOSSES = {
+    # The margins of cross-batch memory: positives up to similarity 1, negatives down to 0.5.
+    "contrastive": Loss("contrastive", lambda: ContrastiveLoss(1.0, 0.5, distance=CosineSimilarity())),
+    "triplet": Loss("triplet, hard", HardTriplets),
+    "fast-ap": Loss("FastAP", lambda: FastAPLoss(num_bins=10)),
+    "soft-bin-ap": Loss("SoftBinAP", SoftBinAP),
+    "black-box-ap": Loss("BlackBox AP", BlackBoxAP),
+    "smooth-ap": Loss("Smooth-AP", roadmap_ext.SmoothAPLoss),
+    "sup-ap": Loss("SupAP", roadmap_ext.SupAPLoss),
+    "calibration": Loss("calibration", roadmap_ext.CalibrationLoss),
+    "roadmap": Loss("ROADMAP", roadmap_ext.RoadmapLoss),
+}
