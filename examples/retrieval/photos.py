@@ -67,7 +67,7 @@ class Transform:
             w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
-        w, h = min(width, round(height * broad)), min(height, round(width / narrow))
+        w, h = min(width, max(1, round(height * broad))), min(height, max(1, round(width / narrow)))
         return (width - w) // 2, (height - h) // 2, w, h
 
     def test(self, image: Image) -> Image:
