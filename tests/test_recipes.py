@@ -14,7 +14,7 @@ import pytest
 import tiny_datasets
 import torch
 import train_retrieval
-from retrieval import recipes
+from retrieval import pictures, recipes
 from retrieval.batches import Feed
 from retrieval.data import load
 from retrieval.errors import InputError
@@ -463,11 +463,16 @@ class TestBadInput:
         assert f"{path} is damaged or unreadable" in capsys.readouterr().err
 
 
-def test_the_default_folder_is_named_as_the_recipe(given, made, tmp_path, monkeypatch):
+def test_pictures_of_photos(given, tmp_path):
+    _, test = load(options(*given("sop-resnet50")))
+    pictures.neighbours(torch.randn(len(test), 4), test, tmp_path / "n.png", "title", queries=1, columns=1)
+    assert (tmp_path / "n.png").stat().st_size > 1000
+
+
+def test_the_default_folder_is_named_as_the_recipe(given, made, no_pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert program(*given("cub-deit-small"), "--steps", 1) == 0
     assert (tmp_path / "runs" / "cub-deit-small" / "checkpoint.pt").exists()
-    assert (tmp_path / "runs" / "cub-deit-small" / "neighbours.png").exists()
 
 
 def test_a_rank_takes_its_share_of_the_same_batch(given, made):
