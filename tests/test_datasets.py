@@ -408,6 +408,8 @@ class TestHierarchicalBatches:
         first, other = (HierarchicalBatches(labels, group_of, list("abc"), 32, 4, seed) for seed in (0, 1))
         assert len({tuple(first(step).tolist()) for step in range(60)}) == 60
         assert not torch.equal(first(0), other(0))
+        pair = [HierarchicalBatches(labels[:320], group_of[:40], list("ab"), 32, 4, seed)(0) for seed in (0, 1)]
+        assert not torch.equal(*pair)  # of the same two super-classes
         assert torch.cat([first(step) for step in range(200)]).unique().numel() == 480  # every image has its turn
         assert all(part.unique().numel() == 2 for part in group_of[labels[first(0)]].split(16))
 
