@@ -239,6 +239,12 @@ class TestTransforms:
         assert (boxes[:, 1] + boxes[:, 3] == 80).any()
         assert len({tuple(box) for box in boxes.tolist()}) > 450
 
+    def test_a_random_crop_reaches_every_edge(self):
+        transform = Transform(8, None, (0.25, 0.25), (1.0, 1.0), (9,))
+        assert transform._box(100, 100, [[0.5, 0.5, 0.0, 0.0]]) == (0, 0, 50, 50)
+        assert transform._box(100, 100, [[0.5, 0.5, 0.999, 0.999]]) == (50, 50, 50, 50)
+        assert transform._box(100, 100, [[0.5, 0.5, 0.999, 0.0]]) == (50, 0, 50, 50)
+
     def test_a_crop_shows_what_is_in_it(self):
         transform = Transform(8, None, (0.2, 0.5), (0.75, 1.33), (9,))
         for draw in transform.draw(20, generator("crop", 0, 0)):
