@@ -2,7 +2,7 @@
 #
 # The first target that needs it makes .venv with the torch of constraints.txt; stamps in .venv/.made and build/ then
 # keep each step from running twice. Nothing is installed outside the environment and .cuda (cuda-build has its own,
-# .venv-cuda; gpu-check installs nothing).
+# .venv-cuda, which recipes-check adds to; gpu-check installs nothing).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,9 +34,10 @@ endif
 PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
-TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
+TOML := 'tomli;python_version<"3.11"'
+TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
 TOOLS_ops := 'pytest>=8' hypothesis
-TOOLS_train := scikit-learn matplotlib tqdm pillow
+TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_quality := scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
 TOOLS_bench := matplotlib
@@ -47,7 +48,7 @@ export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
 
-.PHONY: help build test demo train quality bench lint asan cuda-build gpu-check clean FORCE
+.PHONY: help build test demo train quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -61,6 +62,7 @@ help:
 	@echo "make build       compile the extension into roadmap_ext/"
 	@echo "make asan        the C++ core under the address and undefined-behaviour sanitizers"
 	@echo "make cuda-build  compile the CUDA kernels, too, with a torch that can use them; needs no GPU (5 GB, once)"
+	@echo "make recipes-check  each recipe for two steps with timm's own network, in cuda-build's environment; needs no GPU"
 	@echo "make gpu-check   on a machine with a GPU and PYTHON's torch for it: build, test, measure; installs nothing"
 	@echo "make clean       remove what was built; .venv, .venv-cuda and .cuda stay (rm -r them for a fresh start)"
 	@echo
@@ -201,3 +203,18 @@ $(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools be
 	  $(MAKE) --no-print-directory -C $(CUDA_TREE) VENV=$(abspath $(CUDA_VENV)) build $(abspath $(CUDA_VENV))/.made/ops
 	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -m pytest -q $(CUDA_TESTS)
 	@touch $@
+
+# --- the recipes with timm's own networks ----------------------------------------------------------------------------
+
+# timm takes a torchvision that fits torch, and the pinned torch of .venv has none. The extension is the one built for
+# .venv: it loads into any torch from 2.11 on, and into the Python that both environments are made with.
+RECIPES_MADE := $(CUDA_VENV)/.made/recipes
+
+recipes-check: $(BUILT) $(RECIPES_MADE)
+	@RECIPES_WITH_TIMM=1 $(CUDA_PY) -m pytest tests/test_recipes.py -k networks_of_timm $(ARGS)
+
+$(RECIPES_MADE): $(CUDA_TORCH)
+	@echo "installing timm, the torchvision that fits and what training takes into $(CUDA_VENV) (once)"
+	@$(CUDA_PY) -m pip install -q --disable-pip-version-check timm torchvision $(TOOLS_train) $(TOOLS_ops) \
+	  torch==$$($(CUDA_PY) -c 'import torch; print(torch.__version__.partition("+")[0])')
+	@mkdir -p $(@D) && touch $@

@@ -511,7 +511,10 @@ def print_series() -> None:
     """What the coefficients in use are good for: known without measuring."""
     print("\nseries: bounds on the relative error, and sum |coefficient| / |sum of them|, by which rounding may grow")
     for name, degree in DEGREES.items():
-        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree, ENDS[name])), ("slope", slope(degree, ENDS[name]))):
+        for title, (coefficients, bound) in (
+            ("sigmoid", sigmoid(degree, ENDS[name])),
+            ("slope", slope(degree, ENDS[name])),
+        ):
             condition = float(sum(map(abs, coefficients)) / sum(coefficients))
             print(f"  {name:<8}{title:<9}K = {degree}: {bound:.1e}, {condition:.0f}")
 

@@ -1,5 +1,5 @@
-// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For t <= kOvershoot tau,
-// y = e^(t / tau), with relative errors as noted below:
+// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For
+// t <= kOvershoot tau and y = e^(t / tau), with relative errors as noted below:
 //
 //     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k
 //

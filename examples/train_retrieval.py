@@ -33,9 +33,10 @@ from retrieval.data import load
 from retrieval.errors import InputError, reason
 from retrieval.images import Images
 from retrieval.options import complete, parse
+from retrieval.photos import Photos
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
-from retrieval.training import Training
+from retrieval.training import Training, make_sampler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,7 +90,9 @@ def _noted(number: int, frame: FrameType | None) -> None:
     """The handler: what there is to do the thread does."""
 
 
-def evaluate(training: Training, test: Images, run: Run | Onlooker, step: int, check: Callable[[], None]) -> None:
+def evaluate(
+    training: Training, test: Images | Photos, run: Run | Onlooker, step: int, check: Callable[[], None]
+) -> None:
     """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
     begin = time.perf_counter()
     embeddings, options = training.embed(test, check), training.options
@@ -135,7 +138,7 @@ def due(options: argparse.Namespace, step: int) -> bool:
     return step % options.evaluate_every == 0 or step == options.steps
 
 
-def train(training: Training, test: Images, run: Run | Onlooker, interrupt: Interrupt, board: Board) -> None:
+def train(training: Training, test: Images | Photos, run: Run | Onlooker, interrupt: Interrupt, board: Board) -> None:
     """From where the run stands to its last step, with a checkpoint whenever it stops."""
     options, ranks = training.options, training.ranks
     # Ranks have to stop at the same place, which between steps they agree on.
@@ -202,7 +205,7 @@ def draw_curves(training: Training, run: Run | Onlooker) -> None:
         pictures.curves(run.steps, run.metrics, shown, title, run.folder / "curves.png")
 
 
-def draw_neighbours(training: Training, test: Images, run: Run | Onlooker, check: Callable[[], None]) -> None:
+def draw_neighbours(training: Training, test: Images | Photos, run: Run | Onlooker, check: Callable[[], None]) -> None:
     """What the network of a run that is over retrieves."""
     title = f"test images and their nearest others after {training.options.steps:,} steps"
     embeddings = training.embed(test, check)
@@ -224,14 +227,16 @@ def usable(name: str | None, ranks: Ranks) -> torch.device:
     return device
 
 
-def settings(options: argparse.Namespace, training: Training, train_on: Images, test: Images) -> dict[str, Any]:
+def settings(
+    options: argparse.Namespace, training: Training, train_on: Images | Photos, test: Images | Photos
+) -> dict[str, Any]:
     """All that the bits of a run depend on."""
     of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "skip_small_classes"}
-    free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard"}
+    free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard", "notes"}
     given = {
         name: value for name, value in vars(options).items() if name not in of_the_data | free | losses.setting_names()
     }
-    if options.schedule == "constant":
+    if options.schedule != "cosine":
         del given["steps"]  # such a run may be made longer
     chosen = {
         "loss settings": dict(training.loss.settings),
@@ -261,18 +266,18 @@ def about(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 def prepare(
     options: argparse.Namespace, ranks: Ranks, stack: ExitStack
-) -> tuple[Training, Images, Run | Onlooker, Board]:
+) -> tuple[Training, Images | Photos, Run | Onlooker, Board]:
     """All that can go wrong before training starts."""
     device = usable(options.device, ranks)
     train_on, test = load(options)
-    complete(options, len(train_on))
+    complete(options, len(train_on), make_sampler(options, train_on).epoch)
     ranks.join(device)
     stack.callback(ranks.leave)
     training = Training(options, train_on, device, ranks)
     stack.callback(training.close)
     training.probe()
     name = "digits" if options.data_root is None else options.data_root.resolve().stem
-    folder = options.out or Path("runs") / f"{name}-{options.loss}"
+    folder = options.out or Path("runs") / (options.recipe or f"{name}-{options.loss}")
     depends_on = settings(options, training, train_on, test)
     opened: list[tuple[Run, Board]] = []
 
@@ -291,6 +296,8 @@ def prepare(
     if run.state:
         training.load(run.state)
 
+    for note in options.notes:
+        print(note)
     for name, what in (("Train", train_on), ("Test", test)):
         shape = f"{what.channels} x {what.size} x {what.size}"
         print(f"{name}: {len(what):,} images of {len(what.classes):,} classes, {shape}")
@@ -307,7 +314,7 @@ def prepare(
     return training, test, run, board
 
 
-def carry_out(training: Training, test: Images, run: Run | Onlooker, board: Board) -> int:
+def carry_out(training: Training, test: Images | Photos, run: Run | Onlooker, board: Board) -> int:
     """Trains and draws. Returns the exit status."""
     with Interrupt() as interrupt:
         within = interrupt.check if training.ranks.world == 1 else lambda: None

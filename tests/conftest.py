@@ -10,13 +10,15 @@ import roadmap_ext
 _TRAINING = ("PIL", "matplotlib", "sklearn", "tqdm")  # what the training program takes, and the package does not
 _MISSING = [name for name in _TRAINING if find_spec(name) is None]
 _COMPARISON = [*_MISSING, *(["pytorch_metric_learning"] if find_spec("pytorch_metric_learning") is None else [])]
-collect_ignore = ["test_training.py"] * bool(_MISSING) + ["test_quality.py"] * bool(_COMPARISON)
+_LACKS = dict.fromkeys(("test_training.py", "test_recipes.py", "test_datasets.py"), _MISSING) | {
+    "test_quality.py": _COMPARISON
+}
+collect_ignore = [name for name, lacks in _LACKS.items() if lacks]
 
 
 def pytest_report_header():
     """Says what is not tested."""
-    missing = {"test_training.py": _MISSING, "test_quality.py": _COMPARISON}
-    return [f"{name} is left out: there is no {', '.join(lacks)}" for name, lacks in missing.items() if lacks]
+    return [f"{name} is left out: there is no {', '.join(lacks)}" for name, lacks in _LACKS.items() if lacks]
 
 
 def pytest_collection_modifyitems(items):

@@ -105,6 +105,19 @@ def test_the_page_of_large_batches(tmp_path):
     torch.testing.assert_close(torch.autograd.grad(parts, scores), torch.autograd.grad(whole, scores))
 
 
+def test_commands_of_recipes():
+    options = pytest.importorskip("retrieval.options")
+    page = (ROOT / "docs/recipes.md").read_text()
+    commands = re.findall(r'^    make train VENV=my ARGS="(.*)"$', page, re.MULTILINE)
+    assert len(commands) == 2
+    assert all(options.parse(None, command.split()).recipe for command in commands)
+    named = set(re.findall(r"^\| `([a-z0-9-]+)` ", page, re.MULTILINE))
+    assert named == {path.stem for path in (ROOT / "examples/recipes").iterdir()}
+    for name in named:  # the figure that the table gives stands in the recipe, too
+        published = re.search(rf"^\| `{name}` .* ([0-9.]+) \|$", page, re.MULTILINE)[1]
+        assert f"Published: R@1 {published}.\n" in (ROOT / f"examples/recipes/{name}.toml").read_text()
+
+
 def test_links_between_pages_lead_somewhere():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:

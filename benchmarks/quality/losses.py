@@ -30,6 +30,20 @@ class HardTriplets(nn.Module):
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
+class WithoutIds(nn.Module):
+    """A loss as the training program calls it, which also says what image each is. Here each comes once in a batch, so
+    that losses that know of no ids miss nothing."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, embeddings: Tensor, labels: Tensor, ids: Tensor, ref_ids: Tensor) -> Tensor:
+        """The loss of embeddings [B, D] with labels [B]."""
+        assert len(ids.unique()) == len(ids)
+        return self.loss(embeddings, labels)
+
+
 class Loss(NamedTuple):
     """A loss as it is written, and how it is made."""
 

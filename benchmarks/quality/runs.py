@@ -19,12 +19,12 @@ from retrieval.errors import InputError
 from retrieval.images import Images
 from retrieval.options import complete, parse
 from retrieval.ranks import Ranks
-from retrieval.training import Training
+from retrieval.training import Training, make_sampler
 from torch import Tensor
 
 from roadmap_ext.metrics import decomposability_gap, retrieval_metrics
 
-from .losses import LOSSES
+from .losses import LOSSES, WithoutIds
 
 EVALUATIONS = 5  # of a test run, at equal distances, the last at its end
 CURVE = [f"mAP@R after {place}/{EVALUATIONS}" for place in range(1, EVALUATIONS)]
@@ -58,9 +58,9 @@ def train(
     steps = images // run.batch_size
     own = ["--batch-size", run.batch_size, "--steps", steps, "--lr", run.rate, "--seed", run.seed]
     settings = parse(None, [*options, *map(str, own)])
-    complete(settings, len(train))
+    complete(settings, len(train), make_sampler(settings, train).epoch)
     training = Training(settings, train, torch.device("cpu"), Ranks())
-    training.loss = LOSSES[run.loss].make()
+    training.loss = WithoutIds(LOSSES[run.loss].make())
     training.network.to(memory_format=torch.channels_last)  # faster on a CPU
     begin, curve, milliseconds = time.perf_counter(), {}, []
     stops = {steps * place // EVALUATIONS: CURVE[place - 1] for place in range(1, EVALUATIONS)}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from torch.nn import functional
 
 from .errors import InputError
 from .images import Images
+
+if TYPE_CHECKING:
+    from .hierarchy import HierarchicalBatches
+    from .photos import Photos
 
 
 def seed_of(purpose: str, seed: int, step: int) -> int:
@@ -27,6 +33,12 @@ def seed_of(purpose: str, seed: int, step: int) -> int:
 def generator(purpose: str, seed: int, step: int) -> torch.Generator:
     """Random numbers for one purpose at one step; on the CPU, so that they are the same for every device."""
     return torch.Generator().manual_seed(seed_of(purpose, seed, step))
+
+
+def draw_from(images: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """[count] of some images in random order: each as often as any other, give or take one."""
+    order = [torch.randperm(len(images), generator=random) for _ in range(-(-count // len(images)))]
+    return images[torch.cat(order)[:count]]
 
 
 class PerClassBatches:
@@ -43,11 +55,13 @@ class PerClassBatches:
         InputError: a batch cannot be filled so.
     """
 
+    epoch = None  # as many as the images fill
+
     def __init__(self, labels: Tensor, batch_size: int, per_class: int | None, seed: int) -> None:
         self._images = labels.argsort(stable=True).split(labels.bincount().tolist())
         classes = len(self._images)
         self.per_class = max(4, -(-batch_size // classes)) if per_class is None else per_class
-        self.batch_size, self._seed = batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self._classes = -(-batch_size // self.per_class)
         if self._classes > classes:
             fills = next(each for each in range(-(-batch_size // classes), batch_size + 1) if batch_size % each != 1)
@@ -69,15 +83,10 @@ class PerClassBatches:
 
     def __call__(self, step: int) -> Tensor:
         """Image numbers [batch_size] of a step, in random order: any part of a batch is of many classes."""
-        random = generator("batch", self._seed, step)
+        random = generator("batch", self.seed, step)
         classes = torch.randperm(len(self._images), generator=random)[: self._classes]
-        drawn = [self._draw(self._images[label], random) for label in classes.tolist()]
+        drawn = [draw_from(self._images[label], self.per_class, random) for label in classes.tolist()]
         return torch.cat(drawn)[: self.batch_size][torch.randperm(self.batch_size, generator=random)]
-
-    def _draw(self, images: Tensor, random: torch.Generator) -> Tensor:
-        rounds = -(-self.per_class // len(images))
-        order = [torch.randperm(len(images), generator=random) for _ in range(rounds)]
-        return images[torch.cat(order)[: self.per_class]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Distortion:
 class Feed:
     """A share of the images of a step; those that do not lie in memory are decoded while the step before is trained."""
 
-    def __init__(self, images: Images, batches: PerClassBatches, share: slice) -> None:
+    def __init__(self, images: Images | Photos, batches: PerClassBatches | HierarchicalBatches, share: slice) -> None:
         self._images, self._batches, self._share = images, batches, share
         self._pool = ThreadPoolExecutor(1)
         self._ahead: dict[int, Future[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -122,5 +131,17 @@ class Feed:
         return here.result() if here is not None else self._read(step)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        index = self._batches(step)[self._share]
-        return self._images.pixels(index), self._images.labels[index], index
+        whole = self._batches(step)
+        pixels = self._images.to_train_on(whole, self._share, generator("crop", self._batches.seed, step))
+        index = whole[self._share]
+        return pixels, self._images.labels[index], index
+
+
+def ahead(read: Callable[[Tensor], Tensor], items: Sequence[Tensor]) -> Iterator[Tensor]:
+    """read(item) for each in order; the next is read while one is at work."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(read, item) for item in items[:1]]
+        for item in items[1:]:
+            coming.append(pool.submit(read, item))
+            yield coming.pop(0).result()
+        yield from (one.result() for one in coming)

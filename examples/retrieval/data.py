@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import images
+from . import datasets, images
 from .errors import InputError
 from .images import Images
+from .photos import Photos, Transform
 
 
-def load(options: argparse.Namespace) -> tuple[Images, Images]:
+def load(options: argparse.Namespace) -> tuple[Images, Images] | tuple[Photos, Photos]:
     """Which images are to train on and which to test on, as the options want them."""
+    if options.data_set is not None:
+        return _load_data_set(options)
     if options.data_root is None:
         if options.test_root is not None or options.image_size is not None:
             raise InputError("without --data-root it is digits of 8 pixels: --test-root and --image-size do not apply")
@@ -43,6 +46,21 @@ def load(options: argparse.Namespace) -> tuple[Images, Images]:
             "is left to test on; to hold out images of the same classes take --split images and no --test-root"
         )
     return every, _checked_classes(test, options, options.test_root)
+
+
+def _load_data_set(options: argparse.Namespace) -> tuple[Photos, Photos]:
+    listings = datasets.read(options.data_set, options.data_root)
+    for note in datasets.notes(options.data_set, *listings):
+        print(f"Note: {note}")
+    transform = Transform(
+        options.image_size,
+        options.train_resize,
+        tuple(options.crop_scale or (0.16, 1.0)),
+        tuple(options.crop_ratio or (0.75, 1.33)),
+        tuple(options.test_resize),
+    )
+    train, test = (Photos(options.data_root, listing, transform) for listing in listings)
+    return train, test
 
 
 def _checked_classes(every: Images, options: argparse.Namespace, root: Path | None) -> Images:

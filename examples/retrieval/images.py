@@ -49,7 +49,7 @@ class Images:
     ) -> None:
         self.names, self.classes, self.labels = list(names), list(classes), labels
         self.channels, self.size, self.contents, self.skipped = channels, size, list(contents), skipped
-        self.digest = _digest([*names, *classes, *self.contents, f"{channels} x {size}", str(labels.tolist())]).hex()
+        self.digest = digest_of([*names, *classes, *self.contents, f"{channels} x {size}", str(labels.tolist())]).hex()
         self._pixels = pixels
         self._places = torch.arange(len(self.names)) if places is None else places
 
@@ -62,9 +62,13 @@ class Images:
         if isinstance(self._pixels, Tensor):
             return self._pixels[places]
         out = torch.empty(len(index), self.channels, self.size, self.size, dtype=torch.uint8)
-        for row, image in zip(out, _in_threads(self._pixels, places.tolist()), strict=True):
+        for row, image in zip(out, in_threads(self._pixels, places.tolist()), strict=True):
             row.copy_(torch.from_numpy(image))
         return out
+
+    def to_train_on(self, index: Tensor, share: slice, random: torch.Generator) -> Tensor:
+        """The pixels of a share of a batch of image numbers."""
+        return self.pixels(index[share])
 
     def take(self, index: Tensor) -> Images:
         """These images alone, of the same memory, and the classes that are left, in their order."""
@@ -92,7 +96,7 @@ def digits() -> Images:
     pixels = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(data.target).long()
     names = [f"{label}/{number}" for number, label in enumerate(labels.tolist())]
-    contents = [_digest([image.numpy().tobytes()]) for image in pixels]
+    contents = [digest_of([image.numpy().tobytes()]) for image in pixels]
     return Images(names, [str(d) for d in range(10)], labels, pixels, 1, 8, contents)
 
 
@@ -131,7 +135,7 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
     place = {name: number for number, name in enumerate(classes)}
 
     if channels is None:
-        channels = 1 if all(_in_threads(lambda name: _is_gray(source.read, name), names)) else 3
+        channels = 1 if all(in_threads(lambda name: _is_gray(source.read, name), names)) else 3
     held = None
     if len(names) * channels * size * size <= hold_mib * MIB:
         held = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
@@ -142,7 +146,7 @@ def read(root: Path, size: int, channels: int | None = None, hold_mib: int = 409
         pixels = _decode(source.read(name), channels, size)
         if held is not None:
             held[numbers[name]] = torch.from_numpy(pixels)
-        return _digest([pixels.tobytes()])
+        return digest_of([pixels.tobytes()])
 
     contents = _checked(root.name, look_at, names)
     return Images(
@@ -260,7 +264,7 @@ def _decode(data: bytes, channels: int, size: int) -> np.ndarray:
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _in_threads(work: Callable, items: Sequence) -> Iterator:
+def in_threads(work: Callable, items: Sequence) -> Iterator:
     """work(item) for each, in order, a bounded number ahead: decoding releases the interpreter's lock."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
         for begin in range(0, len(items), _AT_A_TIME):
@@ -279,7 +283,7 @@ def _checked(title: str, work: Callable[[str], bytes], names: Sequence[str]) -> 
 
     done, damaged = [], []
     with tqdm(total=len(names), desc=f"reading {title}", unit="image", disable=None, leave=False) as progress:
-        for name, result in zip(names, _in_threads(attempt, names), strict=True):
+        for name, result in zip(names, in_threads(attempt, names), strict=True):
             progress.update()
             if isinstance(result, ImportError | MemoryError):
                 raise result
@@ -295,7 +299,7 @@ def _checked(title: str, work: Callable[[str], bytes], names: Sequence[str]) -> 
     return done
 
 
-def _digest(parts: Sequence[str | bytes]) -> bytes:
+def digest_of(parts: Sequence[str | bytes]) -> bytes:
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part

@@ -16,14 +16,26 @@ _LAST = 4  # the side, in places, at which the small net stops to look at where 
 class Network(nn.Module):
     """Images [b, C, S, S] uint8 or float of 0 to 255 to embeddings [b, D].
 
-    Its losses and metrics normalise, so it does not.
+    Its losses and metrics normalise, so it does not. With ``freeze_batch_norm`` batch norm goes by its running means
+    and variances in training, too; its scale and shift are trained all the same, as in ROADMAP's released code.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, body: nn.Module, head: nn.Module, mean: list[float], std: list[float], freeze_batch_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.body, self.head = body, head
+        self.body, self.head, self._freeze_batch_norm = body, head, freeze_batch_norm
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])  # [C, 1, 1]
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+
+    def train(self, mode: bool = True) -> Network:
+        """As of any module."""
+        super().train(mode)
+        if self._freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body((images - self.mean) / self.std))
@@ -46,8 +58,26 @@ def small(channels: int, size: int, dim: int, blocks: int = 3, width: int = 64) 
     )
 
 
-def from_timm(name: str, channels: int, size: int, dim: int, pretrained: bool, weights: Path | None) -> Network:
-    """A backbone of timm's under one linear layer, with the mean and spread of pixels that it was trained with."""
+def from_timm(
+    name: str,
+    channels: int,
+    size: int,
+    dim: int,
+    pretrained: bool,
+    weights: Path | None,
+    *,
+    distilled: bool = False,
+    pool: str | None = None,
+    head: str = "linear",
+    freeze_batch_norm: bool = False,
+) -> Network:
+    """A backbone of timm's under a head, with the mean and spread of pixels that it was trained with.
+
+    Args:
+        distilled: begin with the weights of the DeiT's distilled twin, which ``weights`` then are, too.
+        pool: over places, "avg" or "max"; None for what the model has.
+        head: "linear"; "norm-linear", after a layer norm without scale and shift; or "none".
+    """
     try:
         import timm
     except Exception as error:  # torchvision of another torch fails in ways of its own
@@ -62,8 +92,19 @@ def from_timm(name: str, channels: int, size: int, dim: int, pretrained: bool, w
     # A local file takes the place of the hub's.
     extra = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
     wanted = pretrained or weights is not None
+    pooled = {} if pool is None else {"global_pool": pool}
+
+    def make(name: str, pretrained: bool, **keywords: object) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **keywords)
+
     try:
-        body = timm.create_model(name, pretrained=wanted, num_classes=0, in_chans=channels, **extra)
+        if distilled and wanted:
+            body = make(name, False, **pooled)
+            body.load_state_dict(_without_distillation(make(_twin(name, known), True, **extra).state_dict()))
+        else:
+            body = make(name, wanted, **extra, **pooled)
+    except InputError:
+        raise
     except Exception as error:  # a download that fails, a file of other weights: each has errors of its own
         raise InputError(f"--backbone {name}: timm cannot make it: {reason(error)}") from error
     try:
@@ -75,4 +116,28 @@ def from_timm(name: str, channels: int, size: int, dim: int, pretrained: bool, w
     mean, std = list(pixels["mean"]), list(pixels["std"])
     if channels != len(mean):
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-    return Network(body, nn.Linear(width, dim), mean, std)
+    if head == "none":
+        if width != dim:
+            raise InputError(f"--head none leaves the {width} dimensions of --backbone {name}: --dim {width}")
+        return Network(body, nn.Identity(), mean, std, freeze_batch_norm)
+    layers = [nn.Linear(width, dim)]
+    if head == "norm-linear":
+        layers.insert(0, nn.LayerNorm(width, elementwise_affine=False))
+    return Network(body, layers[0] if len(layers) == 1 else nn.Sequential(*layers), mean, std, freeze_batch_norm)
+
+
+def _twin(name: str, known: list[str]) -> str:
+    """The name of a DeiT's distilled twin."""
+    twin = name.split(".")[0].replace("_patch", "_distilled_patch")
+    if twin not in known or not name.startswith("deit_"):
+        raise InputError(
+            f"--distilled is for a --backbone such as deit_small_patch16_224: {name} has no distilled twin"
+        )
+    return twin
+
+
+def _without_distillation(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a distilled DeiT without its distillation token, which stands after the class token."""
+    places = weights["pos_embed"]  # [1, 2 + patches, D]
+    weights["pos_embed"] = torch.cat([places[:, :1], places[:, 2:]], dim=1)
+    return {name: value for name, value in weights.items() if name != "dist_token"}

@@ -6,29 +6,57 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from . import losses
+from . import losses, recipes
+from .datasets import LAYOUTS
+from .errors import InputError
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPOCHS = 15
 LEAST_STEPS = 300  # unless it is said how many: an epoch of few images is a step or two
 EVALUATIONS = 50  # at the most, unless it is said how often
+_OF_FOLDERS = ("test_root", "split", "test_fraction", "channels")  # and zips: data sets say it themselves
+_OF_DATA_SETS = ("train_resize", "crop_scale", "crop_ratio", "test_resize")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong, so that it can be told where it stands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
-    """The options; what is wrong with one alone ends the program."""
-    parser = argparse.ArgumentParser(
+    """The options; what is wrong with these alone ends the program."""
+    parser = _Parser(
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s [options]",
     )
+    try:
+        _add_options(parser)
+        options = recipes.combine(parser, arguments)
+        _check(parser, options)
+    except InputError as error:
+        argparse.ArgumentParser.error(parser, str(error))
+    return options
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     count, at_least_2, share = _whole(1), _whole(2), _number(0, 1)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="take the options of a file (docs/recipes.md); those given beside it take the place of the file's",
+    )
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--data-root", type=Path, metavar="PATH", help="folder or zip, a folder a class; without it digits")
+    add("--data-set", choices=LAYOUTS, help="--data-root is this data set, as it lies on disk (docs/recipes.md)")
     add("--test-root", type=Path, metavar="PATH", help="test on the classes of this one that --data-root has not")
     add(
         "--split",
@@ -36,7 +64,13 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
         help="what is held out for the test; default classes, of digits images",
     )
     add("--test-fraction", type=share, metavar="X", help="how much is held out; default 1/2 of classes, 1/3 of images")
-    add("--image-size", type=_whole(1, 4096), metavar="N", help="pixels a side that images are resized to; default 64")
+    size = _whole(1, 4096)
+    add(
+        "--image-size",
+        type=size,
+        metavar="N",
+        help="pixels a side that images are resized or cut to; default 64, of a data set 224",
+    )
     add("--channels", type=int, choices=(1, 3), help="default 1 if all images are gray, else 3")
     add(
         "--hold-mib",
@@ -46,12 +80,55 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
         help="keep images in memory up to this size; default 4096",
     )
     add("--skip-small-classes", action="store_true", help="leave out classes of a single image")
+    add("--train-resize", type=size, metavar="N", help="data sets: pixels of the shorter side before a random crop")
+    add(
+        "--crop-scale",
+        type=_number(0, 1, most_too=True),
+        nargs=2,
+        metavar="X",
+        help="data sets: least and largest share of the area in a random crop; default 0.16 1",
+    )
+    add(
+        "--crop-ratio",
+        type=_number(0, math.inf),
+        nargs=2,
+        metavar="X",
+        help="data sets: least and largest width by height of a random crop; default 0.75 1.33",
+    )
+    add(
+        "--test-resize",
+        type=size,
+        nargs="+",
+        metavar="N",
+        help="data sets: pixels of the shorter side, or width and height, before the middle is cut out of a test "
+        "image; default 8/7 of --image-size",
+    )
 
     network = parser.add_argument_group("network")
     add = network.add_argument
     add("--backbone", metavar="NAME", default="small", help="small (default), or the name of a model of timm's")
-    add("--pretrained", action="store_true", help="timm: begin with the weights that it downloads")
+    switch = argparse.BooleanOptionalAction
+    add("--pretrained", action=switch, default=False, help="timm: begin with the weights that it downloads")
     add("--weights", type=Path, metavar="FILE", help="timm: begin with these weights")
+    add(
+        "--distilled",
+        action=switch,
+        default=False,
+        help="timm's DeiT: begin with the weights of its distilled twin, but for the distillation token",
+    )
+    add("--pool", choices=("avg", "max"), help="timm: over places; default what the model has")
+    add(
+        "--head",
+        choices=("linear", "norm-linear", "none"),
+        default="linear",
+        help="timm: what comes after it; norm-linear has a layer norm first; default linear",
+    )
+    add(
+        "--freeze-batch-norm",
+        action=switch,
+        default=False,
+        help="timm: normalise by the running means and variances in training, too, and leave them as they are",
+    )
     add("--dim", type=_whole(1, 1 << 16), metavar="N", default=64, help="dimensions of an embedding; default 64")
     add(
         "--blocks",
@@ -74,13 +151,35 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     add("--memory-size", type=count, metavar="N", help="rank this many past embeddings, too")
     add("--memory-warmup", type=_whole(0), metavar="N", help="steps before that; default --warmup")
     add("--per-class", type=at_least_2, metavar="N", help="images a class in a batch; default 4, or what fills it")
+    add(
+        "--sampler",
+        choices=("per-class", "hierarchical"),
+        default="per-class",
+        help="what a batch is of: any classes (default), or those of two super-classes",
+    )
+    add(
+        "--batches-per-pair",
+        type=count,
+        metavar="N",
+        default=10,
+        help="hierarchical: of super-classes in an epoch; default 10",
+    )
     length = training.add_mutually_exclusive_group()
     about_epochs = f"passes over the training images; default {EPOCHS}, or what makes {LEAST_STEPS} steps"
     length.add_argument("--epochs", type=count, metavar="N", help=about_epochs)
     length.add_argument("--steps", type=count, metavar="N", help="batches, instead of --epochs")
-    add("--lr", type=_number(0, math.inf), metavar="X", default=3e-3, help="learning rate of AdamW; default 3e-3")
-    add("--weight-decay", type=_number(0, math.inf, True), metavar="X", default=1e-4, help="of AdamW; default 1e-4")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate; default cosine")
+    add("--lr", type=_number(0, math.inf), metavar="X", default=3e-3, help="learning rate; default 3e-3")
+    add("--head-lr", type=_number(0, math.inf), metavar="X", help="timm: of the layer after it; default --lr")
+    add("--optimizer", choices=("adamw", "adam"), default="adamw", help="default adamw")
+    add("--weight-decay", type=_number(0, math.inf, True), metavar="X", default=1e-4, help="of it; default 1e-4")
+    add(
+        "--schedule",
+        choices=("cosine", "constant", "milestones"),
+        default="cosine",
+        help="of the learning rate; default cosine",
+    )
+    add("--milestones", type=count, metavar="N", nargs="+", help="epochs after which the rate is multiplied")
+    add("--lr-factor", type=share, metavar="X", default=0.3, help="by this; default 0.3")
     add("--warmup", type=_whole(0), metavar="N", help="steps over which it rises; default 20, a tenth of all at most")
     add("--amp", choices=AMP, default="none", help="autocast of the network; fp16 with a GradScaler; default none")
     add(
@@ -104,9 +203,12 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
         default=0.05,
         help="shift them by up to a share X; default 0.05",
     )
-    add("--flip", action="store_true", help="mirror half of them")
+    add("--flip", action=switch, default=False, help="mirror half of them")
 
     losses.add_options(parser)
+    parser.add_argument(
+        "--loss-weight", type=_number(0, math.inf), metavar="X", default=1.0, help="what it is multiplied by; default 1"
+    )
 
     run = parser.add_argument_group("run")
     add = run.add_argument
@@ -122,19 +224,56 @@ def parse(about: str | None, arguments: list[str] | None) -> argparse.Namespace:
     add("--gap", action="store_true", help="measure the decomposability gap of random batches of --batch-size, too")
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")
 
-    options = parser.parse_args(arguments)
-    if options.backbone == "small" and (options.pretrained or options.weights):
-        parser.error("--pretrained and --weights are for --backbone with a model of timm's")
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options that do not go together."""
+    if options.backbone == "small":
+        of_timm = ("pretrained", "weights", "distilled", "pool", "freeze_batch_norm", "head_lr")
+        named = [name for name in of_timm if getattr(options, name)] + ["head"] * (options.head != "linear")
+        if named:
+            parser.error(f"{_option(named[0])} is for --backbone with a model of timm's")
+    if options.head == "none" and options.head_lr is not None:
+        parser.error("--head-lr is for a --head of linear or norm-linear")
     if options.memory_warmup is not None and options.memory_size is None:
         parser.error("--memory-warmup is for --memory-size")
     if options.weights and not options.weights.is_file():
         parser.error(f"--weights: there is no file {options.weights}")
-    return options
+    if (options.schedule == "milestones") != (options.milestones is not None):
+        parser.error("--milestones and --schedule milestones take each other")
+    if options.data_set is None:
+        named = [name for name in _OF_DATA_SETS if getattr(options, name) is not None]
+        if named:
+            parser.error(f"{_option(named[0])} is for --data-set")
+        if options.sampler == "hierarchical":
+            parser.error("--sampler hierarchical takes a --data-set that has super-classes")
+        return
+    named = [name for name in _OF_FOLDERS if getattr(options, name) is not None]
+    if named or options.skip_small_classes:
+        parser.error(f"{_option(named[0] if named else 'skip_small_classes')} does not go with --data-set")
+    if options.data_root is None:
+        parser.error(
+            f"--data-set {options.data_set} takes --data-root: the folder of {LAYOUTS[options.data_set].title}"
+        )
+    for name in ("crop_scale", "crop_ratio"):
+        bounds = getattr(options, name)
+        if bounds is not None and bounds[0] > bounds[1]:
+            parser.error(f"{_option(name)} takes the least first, got {bounds[0]} {bounds[1]}")
+    if options.image_size is None:
+        options.image_size = 224
+    if options.test_resize is None:
+        options.test_resize = [options.image_size * 8 // 7]
+    if len(options.test_resize) > 2 or min(options.test_resize) < options.image_size:
+        wanted = f"one or two numbers of at least --image-size, which is {options.image_size}"
+        parser.error(f"--test-resize takes {wanted}, got {' '.join(map(str, options.test_resize))}")
 
 
-def complete(options: argparse.Namespace, images_to_train_on: int) -> None:
-    """Puts numbers where the defaults depend on the data."""
-    options.epoch = max(1, round(images_to_train_on / options.batch_size))
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def complete(options: argparse.Namespace, images_to_train_on: int, epoch: int | None = None) -> None:
+    """Puts numbers where the defaults depend on the data; ``epoch`` is in steps, None for as many as images fill."""
+    options.epoch = epoch or max(1, round(images_to_train_on / options.batch_size))
     if options.steps is None:
         few = options.epochs is None
         options.steps = max(EPOCHS * options.epoch, LEAST_STEPS) if few else options.epochs * options.epoch
@@ -158,15 +297,16 @@ def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     return of
 
 
-def _number(least: float, most: float, including_least: bool = False) -> Callable[[str], float]:
+def _number(least: float, most: float, including_least: bool = False, most_too: bool = False) -> Callable[[str], float]:
     def of(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (least < value < most or (including_least and value == least)):
+        if not (least < value < most or (including_least and value == least) or (most_too and value == most)):
             above = f"{'at least' if including_least else 'above'} {least}"
-            raise argparse.ArgumentTypeError(f"has to be a number {above} and below {most}, got {text!r}")
+            below = f"{'at most' if most_too else 'below'} {most}"
+            raise argparse.ArgumentTypeError(f"has to be a number {above} and {below}, got {text!r}")
         return value
 
     return of

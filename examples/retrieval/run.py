@@ -20,7 +20,7 @@ import torch
 
 from .errors import InputError, reason
 
-FORMAT = 2
+FORMAT = 3
 WRITTEN = ("metrics.csv", "steps.csv", "checkpoint.pt", "best.pt", "settings.json", "curves.png", "neighbours.png")
 
 

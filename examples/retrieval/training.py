@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from roadmap_ext import EmbeddingMemory, cached_backward
 
 from . import batches, losses, networks
+from .batches import PerClassBatches
 from .errors import InputError
+from .hierarchy import HierarchicalBatches
 from .images import MIB, Images
 from .options import AMP
+from .photos import Photos
 from .ranks import Ranks
 
 _EMBEDDED = 256  # images that are embedded at a time where no gradient is wanted
@@ -28,9 +31,9 @@ class Training:
     Of several ranks each takes its share of the batch; the loss is that of the whole.
     """
 
-    def __init__(self, options: argparse.Namespace, train: Images, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, options: argparse.Namespace, train: Images | Photos, device: torch.device, ranks: Ranks) -> None:
         self.options, self.device, self.ranks = options, device, ranks
-        sampler = batches.PerClassBatches(train.labels, options.batch_size, options.per_class, options.seed)
+        sampler = make_sampler(options, train)
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
         if options.batch_size < 2 * ranks.world:
             raise InputError(
@@ -53,7 +56,7 @@ class Training:
         torch.manual_seed(options.seed)
         self.network = _make_network(options, train.channels, train.size).to(device)
         self._model = ranks.together(self.network, device)
-        self._optimizer = torch.optim.AdamW(self.network.parameters(), options.lr, weight_decay=options.weight_decay)
+        self._optimizer = _make_optimizer(options, self.network)
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self._autocast = torch.autocast(device.type, AMP[options.amp], enabled=options.amp != "none")
 
@@ -83,7 +86,7 @@ class Training:
         torch.manual_seed(batches.seed_of("network" + rank, self.options.seed, number))  # dropout, wherever it is
         rate = self.learning_rate(number)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.network.train()
         self._optimizer.zero_grad()
         value = self._backward((pixels, draw), labels, ids).item()
@@ -108,10 +111,11 @@ class Training:
 
         def rank(embeddings: Tensor) -> Tensor:
             # By ids, an image that comes again, in this batch or from the memory, is not its own positive.
+            weight = self.options.loss_weight
             if self._memory is None:
-                return self.loss(embeddings, labels, ids=ids, ref_ids=ids)
+                return weight * self.loss(embeddings, labels, ids=ids, ref_ids=ids)
             self._memory.enqueue(embeddings, labels, ids)
-            return self.loss(embeddings, labels, ref_emb=self._memory, ids=ids)
+            return weight * self.loss(embeddings, labels, ref_emb=self._memory, ids=ids)
 
         if self.options.mini_batch_size is not None:
             with self._autocast:
@@ -133,24 +137,26 @@ class Training:
         return loss.detach()
 
     def learning_rate(self, number: int) -> float:
-        """A line up over the first steps, then constant or half a cosine down to 0."""
+        """A line up over the first steps, then constant, half a cosine down to 0, or a factor at each milestone."""
         options = self.options
         rate = options.lr * min(1.0, (number + 1) / max(1, options.warmup))
         if options.schedule == "cosine":
             rate *= (1 + math.cos(math.pi * number / options.steps)) / 2
+        if options.schedule == "milestones":
+            rate *= options.lr_factor ** sum(number >= each * options.epoch for each in options.milestones)
         return rate
 
     @torch.no_grad()
-    def embed(self, what: Images, check: Callable[[], None]) -> Tensor:
+    def embed(self, what: Images | Photos, check: Callable[[], None]) -> Tensor:
         """[n, D] float32 of all images; ``check`` is called between batches. Each rank embeds its share."""
         self.ranks.share_buffers(self.network)
         self.network.eval()
         out = [torch.empty(0, self.options.dim, device=self.device)]
-        for index in torch.arange(len(what))[self.ranks.share(len(what))].split(_EMBEDDED):
+        parts = torch.arange(len(what))[self.ranks.share(len(what))].split(_EMBEDDED)
+        for pixels in batches.ahead(what.pixels, [part for part in parts if len(part)]):
             check()
-            if len(index):
-                with self._autocast:
-                    out.append(self.network(what.pixels(index).to(self.device).float()).float())
+            with self._autocast:
+                out.append(self.network(pixels.to(self.device).float()).float())
         return self.ranks.gather(torch.cat(out))
 
     def state(self) -> dict[str, Any]:
@@ -174,4 +180,34 @@ class Training:
 def _make_network(options: argparse.Namespace, channels: int, size: int) -> networks.Network:
     if options.backbone == "small":
         return networks.small(channels, size, options.dim, options.blocks, options.width)
-    return networks.from_timm(options.backbone, channels, size, options.dim, options.pretrained, options.weights)
+    return networks.from_timm(
+        options.backbone,
+        channels,
+        size,
+        options.dim,
+        options.pretrained,
+        options.weights,
+        distilled=options.distilled,
+        pool=options.pool,
+        head=options.head,
+        freeze_batch_norm=options.freeze_batch_norm,
+    )
+
+
+def make_sampler(options: argparse.Namespace, train: Images | Photos) -> PerClassBatches | HierarchicalBatches:
+    """What the options take a batch to be."""
+    given = options.batch_size, options.per_class, options.seed
+    if options.sampler == "per-class":
+        return PerClassBatches(train.labels, *given)
+    return HierarchicalBatches(train.labels, train.group_of, train.groups, *given, options.batches_per_pair)
+
+
+def _make_optimizer(options: argparse.Namespace, network: networks.Network) -> torch.optim.Optimizer:
+    """Its groups have the ``share`` of the learning rate that is theirs."""
+    head = 1.0 if options.head_lr is None else options.head_lr / options.lr
+    groups = [
+        {"params": list(part.parameters()), "share": share}
+        for part, share in ((network.body, 1.0), (network.head, head))
+    ]
+    kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], options.lr, weight_decay=options.weight_decay)
