@@ -1,5 +1,5 @@
 // What the vector kernels take and give: the interface between the schedules (rows.h, sorted.h, ranking.h) and the
-// kernels (tiled_body.h, sorted_body.h, counting_body.h), which are compiled once for each instruction set.
+// kernels (the files named _body.h), which are compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
