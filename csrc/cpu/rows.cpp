@@ -242,7 +242,7 @@ class Pass {
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
     const double positives = static_cast<double>(size);
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
-    double scan = 14 * negatives + 50 * positives;
+    double scan = 16 * negatives + 40 * positives;
     double tiled = 0.3 * static_cast<double>(curve) * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which also meets positives with positives
       scan += 40 * positives;
