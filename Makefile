@@ -62,7 +62,7 @@ help:
 	@echo "make build       compile the extension into roadmap_ext/"
 	@echo "make asan        the C++ core under the address and undefined-behaviour sanitizers"
 	@echo "make cuda-build  compile the CUDA kernels, too, with a torch that can use them; needs no GPU (5 GB, once)"
-	@echo "make recipes-check  each recipe for two steps with timm's own network, in cuda-build's environment; needs no GPU"
+	@echo "make recipes-check  each recipe for two steps with timm's own network, and what it takes; in cuda-build's environment, no GPU"
 	@echo "make gpu-check   on a machine with a GPU and PYTHON's torch for it: build, test, measure; installs nothing"
 	@echo "make clean       remove what was built; .venv, .venv-cuda and .cuda stay (rm -r them for a fresh start)"
 	@echo
@@ -212,6 +212,7 @@ RECIPES_MADE := $(CUDA_VENV)/.made/recipes
 
 recipes-check: $(BUILT) $(RECIPES_MADE)
 	@RECIPES_WITH_TIMM=1 $(CUDA_PY) -m pytest tests/test_recipes.py -k networks_of_timm $(ARGS)
+	@$(CUDA_PY) -m benchmarks.recipes
 
 $(RECIPES_MADE): $(CUDA_TORCH)
 	@echo "installing timm, the torchvision that fits and what training takes into $(CUDA_VENV) (once)"

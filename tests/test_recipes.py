@@ -25,6 +25,7 @@ from retrieval.training import Training, make_sampler
 from test_training import outcome, refused, same
 from torch.nn.functional import adaptive_avg_pool2d
 
+from benchmarks import recipes as cost_of_recipes
 from roadmap_ext import RoadmapLoss
 
 NAMES = ["cub-deit-small", "cub-resnet50", "inat-resnet50", "sop-deit-small", "sop-resnet50"]
@@ -486,3 +487,16 @@ def test_a_rank_takes_its_share_of_the_same_batch(given, made):
         ranks.world, ranks.rank = 2, rank
         part = Feed(train, sampler, ranks.share(16))(2)
         assert all(torch.equal(a, b[8 * rank : 8 * rank + 8]) for a, b in zip(part, whole, strict=True))
+
+
+def test_what_a_recipe_takes(made):
+    """Counted by hand for the stand-in, whose one product takes four patches of 3 channels to 384 dimensions."""
+    cost = cost_of_recipes.count("sop-deit-small")
+    assert (cost.steps, cost.images) == (75 * 660, 75 * 660 * 128)
+    assert cost.operations == 2 * (2 * 128 * 4 * 3 * 384)  # forward, and backward to the weights
+    numbers = 384 + 5 * 384 + (3 + 1) * 384
+    assert cost.state == 4 * 4 * numbers
+    kept = {name: size // 128 for name, size in cost.activations.items()}  # bytes an image: tanh's result at the least
+    assert kept["none"] >= 4 * 5 * 384 > kept["bf16"] / 2
+    assert cost_of_recipes.line(cost, 1000).count("|") == 8
+    assert cost_of_recipes.count("cub-resnet50").steps == 200 * 46

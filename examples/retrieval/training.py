@@ -54,7 +54,7 @@ class Training:
                 device=device,
             )
         torch.manual_seed(options.seed)
-        self.network = _make_network(options, train.channels, train.size).to(device)
+        self.network = make_network(options, train.channels, train.size).to(device)
         self._model = ranks.together(self.network, device)
         self._optimizer = _make_optimizer(options, self.network)
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
@@ -177,7 +177,7 @@ class Training:
             self._memory.load_state_dict(state["memory"])
 
 
-def _make_network(options: argparse.Namespace, channels: int, size: int) -> networks.Network:
+def make_network(options: argparse.Namespace, channels: int, size: int) -> networks.Network:
     if options.backbone == "small":
         return networks.small(channels, size, options.dim, options.blocks, options.width)
     return networks.from_timm(
