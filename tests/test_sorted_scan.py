@@ -413,6 +413,37 @@ def test_constant_rows_and_few_values(n, surrogate):
             assert_as_tiled(scores, target, surrogate=surrogate)
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.3, 2.0, 4.0, 12.0])
+@pytest.mark.parametrize(("rho", "offset"), [(0.0, 0.0), (0.0, 1.44), (100.0, None)])
+def test_dense_knees(delta, rho, offset):
+    """Targets within tau / 10 around the knees of others, and around others, in leaves narrow and wide beside that.
+
+    What lies past a knee has a sigma that the polynomials of all must not show: it may weigh nothing at all. Ties show
+    rounding. Gaps are multiples of tau / 128, knees half of one beside these.
+    """
+    tau, knee = 1 / 128, round(delta * 128)
+    options = {"tau": tau, "rho": rho, "delta": (knee + 0.5) * tau / 128, "offset": offset}
+    cases = []
+    for negatives, low, high in ((200, -2, 15), (250, -6, 60), (60, -300, 300), (3000, -900, 128)):
+        for positives, span in ((32, 10), (500, 12), (100, 90)):
+            u, v = torch.randint(span + 1, (positives,)), knee + torch.randint(low, high, (negatives,))
+            u[::3] += knee
+            v[::3] -= knee
+            cases.append((u, v))
+    # Leaves of 16 reach from one tie of eight, with negatives around it, to the next.
+    cases.append(((torch.arange(64) + 4) // 8 * 40, torch.randint(9, (200,)) * 40 + torch.randint(-6, 7, (200,))))
+    for u, v in cases:
+        scores = torch.cat([u, v])[None].float() * (tau / 128)
+        target = (torch.arange(len(u) + len(v)) < len(u))[None]
+        weights = torch.rand(2, len(u)) + 0.5
+        ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+        truth, exact = ranks_and_gradient(scores.double(), target, weights, "sorted", **options)
+        _, tiled = ranks_and_gradient(scores, target, weights, "tiled", **options)
+        assert_close(ranks.negative_rank, truth.negative_rank, 3e-7, 1e-9, "rank-")
+        error, other = ((g.double() - exact).norm() for g in (gradient, tiled))
+        assert error <= 2 * other + ULPS * EPS * weights.max() / tau, "gradient"
+
+
 # --- anything that scores and settings may be -------------------------------------------------------------------------
 
 
@@ -697,6 +728,20 @@ def test_a_row_does_not_depend_on_its_neighbours(surrogate):
         alone = run(ap_loss, scores[row], target[row], torch.ones(1), ignore=ignore[row], **options)
         assert torch.equal(alone.loss, together.loss[row])
         assert torch.equal(alone.gradient, together.gradient[row])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="nothing says what the process holds")
+def test_a_very_long_row_gives_its_workspace_back():
+    """A thread keeps its workspace for the next call, but not that of 6,000,000 columns; without a gradient, too."""
+
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    torch.set_num_threads(1)
+    scores, target = torch.rand(1, 6_000_000), torch.rand(1, 6_000_000) < 0.1
+    before = held()
+    assert not ap_loss(scores, target, method="sorted").requires_grad
+    assert held() - before < 64 << 20
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

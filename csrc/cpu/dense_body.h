@@ -4,15 +4,17 @@
 // What the sources on either side of an edge between two leaves give is, by the series, an analytic function of the
 // target, and remains one where a target passes the edge: the series hold up to kOvershoot on the wrong side. Its
 // radius of convergence is pi tau, so within kDenseSpan a few terms are exact to the last bit of float. What is not
-// smooth is settled source by source: how many lie below the step of each target, and what lies past its knee, whose
-// sigma, a cubic that close to the knee, is taken out of the polynomial again.
+// smooth is settled source by source: how many lie below the step of each target, and what lies past its knee. There
+// sigma, which the polynomial has, is taken out of it again: by a cubic, where that is as good as exact. Elsewhere the
+// polynomial ends below the knees, and sources around them go pair by pair: a difference of sums in float would show.
 //
 // For float alone: double would need twice the terms, and is there for gradient checks.
 
 namespace {
 
-// In units of tau: how far targets that read together may span, and how far sources may lie past a knee.
-constexpr double kDenseSpan = 0.1, kDenseKnee = 0.1;
+// In units of tau: how far targets that read together may span, how far past a knee sources have the cubic, and how
+// high the knee has to be for that: all kDenseSources together are then off by no more than float's last bit of 1.
+constexpr double kDenseSpan = 0.1, kDenseKnee = 0.1, kHighKnee = 4;
 constexpr int kDenseTargets = 64, kDenseLeast = 16;  // how many of them, at the most and at the least
 // Sources that may be met one by one, and how many are worth it.
 constexpr int64_t kDenseSources = 256, kSparseSources = 8;
@@ -35,19 +37,35 @@ struct Terms {
   }
 };
 
-// sigma near the knee, as a cubic of the distance from Settings::origin in units of tau, and its slope's.
+// sigma from the knee to kDenseKnee past it, and its slope: the cubics that meet them at Chebyshev's four points, of the
+// distance from Settings::origin in units of tau.
 struct KneeCubic {
-  double sigma[4], slope[4];
+  static constexpr int kPoints = 4;
+  double sigma[kPoints] = {}, slope[kPoints] = {};
 
-  explicit KneeCubic(double knee) {
-    const double s = 1 / (1 + std::exp(-knee)), d = s * (1 - s), r = s * (1 - s);
-    slope[0] = sigma[1] = d;
-    sigma[0] = s;
-    sigma[2] = d * (1 - 2 * s) / 2;
-    slope[1] = 2 * sigma[2];
-    sigma[3] = d * (1 - 6 * r) / 6;
-    slope[2] = 3 * sigma[3];
-    slope[3] = d * (1 - 2 * s) * (1 - 12 * r) / 6;
+  // knee: where the origin lies; begin: of the knee from there.
+  KneeCubic(double knee, double begin) {
+    double at[kPoints], curve[kPoints], slopes[kPoints];
+    for (int k = 0; k < kPoints; ++k) {
+      at[k] = kDenseKnee / 2 * (1 - std::cos((2 * k + 1) * 3.141592653589793 / (2 * kPoints)));
+      curve[k] = 1 / (1 + std::exp(-(knee + begin + at[k])));
+      slopes[k] = curve[k] * (1 - curve[k]);
+    }
+    interpolate(at, begin, curve, sigma);
+    interpolate(at, begin, slopes, slope);
+  }
+
+ private:
+  // Newton's divided differences, and from these the coefficients of the powers.
+  static void interpolate(const double* at, double begin, double* value, double* coefficient) {
+    for (int order = 1; order < kPoints; ++order) {
+      for (int k = kPoints - 1; k >= order; --k) value[k] = (value[k] - value[k - 1]) / (at[k] - at[k - order]);
+    }
+    for (int k = kPoints - 1; k >= 0; --k) {
+      const double root = begin + at[k];
+      for (int m = kPoints - 1; m > 0; --m) coefficient[m] = coefficient[m - 1] - root * coefficient[m];
+      coefficient[0] = value[k] - root * coefficient[0];
+    }
   }
 };
 
@@ -64,7 +82,10 @@ class Dense {
         v_(sources.value.data()),
         s_(s),
         rate_(1 / s.tau),
-        knee_(static_cast<double>(s.origin) * rate_) {}
+        high_knee_(s.exact_delta >= kHighKnee * s.tau),
+        // Where the origin is far off, the knee is so high that sigma is 1.
+        knee_(std::min(static_cast<double>(s.origin) * rate_, 1e3),
+              std::max(-1.0, std::min((s.exact_delta - static_cast<double>(s.origin)) * rate_, 1.0))) {}
 
   // Makes the polynomials that the ascending targets from target[0] on read. Returns how many of them do: 0 where the
   // first cannot. `walk` must not be past it.
@@ -88,22 +109,26 @@ class Dense {
       near_ = step / leaf;
       far_ = (step_end + leaf - 1) / leaf;
     }
-    end_ = sources_.leaves();
+    end_ = stop_ = sources_.leaves();
     knee_pairs_ = 0;
     if constexpr (!Smooth) {
       const int64_t knee = walk.knee(first), knee_end = walk.seek_knee(knee, last);
       end_ = std::max((knee_end + leaf - 1) / leaf, far_);
       const int64_t after = std::min(n, end_ * leaf);
       if (after - knee > kDenseSources) return 0;
-      if (after > knee && static_cast<double>(v_[after - 1]) - low - s_.exact_delta > kDenseKnee * s_.tau) {
-        knee_pairs_ = static_cast<int>(after - knee);
+      stop_ = end_;
+      if (after > knee &&
+          (!high_knee_ || static_cast<double>(v_[after - 1]) - low - s_.exact_delta > kDenseKnee * s_.tau)) {
+        stop_ = knee / leaf;
+        if (stop_ < far_) near_ = far_ = stop_ = std::min(near_, stop_);  // steps and knees lie together
+        knee_pairs_ = static_cast<int>(after - stop_ * leaf);
       }
     }
     near_pairs_ = static_cast<int>(std::min(n, far_ * leaf) - std::min(n, near_ * leaf));
     // Sources that are met pair by pair, with their exponentials around the lowest target.
     if (near_pairs_ + knee_pairs_ > 0) {
       std::copy_n(v_ + near_ * leaf, near_pairs_, scratch.band);
-      std::copy_n(v_ + std::min(n, end_ * leaf) - knee_pairs_, knee_pairs_, scratch.band + near_pairs_);
+      std::copy_n(v_ + std::min(n, stop_ * leaf), knee_pairs_, scratch.band + near_pairs_);
       X::store(scratch.band + near_pairs_ + knee_pairs_, X::set(-infinity<T>()));
       band_exponentials(scratch.band, near_pairs_ + knee_pairs_, first, s_, scratch);
     }
@@ -122,7 +147,7 @@ class Dense {
     const V one = X::set(1), zero = X::set(0), delta = X::set(s_.delta), origin = X::set(s_.origin);
     const V rate = X::set(s_.rate_hi);
     alignas(64) double u[kWide], curve[kWide], slopes[kWide];
-    alignas(64) double below[kWide], tails[kWide], past[kWide], first[kWide], second[kWide];
+    alignas(64) double below[kWide], tails[kWide], past[kWide], square[kWide], cube[kWide];
     for (int at = 0; at < count; at += X::kWidth) {
       const int lanes = std::min(count - at, X::kWidth);
       const V x = load(target + at, lanes, u);
@@ -151,45 +176,44 @@ class Dense {
       for (int64_t j = step; j < step_end; ++j) {
         count_below = X::add_where(X::greater(x, X::set(v_[j])), count_below, one);
       }
-      const int64_t knee = walk.knee(target[at]);
-      // Past the knee: how many, and either their sigmas and slopes or the squares and cubes of their distances.
-      V count_tails = zero, firsts = zero, seconds = zero;
+      // Past the knee: how many, how far, and for the cubic the squares and cubes of how far.
+      const int64_t around = knee_pairs_ ? after - knee_pairs_ : walk.knee(target[at]);
+      V count_tails = zero, squares = zero, cubes = zero;
       std::fill_n(past, kWide, 0.0);
-      for (int64_t begin = knee; begin < after; begin += kRun) {
-        V sum = zero;
+      for (int64_t begin = around; begin < after; begin += kRun) {
+        V sum = zero, value_sum = zero, slope_sum = zero;
         for (int64_t j = begin; j < std::min(after, begin + kRun); ++j) {
           const V t = X::set(v_[j]) - x, d = t - origin;
           const auto beyond_knee = X::greater(t, delta);
           count_tails = X::add_where(beyond_knee, count_tails, one);
           sum = X::add_where(beyond_knee, sum, d);
           if (knee_pairs_) {
-            const V ev = X::set(scratch.band_exponential[near_pairs_ + knee_pairs_ - (after - j)]),
-                    value = sigma<T>(ev, ex);
-            firsts = X::add_where(beyond_knee, firsts, value);
-            seconds = X::add_where(beyond_knee, seconds, sigma_slope<T>(ev, ex, value));
+            const V ev = X::set(scratch.band_exponential[near_pairs_ + (j - around)]), value = sigma<T>(ev, ex);
+            value_sum = X::add_unless(beyond_knee, value_sum, value);
+            slope_sum = X::add_unless(beyond_knee, slope_sum, sigma_slope<T>(ev, ex, value));
           } else {
             const V y = d * rate, yy = y * y;
-            firsts = X::add_where(beyond_knee, firsts, yy);
-            seconds = X::add_where(beyond_knee, seconds, yy * y);
+            squares = X::add_where(beyond_knee, squares, yy);
+            cubes = X::add_where(beyond_knee, cubes, yy * y);
           }
         }
         X::accumulate(past, sum);
+        if (knee_pairs_) {
+          X::accumulate(curve, value_sum);
+          X::accumulate(slopes, slope_sum);
+        }
       }
       widen(count_below, below);
       widen(count_tails, tails);
-      widen(firsts, first);
-      widen(seconds, second);
+      widen(squares, square);
+      widen(cubes, cube);
       const double base = static_cast<double>(n - step);
-      for (int k = 0; knee_pairs_ && k < X::kWidth; ++k) {
-        curve[k] -= first[k];
-        slopes[k] -= second[k];
-      }
       for (int k = 0; !knee_pairs_ && k < X::kWidth; ++k) {
         const double y = past[k] * rate_;
         curve[k] -=
-            knee_.sigma[0] * tails[k] + knee_.sigma[1] * y + knee_.sigma[2] * first[k] + knee_.sigma[3] * second[k];
+            knee_.sigma[0] * tails[k] + knee_.sigma[1] * y + knee_.sigma[2] * square[k] + knee_.sigma[3] * cube[k];
         slopes[k] -=
-            knee_.slope[0] * tails[k] + knee_.slope[1] * y + knee_.slope[2] * first[k] + knee_.slope[3] * second[k];
+            knee_.slope[0] * tails[k] + knee_.slope[1] * y + knee_.slope[2] * square[k] + knee_.slope[3] * cube[k];
       }
       for (int k = 0; k < X::kWidth; ++k) {
         const double all = tails[k] + tail;
@@ -208,6 +232,7 @@ class Dense {
     const int64_t after = std::min(sources_.n, end_ * sources_.leaf);
     const T* const w_ = sources_.weight.data();
     const V zero = X::set(0), delta = X::set(s_.delta), origin = X::set(s_.origin), rate = X::set(s_.rate_hi);
+    const V rho_tau = X::set(s_.rho_tau);
     const double tail = Smooth ? 0 : s_.exact_rho * s_.tau * sources_.weights[end_];
     alignas(64) double u[kWide], slopes[kWide], tails[kWide], linear[kWide], square[kWide], cube[kWide];
     for (int at = 0; at < count; at += X::kWidth) {
@@ -224,35 +249,43 @@ class Dense {
         X::accumulate(slopes, sum);
       }
       if constexpr (!Smooth) {
-        const int64_t knee = walk.knee(target[at]);
-        V line = zero, squares = zero, cubes = zero;
+        if (knee_pairs_) {
+          const T* const exponential = scratch.band_exponential + near_pairs_;
+          const int64_t around = after - knee_pairs_;
+          for (int64_t begin = around; begin < after; begin += kRun) {
+            V sum = zero;
+            for (int64_t j = begin; j < std::min(after, begin + kRun); ++j) {
+              const V ev = X::set(exponential[j - around]);
+              sum = X::mul_add(X::set(w_[j]), pair_slope<Smooth, T>(X::set(v_[j]), ev, x, ex, delta, rho_tau), sum);
+            }
+            X::accumulate(slopes, sum);
+          }
+          for (int k = 0; k < X::kWidth; ++k) slopes[k] += tail;
+          put(slopes, lanes, slope + at);
+          continue;
+        }
+        V squares = zero, cubes = zero;
         std::fill_n(tails, kWide, 0.0);
-        for (int64_t begin = knee; begin < after; begin += kRun) {
-          V sum = zero;
+        std::fill_n(linear, kWide, 0.0);
+        for (int64_t begin = walk.knee(target[at]); begin < after; begin += kRun) {
+          V sum = zero, line = zero;
           for (int64_t j = begin; j < std::min(after, begin + kRun); ++j) {
-            const V t = X::set(v_[j]) - x, w = X::set(w_[j]), y = (t - origin) * rate;
+            const V t = X::set(v_[j]) - x, w = X::set(w_[j]), y = (t - origin) * rate, wy = w * y, wyy = wy * y;
             const auto beyond_knee = X::greater(t, delta);
             sum = X::add_where(beyond_knee, sum, w);
-            if (knee_pairs_) {
-              const V ev = X::set(scratch.band_exponential[near_pairs_ + knee_pairs_ - (after - j)]);
-              line = X::add_where(beyond_knee, line, w * sigma_slope<T>(ev, ex, sigma<T>(ev, ex)));
-            } else {
-              const V wy = w * y, wyy = wy * y;
-              line = X::add_where(beyond_knee, line, wy);
-              squares = X::add_where(beyond_knee, squares, wyy);
-              cubes = X::add_where(beyond_knee, cubes, wyy * y);
-            }
+            line = X::add_where(beyond_knee, line, wy);
+            squares = X::add_where(beyond_knee, squares, wyy);
+            cubes = X::add_where(beyond_knee, cubes, wyy * y);
           }
           X::accumulate(tails, sum);
+          X::accumulate(linear, line);
         }
-        widen(line, linear);
         widen(squares, square);
         widen(cubes, cube);
-        const double by = s_.exact_rho * s_.tau - (knee_pairs_ ? 0 : knee_.slope[0]);
-        const double by_line = knee_pairs_ ? 1 : knee_.slope[1];
+        const double by = s_.exact_rho * s_.tau - knee_.slope[0];
         for (int k = 0; k < X::kWidth; ++k) {
-          slopes[k] +=
-              tail + by * tails[k] - by_line * linear[k] - knee_.slope[2] * square[k] - knee_.slope[3] * cube[k];
+          slopes[k] += tail + by * tails[k] - knee_.slope[1] * linear[k] - knee_.slope[2] * square[k] -
+                       knee_.slope[3] * cube[k];
         }
       }
       put(slopes, lanes, slope + at);
@@ -263,7 +296,7 @@ class Dense {
   static constexpr int kWide = X::kWidth, kRun = 8;
   static constexpr int kDegree = Series<T>::kDegree, kStride = Sources<T>::kStride;
 
-  // The polynomials of what all sources below the leaf `end_` give, in units of tau around the centre.
+  // The polynomials of what all sources below the leaf `stop_` give, in units of tau around the centre.
   void expand() {
     static constexpr Terms<T> terms;
     const int64_t n = sources_.n, leaf = sources_.leaf;
@@ -272,10 +305,10 @@ class Dense {
       join(below, 1, centre_ - static_cast<double>(v_[near_ * leaf - 1]), sources_.below.data() + near_ * kStride, s_,
            below);
     }
-    if (far_ < end_ && far_ * leaf < n) {
+    if (far_ < stop_ && far_ * leaf < n) {
       join(above, 1, static_cast<double>(v_[far_ * leaf]) - centre_, sources_.above.data() + far_ * kStride, s_, above);
-      if (end_ * leaf < n) {
-        join(above, -1, static_cast<double>(v_[end_ * leaf]) - centre_, sources_.above.data() + end_ * kStride, s_,
+      if (stop_ * leaf < n) {
+        join(above, -1, static_cast<double>(v_[stop_ * leaf]) - centre_, sources_.above.data() + stop_ * kStride, s_,
              above);
       }
     }
@@ -297,7 +330,7 @@ class Dense {
       D::store(curve_ + m, lower * sign - upper);
       D::store(slope_ + m, lower_slope * sign + upper_slope);
     }
-    if constexpr (!Weighted) curve_[0] += sources_.weights[far_] - sources_.weights[end_];
+    if constexpr (!Weighted) curve_[0] += sources_.weights[far_] - sources_.weights[stop_];
   }
 
   void polynomial(const double* u, const double* coefficient, double* out) const {
@@ -336,10 +369,12 @@ class Dense {
   const T* const v_;
   const Settings<T>& s_;
   const double rate_;
+  const bool high_knee_;
   const KneeCubic knee_;
-  // Leaves. The sources before near_ and those in [far_, end_) are in the polynomials, those in between go pair by
-  // pair. The last knee_pairs_ before end_ are taken out past the knees pair by pair, too, rather than by the cubic.
-  int64_t near_ = 0, far_ = 0, end_ = 0;
+  // Leaves. The sources before near_ and those in [far_, stop_) are in the polynomials, those in [near_, far_) go pair
+  // by pair. So do those in [stop_, end_), knee_pairs_ of them, or stop_ is end_ and the cubic takes out what lies past
+  // the knees. Sources from end_ on lie past the knees of all targets.
+  int64_t near_ = 0, far_ = 0, stop_ = 0, end_ = 0;
   int near_pairs_ = 0, knee_pairs_ = 0;
   T lowest_ = 0;
   double centre_ = 0;

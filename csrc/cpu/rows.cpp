@@ -658,7 +658,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
         if (pass.smooth()) pass.rank_positives(row, 0, groups, own);
       }
       finish(row);
-      if (!gradient) return;
+      if (!gradient) return space.trim();
       T* const direct = row.sorted ? scan_gradient(row, serial()) : nullptr;
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
@@ -708,7 +708,10 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
     }
     finish(row);
-    if (!gradient) continue;
+    if (!gradient) {
+      space.trim();
+      continue;
+    }
     T* const direct = row.sorted ? scan_gradient(row, parallel) : nullptr;
     if (!row.nan) {
       parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
