@@ -143,8 +143,8 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
   }
 }
 
-// Rows that the sorted scan reads by polynomials and by pairs, hundreds of scores within tau: no loss or gradient is far
-// from the tiled kernels', nor are bits on one thread from those on three.
+// Rows that the sorted scan reads by polynomials and by pairs, hundreds of scores within tau: no loss or gradient is
+// far from the tiled kernels', nor are bits on one thread from those on three.
 template <typename T>
 void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
   std::mt19937 random(seed);
@@ -158,7 +158,8 @@ void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) 
   for (int64_t i = 0; i < rows * columns; ++i) {
     double value = width * uniform();
     if (grid > 0) value = std::round(value / grid) * grid;
-    if (seed % 2) value += static_cast<double>(random() % 3) * (delta + kTau / 7);  // clusters beside one another's knees
+    if (seed % 2)
+      value += static_cast<double>(random() % 3) * (delta + kTau / 7);  // clusters beside one another's knees
     scores[i] = static_cast<T>(value);
     target[i] = uniform() < density[seed % 3];
     ignore[i] = seed % 5 == 0 && uniform() < 0.1;
