@@ -37,8 +37,8 @@ struct Terms {
   }
 };
 
-// sigma from the knee to kDenseKnee past it, and its slope: the cubics that meet them at Chebyshev's four points, of the
-// distance from Settings::origin in units of tau.
+// sigma from the knee to kDenseKnee past it, and its slope: the cubics that meet them at Chebyshev's four points, of
+// the distance from Settings::origin in units of tau.
 struct KneeCubic {
   static constexpr int kPoints = 4;
   double sigma[kPoints] = {}, slope[kPoints] = {};
@@ -284,8 +284,8 @@ class Dense {
         widen(cubes, cube);
         const double by = s_.exact_rho * s_.tau - knee_.slope[0];
         for (int k = 0; k < X::kWidth; ++k) {
-          slopes[k] += tail + by * tails[k] - knee_.slope[1] * linear[k] - knee_.slope[2] * square[k] -
-                       knee_.slope[3] * cube[k];
+          slopes[k] +=
+              tail + by * tails[k] - knee_.slope[1] * linear[k] - knee_.slope[2] * square[k] - knee_.slope[3] * cube[k];
         }
       }
       put(slopes, lanes, slope + at);
