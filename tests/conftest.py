@@ -35,5 +35,9 @@ def pytest_collection_modifyitems(items):
 def _same_start():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    # The training program asks for deterministic algorithms.
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

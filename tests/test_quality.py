@@ -23,15 +23,6 @@ from benchmarks.quality.report import Findings, Interval
 from benchmarks.quality.runs import CURVE, MEASURED, Results, Run
 from roadmap_ext.metrics import average_precision, decomposability_gap
 
-
-@pytest.fixture(autouse=True)
-def _global_settings():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 # --- the losses -----------------------------------------------------------------------------------------------------
 
 

@@ -34,14 +34,6 @@ WIDTH = 64  # of the stand-in for a ResNet
 REAL = bool(os.environ.get("RECIPES_WITH_TIMM"))
 
 
-@pytest.fixture(autouse=True)
-def _global_settings():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 class Convolutions(torch.nn.Module):
     """A stand-in for a ResNet: convolution, batch norm, dropout, and what is left of places pooled."""
 

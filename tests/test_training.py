@@ -38,14 +38,6 @@ TINY = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "20", "--
 TINY += ["--evaluate-every", "4", "--checkpoint-every", "2", "--lr", "0.01", "--warmup", "2", "--k", "1", "5"]
 
 
-@pytest.fixture(autouse=True)
-def _global_settings():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 def png(seed, size=(12, 10), mode="L"):
     channels = {"L": (), "RGB": (3,), "RGBA": (4,), "LA": (2,)}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
