@@ -29,6 +29,8 @@ namespace avx2 {
 //
 #include "sorting_body.h"
 //
+#include "sums_body.h"
+//
 #include "dense_body.h"
 //
 #include "sorted_body.h"

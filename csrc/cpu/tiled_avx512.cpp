@@ -36,6 +36,8 @@ namespace avx512 {
 //
 #include "sorting_body.h"
 //
+#include "sums_body.h"
+//
 #include "dense_body.h"
 //
 #include "sorted_body.h"

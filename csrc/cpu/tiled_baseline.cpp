@@ -18,6 +18,8 @@ namespace baseline {
 //
 #include "sorting_body.h"
 //
+#include "sums_body.h"
+//
 #include "dense_body.h"
 //
 #include "sorted_body.h"

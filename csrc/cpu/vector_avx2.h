@@ -114,6 +114,11 @@ struct Vec<double> {
     return _mm256_and_pd(lanes(bits), permute(in, permutation(kPermute.expand[kDoubled[bits]])));
   }
   static void accumulate(double* sum, V v) { store(sum, load(sum) + v); }
+  // out[i] = the sum of the lanes of v[i], for kWidth vectors.
+  static void sums(const V* v, T* out) {
+    const V a = _mm256_hadd_pd(v[0], v[1]), b = _mm256_hadd_pd(v[2], v[3]);
+    store(out, _mm256_permute2f128_pd(a, b, 0x20) + _mm256_permute2f128_pd(a, b, 0x31));
+  }
 };
 
 static uint64_t nonzero_bits(const uint8_t* bytes) {

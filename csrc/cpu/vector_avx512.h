@@ -79,6 +79,18 @@ struct Vec<double> {
   static void compress(T* out, V v, unsigned bits) { store(out, _mm512_maskz_compress_pd(static_cast<Bits>(bits), v)); }
   static V expand(V in, unsigned bits) { return _mm512_maskz_expand_pd(static_cast<Bits>(bits), in); }
   static void accumulate(double* sum, V v) { store(sum, load(sum) + v); }
+  // out[i] = the sum of the lanes of v[i], for kWidth vectors.
+  static void sums(const V* v, T* out) {
+    V pair[4], four[2];
+    for (int i = 0; i < 4; ++i) {
+      pair[i] = _mm512_unpacklo_pd(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_pd(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) four[i] = fold(pair[2 * i], pair[2 * i + 1]);
+    store(out, fold(four[0], four[1]));
+  }
+  static V fold(V a, V b) {  // neighbouring pairs of lanes, those of a first
+    return _mm512_shuffle_f64x2(a, b, 0x88) + _mm512_shuffle_f64x2(a, b, 0xdd);
+  }
 };
 
 // One bit for each of 64 bytes that is not zero.

@@ -74,6 +74,13 @@ struct Vec {
   static void accumulate(double* sum, V v) {
     for (int lane = 0; lane < kWidth; ++lane) sum[lane] += v[lane];
   }
+  // out[i] = the sum of the lanes of v[i], for kWidth vectors.
+  static void sums(const V* v, T* out) {
+    for (int i = 0; i < kWidth; ++i) {
+      out[i] = 0;
+      for (int lane = 0; lane < kWidth; ++lane) out[i] += v[i][lane];
+    }
+  }
 };
 
 static uint64_t nonzero_bits(const uint8_t* bytes) {
