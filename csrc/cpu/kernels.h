@@ -239,9 +239,9 @@ struct Sorting {
   void (*count_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* count);
   // Deals them to `to`, where bucket b goes on at place[b]. Stable.
   void (*deal_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to);
-  // Sorts n entries, values within about [low, high], into `to`, which must not overlap them: by value, equal ones by
-  // index if they come so. `from` is overwritten.
-  void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to);
+  // Sorts n entries, values within about [low, high], into `value` and `column` [n]: by value, equal ones by index if
+  // they come so. Overwrites `from` and `space` [n].
+  void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column);
   // The sums of each leaf in [first, last) alone; join_below() and join_above() make them those of all.
   void (*sum_leaves)(Sources<T>&, int64_t first, int64_t last, const Settings<T>&);
   void (*join_below)(Sources<T>&, const Settings<T>&);

@@ -144,20 +144,16 @@ class Pass {
     row.rank_negative.resize(size);
     row.slope.resize(size);
     row.gradient.resize(size);
-    const auto take = [&](const Entry<T>* entry, int64_t begin, int64_t count) {
-      T* const score = p.score.data() + begin;
-      auto* const source = row.source.data() + begin;
-      for (int64_t i = 0; i < count; ++i) {
-        score[i] = entry[i].value;
-        source[i] = entry[i].index;
-      }
-    };
     // A NaN has no place in an order; such a row is not computed at all.
     if (row.nan || !objective_.ap) {
-      take(row.sorter.room(0), 0, size);
+      const Entry<T>* const entry = row.sorter.room(0);
+      for (int64_t i = 0; i < size; ++i) {
+        p.score[i] = entry[i].value;
+        row.source[i] = entry[i].index;
+      }
       return;
     }
-    row.sorter.sort(sorting_, parallel, take);
+    row.sorter.sort(sorting_, parallel, p.score.data(), row.source.data());
     double* const rank = row.rank_positive.data();
     if (smooth_) {
       std::fill_n(rank, size, 1.0);

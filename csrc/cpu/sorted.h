@@ -80,9 +80,8 @@ class Sorter {
     return n;
   }
 
-  // take(entries, begin, count) is given them in order, a stretch at a time: entries[0] is the begin-th of all.
-  template <typename Take>
-  void sort(const Sorting<T>& kernels, const Parallel& parallel, const Take& take) {
+  // Into `value` and `column` [count()].
+  void sort(const Sorting<T>& kernels, const Parallel& parallel, T* value, typename Entry<T>::Index* column) {
     T low = std::numeric_limits<T>::infinity(), high = -low;
     for (const Part& part : parts_) {
       low = std::min(low, part.low);
@@ -96,8 +95,7 @@ class Sorter {
         std::copy_n(from_.data() + part.begin, part.count, from_.data() + end);  // never to the right
         end += part.count;
       }
-      kernels.sort(from_.data(), n, low, high, to_.data());
-      take(to_.data(), int64_t(0), n);
+      kernels.sort(from_.data(), n, low, high, to_.data(), value, column);
       return;
     }
     const auto buckets = static_cast<int32_t>(std::min(n / kBucket, kMostBuckets));
@@ -126,8 +124,8 @@ class Sorter {
     parallel.run(buckets, [&](int64_t b, int) {
       const int64_t begin = edges_[b], count = edges_[b + 1] - begin;
       const T width = (high - low) / static_cast<T>(buckets), first = low + static_cast<T>(b) * width;
-      kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin);
-      take(from_.data() + begin, begin, count);
+      kernels.sort(to_.data() + begin, count, first, first + width, from_.data() + begin, value + begin,
+                   column + begin);
     });
   }
 
@@ -175,14 +173,7 @@ class SortedRow {
     negatives_.weight.clear();
     negatives_.resize(n, leaf_for(n, targets));
     column_.resize(n);
-    sorter_.sort(kernels, parallel, [&](const Entry<T>* entry, int64_t begin, int64_t count) {
-      T* const value = negatives_.value.data() + begin;
-      auto* const column = column_.data() + begin;
-      for (int64_t j = 0; j < count; ++j) {
-        value[j] = entry[j].value;
-        column[j] = entry[j].index;
-      }
-    });
+    sorter_.sort(kernels, parallel, negatives_.value.data(), column_.data());
   }
 
   // ---- reading ----

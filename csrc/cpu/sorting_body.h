@@ -114,36 +114,60 @@ void deal_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t bucke
   for_buckets(entry, n, bucket, [&](int64_t j, uint16_t b) { to[place[b]++] = entry[j]; });
 }
 
-// Sorts `from` into `to`; gives up, and returns false, where that takes more than `most` moves.
+// Sorts values that are nearly in order, and columns with them, where they stand; gives up, and returns false, where
+// that takes more than `most` moves.
 template <typename T>
-bool insertion_sort(const Entry<T>* from, int64_t n, int64_t most, Entry<T>* to) {
-  for (int64_t j = 0; j < n; ++j) {
-    const Entry<T> moved = from[j];
-    int64_t at = j;
-    for (; at > 0 && moved.value < to[at - 1].value; --at) to[at] = to[at - 1];
-    to[at] = moved;
-    most -= j - at;
-    if (most < 0) return false;
+bool insertion_sort(T* value, typename Entry<T>::Index* column, int64_t n, int64_t most) {
+  using X = Vec<T>;
+  for (int64_t j = 1; j < n; j += X::kWidth) {
+    const int lanes = static_cast<int>(std::min<int64_t>(X::kWidth, n - j));
+    // Lanes lower than the one before. Moving one leaves those after it as they are, but for the next one's neighbour.
+    const auto before = X::load_first(value + j - 1, lanes), own = X::load_first(value + j, lanes);
+    unsigned bits = X::bits(X::greater(before, own));
+    for (; bits; bits &= bits - 1) {
+      int64_t at = j + __builtin_ctz(bits);
+      do {
+        const T moved = value[at];
+        const auto moved_column = column[at];
+        int64_t to = at;
+        for (; to > 0 && moved < value[to - 1]; --to) {
+          value[to] = value[to - 1];
+          column[to] = column[to - 1];
+        }
+        value[to] = moved;
+        column[to] = moved_column;
+        most -= at - to;
+        if (most < 0) return false;
+        ++at;
+      } while (at < n && value[at] < value[at - 1]);
+    }
   }
   return true;
 }
 
 // Sorts entries that lie between low and high, about: by 16 bits of where they lie in that range, two stable passes of
-// 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range.
+// 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range. Overwrites
+// `from` and `space`.
 template <typename T>
-void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, int depth) {
+void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column,
+                  int depth) {
   constexpr int64_t kFewEntries = 24, kCrowd = 24;
   constexpr int32_t kKeys = 1 << 16;
+  const auto put = [&](int64_t at, const Entry<T>& entry) {
+    value[at] = entry.value;
+    column[at] = entry.index;
+  };
   if (n <= kFewEntries) {
-    insertion_sort(from, n, n * n, to);
+    for (int64_t j = 0; j < n; ++j) put(j, from[j]);
+    insertion_sort(value, column, n, n * n);
     return;
   }
   const Bucketing<T> bucket(low, high, kKeys);
   if (!bucket.usable() || depth > 3) {
-    std::copy_n(from, n, to);
-    std::sort(to, to + n, [](const Entry<T>& a, const Entry<T>& b) {
+    std::sort(from, from + n, [](const Entry<T>& a, const Entry<T>& b) {
       return a.value < b.value || (a.value == b.value && a.index < b.index);
     });
+    for (int64_t j = 0; j < n; ++j) put(j, from[j]);
     return;
   }
   uint32_t fine[257] = {}, coarse[257] = {};
@@ -155,29 +179,29 @@ void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to, int de
     fine[b] += fine[b - 1];
     coarse[b] += coarse[b - 1];
   }
-  for_buckets(from, n, bucket, [&](int64_t j, uint16_t key) { to[fine[key & 255]++] = from[j]; });
-  for_buckets(to, n, bucket, [&](int64_t j, uint16_t key) { from[coarse[key >> 8]++] = to[j]; });
-  if (insertion_sort(from, n, 4 * n, to)) return;
+  for_buckets(from, n, bucket, [&](int64_t j, uint16_t key) { space[fine[key & 255]++] = from[j]; });
+  for_buckets(space, n, bucket, [&](int64_t j, uint16_t key) { put(coarse[key >> 8]++, space[j]); });
+  if (insertion_sort(value, column, n, 4 * n)) return;
   for (int64_t begin = 0; begin < n;) {
-    const uint32_t key = bucket.of(from[begin].value);
-    T bottom = from[begin].value, top = bottom;
+    const uint32_t key = bucket.of(value[begin]);
+    T bottom = value[begin], top = bottom;
     int64_t end = begin + 1;
-    for (; end < n && bucket.of(from[end].value) == key; ++end) {
-      bottom = from[end].value < bottom ? from[end].value : bottom;
-      top = from[end].value > top ? from[end].value : top;
+    for (; end < n && bucket.of(value[end]) == key; ++end) {
+      bottom = value[end] < bottom ? value[end] : bottom;
+      top = value[end] > top ? value[end] : top;
     }
     if (end - begin > kCrowd && bottom < top) {
-      sort_entries(from + begin, end - begin, bottom, top, to, depth + 1);
-      std::copy_n(to, end - begin, from + begin);
+      for (int64_t j = begin; j < end; ++j) from[j] = {value[j], column[j]};
+      sort_entries(from + begin, end - begin, bottom, top, space, value + begin, column + begin, depth + 1);
     }
     begin = end;
   }
-  insertion_sort(from, n, n * n, to);
+  insertion_sort(value, column, n, n * n);
 }
 
 template <typename T>
-void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* to) {
-  sort_entries(from, n, low, high, to, 0);
+void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column) {
+  sort_entries(from, n, low, high, space, value, column, 0);
 }
 
 }  // namespace
