@@ -228,6 +228,82 @@ struct Sources {
   }
 };
 
+// Equal parts of the range [low, high]: those with numbers of the same top bits, past `shift`, are one bucket; `first`
+// is the number of the first bucket. There are at most 2^16 buckets.
+template <typename T>
+struct Buckets {
+  T low, high;
+  int32_t all;
+  int shift = 0;
+  uint32_t first = 0;
+};
+
+// Cells of equal width over the range of a row's scores: cell c holds what Bucketing puts there, which is
+// [edge(c), edge(c + 1)) in real numbers, and within `guard` of it as rounded.
+struct Grid {
+  Buckets<float> buckets = {};
+  double width = 0, guard = 0;
+
+  int64_t cells() const { return buckets.all; }
+  double edge(int64_t cell) const { return static_cast<double>(buckets.low) + static_cast<double>(cell) * width; }
+};
+
+// Scores of one row by cell, and the exponential sums of all below and above the edges of cells:
+//
+//     below[c][k - 1] = sum over cells < c of w_j e^(-k (edge(c) - value[j]) / tau)
+//     above[c][k - 1] = sum over cells >= c of w_j e^(-k (value[j] - edge(c)) / tau)
+struct Cells {
+  static constexpr int kStride = Sources<float>::kStride, kMoments = 12, kMomentStride = 16;
+
+  int64_t n = 0;
+  std::vector<float> value;     // [n + kPad]  in any order within a cell
+  std::vector<float> weight;    // [n + kPad]  empty: 1
+  std::vector<uint32_t> first;  // [cells + 1]  where each cell begins
+  std::vector<double> moment;   // [cells, kMomentStride]  sum of w_j ((value[j] - middle) / tau)^m
+  std::vector<double> below;    // [cells + 1, kStride]
+  std::vector<double> above;    // [cells + 1, kStride]
+  std::vector<double> tail;     // [cells + 1]  sum of value[j] - edge(c) from cell c on; weighted: of w_j below it
+
+  // Allocates the sums.
+  void resize(int64_t cells) {
+    moment.resize(cells * kMomentStride);
+    below.resize((cells + 1) * kStride);
+    above.resize((cells + 1) * kStride);
+    tail.resize(cells + 1);
+  }
+};
+
+// What is the same for all cells of a row.
+struct CellSeries {
+  static constexpr int kTerms = 8, kStride = Cells::kStride, kDegree = Sources<float>::kDegree;
+
+  // The knees of targets in cell c lie in cells [c + knee, c + knee_end): sources in lower ones are not past any knee,
+  // sources from there on are past all.
+  int64_t knee = 0, knee_end = 0;
+  alignas(64) double half[kStride], whole[kStride], window[kStride], merged[kStride];  // e^(-k d / tau): of half a cell, a cell, knee - 1
+                                                                                      // cells, those from the knee to the target
+  // Term m of e^(-k (x + half a cell) / tau) without its sign, times the coefficients of the series.
+  alignas(64) double sigmoid[kDegree][kTerms], slope[kDegree][kTerms];
+
+  CellSeries(const Grid&, const Settings<float>&);
+};
+
+// The kernels of the sorted scan by cells. All may be called for parts at once where they take a range.
+struct CellKernels {
+  // count[c] += how many of n values lie in cell c.
+  void (*count)(const float* value, int64_t n, const Grid&, uint32_t* count);
+  // The sums of each cell in [begin, end) alone; join_below() and join_above() make them those of all.
+  void (*sum)(Cells&, const Grid&, const CellSeries&, double tau, int64_t begin, int64_t end);
+  void (*join_below)(Cells&, const Grid&, const CellSeries&);
+  void (*join_above)(Cells&, const Grid&, const CellSeries&, double tau);
+  // As Sorting::rank_targets, for targets in cells [begin, end).
+  void (*rank)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
+               const Settings<float>&, Scratch<float>&, double* rank, double* slope);
+  // As Sorting::slope_targets; here the targets are the v of H-'(v - u), and out[column] = slope times scale.
+  void (*slope)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
+                const Settings<float>&, Scratch<float>&, double scale, const uint32_t* column, float* out);
+};
+
 // The kernels of the sorted scan. All may be called for parts at once where they take a range.
 template <typename T>
 struct Sorting {
@@ -235,10 +311,10 @@ struct Sorting {
   // Returns how many; widens [low, high] to hold them; `nan` is set if a negative is NaN.
   int (*keep_entries)(const Block<T>&, T lowest, int64_t first, const Settings<T>&, Scratch<T>&, Entry<T>* out, T& low,
                       T& high, bool& nan);
-  // count[b] += how many of n entries lie in bucket b of [low, high].
-  void (*count_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* count);
+  // count[b] += how many of n entries lie in bucket b.
+  void (*count_buckets)(const Entry<T>*, int64_t n, const Buckets<T>&, uint32_t* count);
   // Deals them to `to`, where bucket b goes on at place[b]. Stable.
-  void (*deal_buckets)(const Entry<T>*, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to);
+  void (*deal_buckets)(const Entry<T>*, int64_t n, const Buckets<T>&, uint32_t* place, Entry<T>* to);
   // Sorts n entries, values within about [low, high], into `value` and `column` [n]: by value, equal ones by index if
   // they come so. Overwrites `from` and `space` [n].
   void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column);
@@ -256,6 +332,8 @@ struct Sorting {
   // As Kernels::gradient_block, from what each column has: slope [count].
   void (*spread_block)(const Block<T>&, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
                        Scratch<T>&, T* out);
+  // Null for double.
+  const CellKernels* cells;
 };
 
 // The positives of one row in ascending order, and where many, a table that leads any score to its place among them. A

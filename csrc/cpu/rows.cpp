@@ -591,7 +591,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     row.nan = sorted.negatives().nan();
     if (row.nan) return true;
     if (!sorted.finite()) return false;
-    sorted.sort(row.size(), pass.sorting(), parallel);
+    sorted.sort(row.p.score, pass.settings(), pass.sorting(), parallel);
     row.sorted = &sorted;
     if (!pass.ranks()) return true;
     sorted.rank(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>, row.rank_negative.data(),

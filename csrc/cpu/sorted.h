@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "cells.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -80,13 +81,64 @@ class Sorter {
     return n;
   }
 
+  // Deals them to cells: values and columns go to `cells` and `column`. False, and nothing is moved, where cells would
+  // be crowded.
+  bool deal(const Grid& grid, const Sorting<T>& kernels, const Parallel& parallel, Cells& cells,
+            std::vector<uint32_t>& column) {
+    const int64_t n = count(), tasks = static_cast<int64_t>(parts_.size()), size = grid.cells();
+    if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
+    place_.assign(tasks * size, 0);
+    parallel.run(tasks, [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.count_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * size]);
+    });
+    cells.first.resize(size + 1);
+    uint32_t at = 0;
+    int64_t most = 0;
+    double crowd = 0;
+    for (int64_t c = 0; c < size; ++c) {
+      cells.first[c] = at;
+      for (int64_t task = 0; task < tasks; ++task) {
+        const uint32_t count = place_[task * size + c];
+        place_[task * size + c] = at;
+        at += count;
+      }
+      const int64_t own = at - cells.first[c];
+      most = std::max(most, own);
+      crowd += static_cast<double>(own) * static_cast<double>(own);
+    }
+    cells.first[size] = at;
+    if (most > CellPlan::kMostInCell || crowd > CellPlan::kMostOnAverage * static_cast<double>(n)) return false;
+    parallel.run(tasks, [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.deal_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * size], to_.data());
+    });
+    cells.n = n;
+    cells.value.resize(n + kPad);
+    column.resize(n);
+    parallel.run((n + kUnzip - 1) / kUnzip, [&](int64_t task, int) {
+      for (int64_t j = task * kUnzip; j < std::min(n, (task + 1) * kUnzip); ++j) {
+        cells.value[j] = to_[j].value;
+        column[j] = to_[j].index;
+      }
+    });
+    return true;
+  }
+
+  T low() const {
+    T low = std::numeric_limits<T>::infinity();
+    for (const Part& part : parts_) low = std::min(low, part.low);
+    return low;
+  }
+  T high() const {
+    T high = -std::numeric_limits<T>::infinity();
+    for (const Part& part : parts_) high = std::max(high, part.high);
+    return high;
+  }
+
   // Into `value` and `column` [count()].
   void sort(const Sorting<T>& kernels, const Parallel& parallel, T* value, typename Entry<T>::Index* column) {
-    T low = std::numeric_limits<T>::infinity(), high = -low;
-    for (const Part& part : parts_) {
-      low = std::min(low, part.low);
-      high = std::max(high, part.high);
-    }
+    const T low = this->low(), high = this->high();
     const int64_t n = count();
     if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
     if (n <= kSmall) {
@@ -103,7 +155,7 @@ class Sorter {
     place_.assign(tasks * buckets, 0);
     parallel.run(tasks, [&](int64_t task, int) {
       const Part& part = parts_[task];
-      kernels.count_buckets(from_.data() + part.begin, part.count, low, high, buckets, &place_[task * buckets]);
+      kernels.count_buckets(from_.data() + part.begin, part.count, {low, high, buckets}, &place_[task * buckets]);
     });
     edges_.assign(buckets + 1, 0);
     uint32_t at = 0;
@@ -118,7 +170,7 @@ class Sorter {
     edges_[buckets] = at;
     parallel.run(tasks, [&](int64_t task, int) {
       const Part& part = parts_[task];
-      kernels.deal_buckets(from_.data() + part.begin, part.count, low, high, buckets, &place_[task * buckets],
+      kernels.deal_buckets(from_.data() + part.begin, part.count, {low, high, buckets}, &place_[task * buckets],
                            to_.data());
     });
     parallel.run(buckets, [&](int64_t b, int) {
@@ -131,7 +183,7 @@ class Sorter {
 
  private:
   // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
-  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
+  static constexpr int64_t kUnzip = 1 << 14, kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
 
   std::vector<Part> parts_;
   std::vector<Entry<T>> from_, to_;
@@ -160,18 +212,28 @@ class SortedRow {
     return true;
   }
 
-  int64_t size() const { return negatives_.n; }
+  int64_t size() const { return n_; }
 
   // Gives back what a very long row has taken.
   void trim() {
     if (sorter_.bytes() > size_t(32) << 20) *this = {};
   }
 
-  // Sorts what was collected.
-  void sort(int64_t targets, const Sorting<T>& kernels, const Parallel& parallel) {
-    const int64_t n = sorter_.count();
+  // Sorts what was collected, or deals it to cells.
+  void sort(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel) {
+    const int64_t n = n_ = sorter_.count();
+    by_cells_ = false;
+    if constexpr (sizeof(T) == 4) {
+      const Grid grid = CellPlan::grid(n, std::min(sorter_.low(), positive.front()),
+                                       std::max(sorter_.high(), positive.back()), s);
+      if (grid.cells() && sorter_.deal(grid, kernels, parallel, cells_.negatives(), cells_.column())) {
+        cells_.begin(grid, positive, kernels);
+        by_cells_ = true;
+        return;
+      }
+    }
     negatives_.weight.clear();
-    negatives_.resize(n, leaf_for(n, targets));
+    negatives_.resize(n, leaf_for(n, static_cast<int64_t>(positive.size())));
     column_.resize(n);
     sorter_.sort(kernels, parallel, negatives_.value.data(), column_.data());
   }
@@ -181,6 +243,9 @@ class SortedRow {
   // Ranks of the ascending positives among the negatives, and their slopes if `slope` is not null.
   void rank(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
             Scratch<T>& (*scratch)(), double* rank, double* slope) {
+    if constexpr (sizeof(T) == 4) {
+      if (by_cells_) return cells_.rank(s, *kernels.cells, parallel, scratch, rank, slope);
+    }
     read(negatives_, positive, s, kernels, parallel, scratch, rank, slope);
   }
 
@@ -199,7 +264,6 @@ class SortedRow {
   // kept for gradient() where that is null.
   void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale, T* out,
                 const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel, Scratch<T>& (*scratch)()) {
-    mirror(positive, weight, s, kernels, parallel);
     const int64_t n = size();
     direct_ = out != nullptr;
     if (!direct_) gradient_.resize(columns);
@@ -209,6 +273,10 @@ class SortedRow {
       const int64_t begin = task * kSpread;
       std::fill(by_column + begin, by_column + std::min(columns, begin + kSpread), T(0));
     });
+    if constexpr (sizeof(T) == 4) {
+      if (by_cells_) return cells_.gradient(weight, scale, s, *kernels.cells, parallel, scratch, by_column);
+    }
+    mirror(positive, weight, s, kernels, parallel);
     parallel.run((n + kPiece - 1) / kPiece, [&](int64_t task, int) {
       const int64_t begin = task * kPiece, count = std::min(n - begin, kPiece);
       T target[kPiece];
@@ -281,6 +349,9 @@ class SortedRow {
   }
 
   Sorter<T> sorter_;
+  int64_t n_ = 0;
+  bool by_cells_ = false;
+  CellRow cells_;
   std::vector<typename Entry<T>::Index> column_;  // [n]  of each sorted negative
   Sources<T> negatives_, mirrored_;
   std::vector<T> gradient_;  // [columns]

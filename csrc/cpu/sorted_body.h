@@ -460,10 +460,4 @@ void spread_block(const Block<T>& block, const T* slope, double scale, const Hin
   }
 }
 
-template <typename T>
-constexpr Sorting<T> make_sorting() {
-  return {keep_entries<T>, count_buckets<T>, deal_buckets<T>, sort<T>,          sum_leaves<T>,
-          join_below<T>,   join_above<T>,    rank_targets<T>, slope_targets<T>, spread_block<T>};
-}
-
 }  // namespace

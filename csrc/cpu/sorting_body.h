@@ -38,14 +38,20 @@ Vec<double>::V power_decay(Vec<double>::V x) {
 template <typename T>
 struct Bucketing {
   T low, scale, last;
+  int shift = 0;
+  uint32_t first = 0;
 
   Bucketing(T low, T high, int32_t buckets) : low(low), scale(buckets / (high - low)), last(T(buckets - 1)) {}
+  explicit Bucketing(const Buckets<T>& b) : Bucketing(b.low, b.high, b.all) {
+    shift = b.shift;
+    first = b.first;
+  }
   // Whether the buckets tell anything apart: the range may be too wide or too narrow for T.
   bool usable() const { return scale > 0 && scale < infinity<T>(); }
   // Never falls where the value rises.
   uint32_t of(T value) const {
     const T x = (value - low) * scale, from = x > 0 ? x : T(0);
-    return static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last));
+    return (static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last)) >> shift) - first;
   }
 };
 
@@ -94,8 +100,8 @@ void for_buckets(const Entry<T>* entry, int64_t n, const Bucketing<T>& bucket, c
 }
 
 template <typename T>
-void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* count) {
-  const Bucketing<T> bucket(low, high, buckets);
+void count_buckets(const Entry<T>* entry, int64_t n, const Buckets<T>& buckets, uint32_t* count) {
+  const Bucketing<T> bucket(buckets);
   if (!bucket.usable()) {
     count[0] += static_cast<uint32_t>(n);
     return;
@@ -104,8 +110,8 @@ void count_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buck
 }
 
 template <typename T>
-void deal_buckets(const Entry<T>* entry, int64_t n, T low, T high, int32_t buckets, uint32_t* place, Entry<T>* to) {
-  const Bucketing<T> bucket(low, high, buckets);
+void deal_buckets(const Entry<T>* entry, int64_t n, const Buckets<T>& buckets, uint32_t* place, Entry<T>* to) {
+  const Bucketing<T> bucket(buckets);
   if (!bucket.usable()) {
     std::copy_n(entry, n, to + place[0]);
     place[0] += static_cast<uint32_t>(n);

@@ -34,6 +34,8 @@ namespace avx2 {
 #include "dense_body.h"
 //
 #include "sorted_body.h"
+//
+#include "cells_body.h"
 }  // namespace avx2
 }  // namespace roadmap
 

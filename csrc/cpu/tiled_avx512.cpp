@@ -41,6 +41,8 @@ namespace avx512 {
 #include "dense_body.h"
 //
 #include "sorted_body.h"
+//
+#include "cells_body.h"
 }  // namespace avx512
 }  // namespace roadmap
 

@@ -23,6 +23,8 @@ namespace baseline {
 #include "dense_body.h"
 //
 #include "sorted_body.h"
+//
+#include "cells_body.h"
 }  // namespace baseline
 
 const InstructionSet kBaseline = {"baseline",

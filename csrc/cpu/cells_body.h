@@ -1,0 +1,498 @@
+// The sorted scan by cells, in the vectors of whichever instruction set includes this file (after sorted_body.h).
+//
+// Where scores spread evenly over their range, dealing them to narrow cells of equal width is as good as sorting them.
+// Over a cell of kCellWidth tau everything smooth is a short polynomial around its middle: of the sources below and
+// above, by the series; of those in the cell, by the Taylor series of sigma and their moments. So a target reads
+//
+//     the polynomials of its cell     all sources whose sigma counts, but for those around the knee
+//     the sources of its cell         how many are at least as high: the steps
+//     the cells of the knee           pair by pair, exactly as by the tiled kernels
+//     the cells above that            a count and a sum
+//
+// and nothing depends on an order within cells. All cells being alike, what the sums have to be multiplied with from one
+// to the next is the same for all.
+//
+// For float alone: double would need twice the terms, and is there for gradient checks.
+
+namespace {
+
+// Taylor coefficients of sigma at 0.
+constexpr int kOwnTerms = 10;
+struct OwnCell {
+  // Of x^i y^r in sigma(y - x) and in its slope, x the target, y the source.
+  alignas(64) double sigmoid[kOwnTerms][CellSeries::kTerms] = {}, slope[kOwnTerms][CellSeries::kTerms] = {};
+
+  constexpr OwnCell() {
+    double a[kOwnTerms + 1] = {0.5};
+    for (int m = 0; m < kOwnTerms; ++m) {  // sigma' = sigma - sigma^2
+      double square = 0;
+      for (int i = 0; i <= m; ++i) square += a[i] * a[m - i];
+      a[m + 1] = (a[m] - square) / (m + 1);
+    }
+    for (int r = 0; r < kOwnTerms; ++r) {
+      double choose = 1;  // i + r of i
+      for (int i = 0; i < CellSeries::kTerms && i + r < kOwnTerms; ++i) {
+        const double sign = i % 2 ? -1 : 1;
+        sigmoid[r][i] = sign * choose * a[i + r];
+        slope[r][i] = sign * choose * (i + r + 1) * a[i + r + 1];
+        choose *= (i + r + 1.0) / (i + 1);
+      }
+    }
+  }
+};
+
+void count_cells(const float* value, int64_t n, const Grid& grid, uint32_t* count) {
+  const Bucketing<float> bucket(grid.buckets);
+  constexpr int kMany = 512;
+  uint32_t of[kMany];
+  for (int64_t begin = 0; begin < n; begin += kMany) {
+    const int many = static_cast<int>(std::min<int64_t>(kMany, n - begin));
+    for (int j = 0; j < many; ++j) of[j] = bucket.of(value[begin + j]);
+    for (int j = 0; j < many; ++j) ++count[of[j]];
+  }
+}
+
+// ---- the sums of cells ----
+
+template <bool Weighted>
+void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
+  using X = Vec<double>;
+  constexpr int kStride = Cells::kStride, kMoments = Cells::kMoments, kVectors = kStride / X::kWidth;
+  static constexpr Taylor<float> taylor;
+  const double rate = 1 / tau;
+  X::V half[kVectors];
+  for (int k = 0; k < kVectors; ++k) half[k] = X::load(series.half + k * X::kWidth);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t from = cells.first[c], count = cells.first[c + 1] - from;
+    double* const moment = &cells.moment[c * Cells::kMomentStride];
+    double* const below = &cells.below[(c + 1) * kStride];
+    double* const above = &cells.above[c * kStride];
+    if (!count) {
+      std::fill_n(moment, Cells::kMomentStride, 0.0);
+      std::fill_n(below, kStride, 0.0);
+      std::fill_n(above, kStride, 0.0);
+      continue;
+    }
+    const double middle = grid.edge(c) + grid.width / 2;
+    const float* const v = cells.value.data() + from;
+    const float* const w = Weighted ? cells.weight.data() + from : nullptr;
+    X::V sum[Cells::kMomentStride];
+    for (X::V& m : sum) m = X::set(0);
+    for (int64_t j = 0; j < count; j += X::kWidth) {
+      // Lanes beyond the cell hold what comes next, and weigh nothing.
+      alignas(64) double lane[X::kWidth], weight[X::kWidth];
+      for (int k = 0; k < X::kWidth; ++k) lane[k] = static_cast<double>(v[j + k]);
+      X::V power;
+      if constexpr (Weighted) {
+        for (int k = 0; k < X::kWidth; ++k) weight[k] = static_cast<double>(w[j + k]);
+        power = X::load(weight);
+      } else {
+        power = X::set(1);
+      }
+      if (count - j < X::kWidth) power = X::select(X::lanes((1u << (count - j)) - 1), power, X::set(0));
+      const X::V y = (X::load(lane) - X::set(middle)) * X::set(rate);
+      for (int m = 0; m < kMoments; ++m) {
+        sum[m] = sum[m] + power;
+        power = power * y;
+      }
+    }
+    for (int m = 0; m < Cells::kMomentStride; m += X::kWidth) X::sums(sum + m, moment + m);
+    for (int k = 0; k < kVectors; ++k) {
+      const int at = k * X::kWidth;
+      X::V even = X::set(0), odd = X::set(0);
+      for (int m = kMoments - 2; m >= 0; m -= 2) {
+        even = X::mul_add(X::set(moment[m]), X::load(taylor.term[m] + at), even);
+        odd = X::mul_add(X::set(moment[m + 1]), X::load(taylor.term[m + 1] + at), odd);
+      }
+      X::store(below + at, (even + odd) * half[k]);
+      X::store(above + at, (even - odd) * half[k]);
+    }
+  }
+}
+
+void sum_cells(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
+  cells.weight.empty() ? sum_cells_as<false>(cells, grid, series, tau, begin, end)
+                       : sum_cells_as<true>(cells, grid, series, tau, begin, end);
+}
+
+// own += whole * neighbour
+void add_cell(const double* whole, const double* neighbour, double* own) {
+  using X = Vec<double>;
+  for (int k = 0; k < Cells::kStride; k += X::kWidth) {
+    X::store(own + k, X::mul_add(X::load(whole + k), X::load(neighbour + k), X::load(own + k)));
+  }
+}
+
+void join_cells_below(Cells& cells, const Grid& grid, const CellSeries& series) {
+  constexpr int kStride = Cells::kStride;
+  const int64_t size = grid.cells();
+  const bool weighted = !cells.weight.empty();
+  std::fill_n(cells.below.data(), kStride, 0.0);
+  if (weighted) cells.tail[0] = 0;
+  KahanSum weights;
+  for (int64_t c = 0; c < size; ++c) {
+    double* const own = &cells.below[(c + 1) * kStride];
+    add_cell(series.whole, own - kStride, own);
+    if (weighted) {
+      weights.add(cells.moment[c * Cells::kMomentStride]);
+      cells.tail[c + 1] = weights.sum;
+    }
+  }
+}
+
+void join_cells_above(Cells& cells, const Grid& grid, const CellSeries& series, double tau) {
+  constexpr int kStride = Cells::kStride;
+  const int64_t size = grid.cells();
+  const bool weighted = !cells.weight.empty();
+  std::fill_n(&cells.above[size * kStride], kStride, 0.0);
+  if (!weighted) cells.tail[size] = 0;
+  KahanSum sum;
+  for (int64_t c = size - 1; c >= 0; --c) {
+    double* const own = &cells.above[c * kStride];
+    add_cell(series.whole, own + kStride, own);
+    if (!weighted) {
+      const double* const moment = &cells.moment[c * Cells::kMomentStride];
+      sum.add(static_cast<double>(cells.n - cells.first[c + 1]) * grid.width + moment[0] * grid.width / 2 +
+              moment[1] * tau);
+      cells.tail[c] = sum.sum;
+    }
+  }
+}
+
+// ---- what targets read ----
+
+// The polynomials of one cell, of x = (target - middle) / tau.
+template <bool Curve, bool Slope>
+class CellPolynomial {
+  using X = Vec<double>;
+  static constexpr int kTerms = CellSeries::kTerms;
+
+ public:
+  // below, above: sums at the lower and upper edge, or null. own: moments, or null. count: the sources above.
+  void expand(const double* below, const double* above, const double* own, double count, const CellSeries& series) {
+    static constexpr OwnCell own_cell;
+    for (int m = 0; m < kTerms; m += X::kWidth) {
+      X::V lower = X::set(0), upper = X::set(0), lower_slope = X::set(0), upper_slope = X::set(0);
+      X::V curve = X::set(0), slope = X::set(0);
+      for (int k = 0; k < CellSeries::kDegree; ++k) {
+        const X::V a = X::set(below[k]), b = X::set(above[k]);
+        if constexpr (Curve) {
+          const X::V term = X::load(series.sigmoid[k] + m);
+          lower = X::mul_add(a, term, lower);
+          upper = X::mul_add(b, term, upper);
+        }
+        if constexpr (Slope) {
+          const X::V term = X::load(series.slope[k] + m);
+          lower_slope = X::mul_add(a, term, lower_slope);
+          upper_slope = X::mul_add(b, term, upper_slope);
+        }
+      }
+      for (int r = 0; own && r < kOwnTerms; ++r) {
+        const X::V moment = X::set(own[r]);
+        if constexpr (Curve) curve = X::mul_add(moment, X::load(own_cell.sigmoid[r] + m), curve);
+        if constexpr (Slope) slope = X::mul_add(moment, X::load(own_cell.slope[r] + m), slope);
+      }
+      // A source below the target: e^(-k x); one above: 1 less the series, e^(k x).
+      alignas(64) static constexpr double kSigns[kTerms] = {1, -1, 1, -1, 1, -1, 1, -1};
+      const X::V sign = X::load(kSigns + m);
+      if constexpr (Curve) X::store(curve_ + m, X::mul_add(lower, sign, curve) - upper);
+      if constexpr (Slope) X::store(slope_ + m, X::mul_add(lower_slope, sign, slope) + upper_slope);
+    }
+    if constexpr (Curve) curve_[0] += count;
+  }
+
+  X::V curve(X::V x) const { return at(curve_, x); }
+  X::V slope(X::V x) const { return at(slope_, x); }
+
+ private:
+  static X::V at(const double* coefficient, X::V x) {
+    X::V p = X::set(coefficient[kTerms - 1]);
+    for (int m = kTerms - 2; m >= 0; --m) p = X::mul_add(p, x, X::set(coefficient[m]));
+    return p;
+  }
+
+  alignas(64) double curve_[kTerms], slope_[kTerms];
+};
+
+// a - by * b
+void take_off(const double* a, const double* by, const double* b, double* out) {
+  using X = Vec<double>;
+  for (int k = 0; k < Cells::kStride; k += X::kWidth) {
+    X::store(out + k, X::negative_mul_add(X::load(by + k), X::load(b + k), X::load(a + k)));
+  }
+}
+
+void multiply(const double* a, const double* b, double* out) {
+  using X = Vec<double>;
+  for (int k = 0; k < Cells::kStride; k += X::kWidth) X::store(out + k, X::load(a + k) * X::load(b + k));
+}
+
+alignas(64) constexpr double kNoSums[Cells::kStride] = {};
+
+// Sums of up to kWidth targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
+template <int Sums>
+struct LaneSums {
+  using X = Vec<float>;
+  using D = Vec<double>;
+  alignas(64) double lanes[Sums][X::kWidth][X::kWidth];
+
+  void clear(int targets) {
+    for (auto& sum : lanes) std::fill_n(sum[0], targets * X::kWidth, 0.0);
+  }
+  // out[i] += the sum of target i.
+  void add_to(int sum, int targets, double* out) const {
+    for (int i = 0; i < targets; i += D::kWidth) {
+      D::V half[D::kWidth];
+      for (int k = 0; k < D::kWidth; ++k) {
+        const double* const lane = lanes[sum][std::min(i + k, targets - 1)];
+        half[k] = D::load(lane) + D::load(lane + D::kWidth);
+      }
+      alignas(64) double total[D::kWidth];
+      D::sums(half, total);
+      for (int k = 0; k < D::kWidth && i + k < targets; ++k) out[i + k] += total[k];
+    }
+  }
+};
+
+template <bool Smooth, bool Slope>
+void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
+                   int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank,
+                   double* slope) {
+  using X = Vec<float>;
+  using V = X::V;
+  using D = Vec<double>;
+  constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
+  constexpr int kRun = 8;    // vectors whose shares are summed in float: more would show where many scores tie
+  constexpr int kAlone = 6;  // so few targets meet a vector of sources at a time; more meet one source, each in a lane
+  const int64_t cells = grid.cells();
+  const double rate = 1 / s.tau;
+  const float* const v = sources.value.data();
+  const uint32_t* const first = sources.first.data();
+  const V delta = X::set(s.delta), origin = X::set(s.origin), zero = X::set(0);
+  CellPolynomial<true, Slope> polynomial;
+  Readers<float> readers;
+  LaneSums<3> sums;
+  alignas(64) double reduced[kStride];
+
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
+    if (t_begin == t_end) continue;
+    const int64_t knee = Smooth ? cells : std::max<int64_t>(0, std::min(cells, c + series.knee));
+    const int64_t knee_end = Smooth ? cells : std::max<int64_t>(0, std::min(cells, c + series.knee_end));
+    const bool merged = knee <= c;
+    if (merged) {
+      const double* below = &sources.below[knee * kStride];
+      multiply(below, series.merged, reduced);
+      polynomial.expand(reduced, kNoSums, nullptr, 0, series);
+    } else {
+      const double* above = &sources.above[(c + 1) * kStride];
+      if (knee < cells) {
+        take_off(above, series.window, &sources.above[knee * kStride], reduced);
+        above = reduced;
+      }
+      polynomial.expand(&sources.below[c * kStride], above, &sources.moment[c * Cells::kMomentStride],
+                        static_cast<double>(first[knee] - first[c + 1]), series);
+    }
+    // The sources around the knees, with their exponentials around the lowest target, whose own is then 1: tied targets
+    // would all repeat an error.
+    const float* const target = targets.value.data();
+    const int around = static_cast<int>(first[knee_end] - first[knee]);
+    if (around) {
+      std::copy_n(v + first[knee], around, scratch.band);
+      X::store(scratch.band + around, X::set(-infinity<float>()));
+      band_exponentials(scratch.band, around, target[t_begin], s, scratch);
+    }
+    const int64_t own_begin = first[c], own_end = merged ? own_begin : first[c + 1];
+    const double at_least = merged ? 0 : static_cast<double>(first[knee] - first[c + 1]);
+    const double tail = static_cast<double>(sources.n - first[knee_end]);
+    const double tail_sum = Smooth ? 0 : sources.tail[knee_end];
+    const double middle = grid.edge(c) + grid.width / 2;
+    const double beyond = grid.edge(knee_end) - static_cast<double>(s.origin);
+
+    for (int64_t i = t_begin; i < t_end; i += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, t_end - i));
+      const bool alone = count <= kAlone;
+      readers.target = target + i;
+      readers.count = count;
+      V x, ex;
+      if (around) {
+        load_targets<1>(readers, target[t_begin], s, &x, &ex);
+      } else {
+        alignas(64) float all[kLanes];
+        std::copy_n(target + i, count, all);
+        std::fill(all + count, all + kLanes, all[count - 1]);
+        x = X::load(all);
+      }
+      alignas(64) double u[kLanes];
+      std::fill_n(u, kLanes, 0.0);
+      X::accumulate(u, x);
+      for (int k = 0; k < kLanes; k += D::kWidth) {
+        const D::V distance = (D::load(u + k) - D::set(middle)) * D::set(rate);
+        D::store(readers.curve + k, polynomial.curve(distance));
+        if constexpr (Slope) D::store(readers.slope + k, polynomial.slope(distance));
+      }
+      for (double* lanes : {readers.steps, readers.tails, readers.past}) std::fill_n(lanes, kLanes, 0.0);
+      if (!Smooth && alone) {
+        for (int k = 0; k < count; ++k) {
+          const V own = X::set(target[i + k]);
+          int above = 0;
+          for (int64_t j = own_begin; j < own_end; j += kLanes) {
+            const unsigned there = own_end - j < kLanes ? (1u << (own_end - j)) - 1 : (1u << (kLanes - 1)) * 2 - 1;
+            above += __builtin_popcount(X::bits(X::greater_equal(X::load(v + j), own)) & there);
+          }
+          readers.steps[k] += above;
+        }
+      } else if (!Smooth) {
+        V above = zero;
+        for (int64_t j = own_begin; j < own_end; ++j) {
+          above = X::add_where(X::greater_equal(X::set(v[j]), x), above, X::set(1));
+        }
+        X::accumulate(readers.steps, above);
+      }
+      if (around && alone) {
+        alignas(64) float exponential[kLanes];
+        X::store(exponential, ex);
+        sums.clear(count);
+        for (int k = 0; k < count; ++k) {
+          const V own = X::set(target[i + k]), own_exponential = X::set(exponential[k]);
+          int steps = 0, tails = 0;
+          for (int tile = 0; tile < around; tile += kRun * kLanes) {
+            V curve = zero, slopes = zero, past = zero;
+            for (int j = tile; j < std::min(around, tile + kRun * kLanes); j += kLanes) {
+              const V ev = X::load(scratch.band_exponential + j), t = X::load(scratch.band + j) - own;
+              const V value = sigma<float>(ev, own_exponential);
+              const auto beyond_knee = X::greater(t, delta);
+              steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
+              tails += __builtin_popcount(X::bits(beyond_knee));
+              curve = X::add_unless(beyond_knee, curve, value);
+              past = X::add_where(beyond_knee, past, t - origin);
+              if constexpr (Slope) {
+                slopes = X::add_unless(beyond_knee, slopes, sigma_slope<float>(ev, own_exponential, value));
+              }
+            }
+            X::accumulate(sums.lanes[0][k], curve);
+            X::accumulate(sums.lanes[1][k], past);
+            if constexpr (Slope) X::accumulate(sums.lanes[2][k], slopes);
+          }
+          readers.steps[k] += steps;
+          readers.tails[k] += tails;
+        }
+        sums.add_to(0, count, readers.curve);
+        sums.add_to(1, count, readers.past);
+        if constexpr (Slope) sums.add_to(2, count, readers.slope);
+      } else if (around) {
+        rank_pairs<false, Slope, Where::kAnywhere, 1>(0, around, target[t_begin], s, scratch, readers);
+      }
+      for (int k = 0; k < count; ++k) {
+        double value = readers.curve[k];
+        if constexpr (!Smooth) {
+          const double past = readers.past[k] + (tail_sum + tail * (beyond - u[k]));
+          value += s.exact_start * (readers.steps[k] + at_least - readers.tails[k]) +
+                   tail_value(past, readers.tails[k] + tail, s);
+        }
+        rank[i + k] = value;
+        if constexpr (Slope) {
+          slope[i + k] = readers.slope[k] * rate + (Smooth ? 0 : s.exact_rho * (readers.tails[k] + tail));
+        }
+      }
+    }
+  }
+}
+
+void rank_cells(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series, int64_t begin,
+                int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank, double* slope) {
+  const auto run = s.surrogate == Surrogate::kSmooth ? slope ? rank_cells_as<true, true> : rank_cells_as<true, false>
+                   : slope                           ? rank_cells_as<false, true>
+                                                     : rank_cells_as<false, false>;
+  run(sources, targets, grid, series, begin, end, s, scratch, rank, slope);
+}
+
+template <bool Smooth>
+void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
+                    int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale,
+                    const uint32_t* column, float* out) {
+  using X = Vec<float>;
+  using V = X::V;
+  using D = Vec<double>;
+  constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
+  constexpr int kRun = 8;  // of sources whose shares are summed in float
+  const int64_t cells = grid.cells();
+  const double rate = 1 / s.tau;
+  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
+  CellPolynomial<false, true> polynomial;
+  alignas(64) double reduced[kStride];
+
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
+    if (t_begin == t_end) continue;
+    // Sources u whose knees u + delta lie around the cell.
+    const int64_t knee = Smooth ? 0 : std::max<int64_t>(0, std::min(cells, c - series.knee_end + 1));
+    const int64_t knee_end = Smooth ? 0 : std::max<int64_t>(0, std::min(cells, c - series.knee + 1));
+    const bool merged = knee_end > c;
+    if (merged) {
+      multiply(&sources.above[knee_end * kStride], series.merged, reduced);
+      polynomial.expand(kNoSums, reduced, nullptr, 0, series);
+    } else {
+      const double* below = &sources.below[c * kStride];
+      if (knee_end > 0) {
+        take_off(below, series.window, &sources.below[knee_end * kStride], reduced);
+        below = reduced;
+      }
+      polynomial.expand(below, &sources.above[(c + 1) * kStride], &sources.moment[c * Cells::kMomentStride], 0,
+                        series);
+    }
+    const int around = static_cast<int>(sources.first[knee_end] - sources.first[knee]);
+    const double middle = grid.edge(c) + grid.width / 2;
+    const V centre = X::set(static_cast<float>(middle));
+    if (around) {
+      const float* const u = sources.value.data() + sources.first[knee];
+      for (int j = 0; j < around; j += kLanes) {
+        X::store(scratch.band_exponential + j, difference_exponential<float>(X::load(u + j), centre, s));
+      }
+    }
+    const float* const u = sources.value.data() + sources.first[knee];
+    const float* const w = sources.weight.data() + sources.first[knee];
+    const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knee];
+    for (int64_t i = t_begin; i < t_end; i += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, t_end - i));
+      const V x = X::load(targets.value.data() + i);  // beyond the cell: whatever comes next
+      alignas(64) double lanes[kLanes], slope[kLanes];
+      std::fill_n(lanes, kLanes, 0.0);
+      X::accumulate(lanes, x);
+      for (int k = 0; k < kLanes; k += D::kWidth) {
+        D::store(slope + k, polynomial.slope((D::load(lanes + k) - D::set(middle)) * D::set(rate)) + D::set(tail));
+      }
+      if (around) {
+        const V ex = difference_exponential<float>(centre, x, s);
+        for (int run = 0; run < around; run += kRun) {
+          V sum = X::set(0);
+          for (int j = run; j < std::min(around, run + kRun); ++j) {
+            const V pair = pair_slope<false, float>(x, ex, X::set(u[j]), X::set(scratch.band_exponential[j]), delta,
+                                                    rho_tau);
+            sum = X::mul_add(X::set(w[j]), pair, sum);
+          }
+          X::accumulate(slope, sum);
+        }
+      }
+      for (int k = 0; k < count; ++k) out[column[i + k]] = static_cast<float>(slope[k] * scale);
+    }
+  }
+}
+
+void slope_cells(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series, int64_t begin,
+                 int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale, const uint32_t* column,
+                 float* out) {
+  const auto run = s.surrogate == Surrogate::kSmooth ? slope_cells_as<true> : slope_cells_as<false>;
+  run(sources, targets, grid, series, begin, end, s, scratch, scale, column, out);
+}
+
+constexpr CellKernels kCellKernels = {count_cells, sum_cells,  join_cells_below, join_cells_above,
+                                      rank_cells,  slope_cells};
+
+template <typename T>
+constexpr Sorting<T> make_sorting() {
+  return {keep_entries<T>, count_buckets<T>,    deal_buckets<T>, sort<T>,          sum_leaves<T>,   join_below<T>,
+          join_above<T>,   rank_targets<T>, slope_targets<T>, spread_block<T>, sizeof(T) == 4 ? &kCellKernels : nullptr};
+}
+
+}  // namespace
