@@ -227,6 +227,17 @@ void multiply(const double* a, const double* b, double* out) {
   for (int k = 0; k < Cells::kStride; k += X::kWidth) X::store(out + k, X::load(a + k) * X::load(b + k));
 }
 
+// e^(d / tau) for the distance d of two scores of one cell: no more than an ulp off, for the exponent is small.
+Vec<float>::V cell_exponential(Vec<float>::V d, const Settings<float>& s) {
+  using X = Vec<float>;
+  constexpr float kInverseFactorial[8] = {1.0f,      1.0f,       1.0f / 2,   1.0f / 6,
+                                          1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
+  const X::V x = d * X::set(s.rate_hi);
+  X::V p = X::set(kInverseFactorial[7]);
+  for (int k = 6; k >= 0; --k) p = X::mul_add(p, x, X::set(kInverseFactorial[k]));
+  return p;
+}
+
 alignas(64) constexpr double kNoSums[Cells::kStride] = {};
 
 // Sums of up to kWidth targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
@@ -236,8 +247,8 @@ struct LaneSums {
   using D = Vec<double>;
   alignas(64) double lanes[Sums][X::kWidth][X::kWidth];
 
-  void clear(int targets) {
-    for (auto& sum : lanes) std::fill_n(sum[0], targets * X::kWidth, 0.0);
+  void clear(int target) {
+    for (auto& sum : lanes) std::fill_n(sum[target], X::kWidth, 0.0);
   }
   // out[i] += the sum of target i.
   void add_to(int sum, int targets, double* out) const {
@@ -298,7 +309,7 @@ void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid,
     const float* const target = targets.value.data();
     const int around = static_cast<int>(first[knee_end] - first[knee]);
     if (around) {
-      std::copy_n(v + first[knee], around, scratch.band);
+      for (int j = 0; j < around; j += kLanes) X::store(scratch.band + j, X::load(v + first[knee] + j));
       X::store(scratch.band + around, X::set(-infinity<float>()));
       band_exponentials(scratch.band, around, target[t_begin], s, scratch);
     }
@@ -314,15 +325,9 @@ void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid,
       const bool alone = count <= kAlone;
       readers.target = target + i;
       readers.count = count;
-      V x, ex;
-      if (around) {
-        load_targets<1>(readers, target[t_begin], s, &x, &ex);
-      } else {
-        alignas(64) float all[kLanes];
-        std::copy_n(target + i, count, all);
-        std::fill(all + count, all + kLanes, all[count - 1]);
-        x = X::load(all);
-      }
+      V x = X::load(target + i);  // the first one stands where there are no more
+      if (count < kLanes) x = X::select(X::lanes((1u << count) - 1), x, X::set(target[i]));
+      const V ex = cell_exponential(x - X::set(target[t_begin]), s);
       alignas(64) double u[kLanes];
       std::fill_n(u, kLanes, 0.0);
       X::accumulate(u, x);
@@ -343,17 +348,22 @@ void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid,
           readers.steps[k] += above;
         }
       } else if (!Smooth) {
-        V above = zero;
-        for (int64_t j = own_begin; j < own_end; ++j) {
-          above = X::add_where(X::greater_equal(X::set(v[j]), x), above, X::set(1));
+        constexpr int kCounts = 4;  // one would wait for itself
+        V above[kCounts] = {zero, zero, zero, zero};
+        int64_t j = own_begin;
+        for (; j + kCounts <= own_end; j += kCounts) {
+          for (int k = 0; k < kCounts; ++k) {
+            above[k] = X::add_where(X::greater_equal(X::set(v[j + k]), x), above[k], X::set(1));
+          }
         }
-        X::accumulate(readers.steps, above);
+        for (; j < own_end; ++j) above[0] = X::add_where(X::greater_equal(X::set(v[j]), x), above[0], X::set(1));
+        X::accumulate(readers.steps, (above[0] + above[1]) + (above[2] + above[3]));
       }
       if (around && alone) {
         alignas(64) float exponential[kLanes];
         X::store(exponential, ex);
-        sums.clear(count);
         for (int k = 0; k < count; ++k) {
+          sums.clear(k);
           const V own = X::set(target[i + k]), own_exponential = X::set(exponential[k]);
           int steps = 0, tails = 0;
           for (int tile = 0; tile < around; tile += kRun * kLanes) {
@@ -453,27 +463,34 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
     const float* const u = sources.value.data() + sources.first[knee];
     const float* const w = sources.weight.data() + sources.first[knee];
     const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knee];
-    for (int64_t i = t_begin; i < t_end; i += kLanes) {
-      const int count = static_cast<int>(std::min<int64_t>(kLanes, t_end - i));
-      const V x = X::load(targets.value.data() + i);  // beyond the cell: whatever comes next
-      alignas(64) double lanes[kLanes], slope[kLanes];
-      std::fill_n(lanes, kLanes, 0.0);
-      X::accumulate(lanes, x);
-      for (int k = 0; k < kLanes; k += D::kWidth) {
-        D::store(slope + k, polynomial.slope((D::load(lanes + k) - D::set(middle)) * D::set(rate)) + D::set(tail));
-      }
-      if (around) {
-        const V ex = difference_exponential<float>(centre, x, s);
-        for (int run = 0; run < around; run += kRun) {
-          V sum = X::set(0);
-          for (int j = run; j < std::min(around, run + kRun); ++j) {
-            const V pair = pair_slope<false, float>(x, ex, X::set(u[j]), X::set(scratch.band_exponential[j]), delta,
-                                                    rho_tau);
-            sum = X::mul_add(X::set(w[j]), pair, sum);
-          }
-          X::accumulate(slope, sum);
+    constexpr int kVectors = 2;  // of targets that share what is loaded of a source
+    for (int64_t i = t_begin; i < t_end; i += kVectors * kLanes) {
+      alignas(64) double slope[kVectors * kLanes];
+      V x[kVectors], ex[kVectors];
+      for (int r = 0; r < kVectors; ++r) {
+        const int64_t at = std::min(i + r * kLanes, t_end - 1);
+        x[r] = X::load(targets.value.data() + at);  // beyond the cell: whatever comes next
+        ex[r] = cell_exponential(centre - x[r], s);
+        alignas(64) double lanes[kLanes];
+        std::fill_n(lanes, kLanes, 0.0);
+        X::accumulate(lanes, x[r]);
+        for (int k = 0; k < kLanes; k += D::kWidth) {
+          D::store(slope + r * kLanes + k,
+                   polynomial.slope((D::load(lanes + k) - D::set(middle)) * D::set(rate)) + D::set(tail));
         }
       }
+      for (int run = 0; run < around; run += kRun) {
+        V sum[kVectors];
+        for (V& v : sum) v = X::set(0);
+        for (int j = run; j < std::min(around, run + kRun); ++j) {
+          const V own = X::set(u[j]), exponential = X::set(scratch.band_exponential[j]), weight = X::set(w[j]);
+          for (int r = 0; r < kVectors; ++r) {
+            sum[r] = X::mul_add(weight, pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau), sum[r]);
+          }
+        }
+        for (int r = 0; r < kVectors; ++r) X::accumulate(slope + r * kLanes, sum[r]);
+      }
+      const int count = static_cast<int>(std::min<int64_t>(kVectors * kLanes, t_end - i));
       for (int k = 0; k < count; ++k) out[column[i + k]] = static_cast<float>(slope[k] * scale);
     }
   }
