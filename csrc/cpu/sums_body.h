@@ -111,7 +111,7 @@ void moments_of(const double* y, const double* weight, int count, double* moment
   for (int m = 0; m < Moments; m += X::kWidth) X::sums(sum + m, moment + m);
 }
 
-// The sums of a narrow leaf at its ends; the weight of all; unless it has weights, the sum of distances from its bottom.
+// The sums of a narrow leaf at its ends, the weight of all, and of all times its distance from the bottom.
 template <int Moments, typename T>
 void sum_narrow(const Leaf& leaf, double tau, Vec<double>::V half_decay, double* below, double* above, double& weights,
                 double& sums) {
@@ -123,7 +123,7 @@ void sum_narrow(const Leaf& leaf, double tau, Vec<double>::V half_decay, double*
   leaf.weighted ? moments_of<Moments, true>(y, leaf.weight, leaf.count, moment)
                 : moments_of<Moments, false>(y, nullptr, leaf.count, moment);
   weights = moment[0];
-  sums = leaf.weighted ? 0 : moment[1] * tau + moment[0] * half;
+  sums = moment[1] * tau + moment[0] * half;
   constexpr int kVectors = Sources<T>::kStride / X::kWidth;
   X::V to_end[kVectors];
   powers<T>(half_decay, to_end);
