@@ -24,15 +24,15 @@ struct CellPlan {
   static constexpr double kMostOnAverage = 128;
   static constexpr int64_t kFewestScores = 256;
 
-  // The grid for n scores between low and high; without cells where there is none.
-  static Grid grid(int64_t n, float low, float high, const Settings<float>& s) {
+  // The grid for so many scores, positives and negatives, between low and high; without cells where there is none.
+  static Grid grid(int64_t scores, float low, float high, const Settings<float>& s) {
     Grid grid;
     const double bottom = low, range = static_cast<double>(high) - bottom;
     const double size = std::max(std::fabs(bottom), std::fabs(static_cast<double>(high)));
-    if (n < kFewestScores || !(range > 0)) return grid;
+    if (scores < kFewestScores || !(range > 0)) return grid;
     const double needed = std::ceil(range / (kWidth * s.tau));
-    if (!(needed * kFewest <= static_cast<double>(n))) return grid;
-    int64_t cells = std::max(static_cast<int64_t>(needed), n / kUsual);
+    if (!(needed * kFewest <= static_cast<double>(scores))) return grid;
+    int64_t cells = std::max(static_cast<int64_t>(needed), scores / kUsual);
     cells = (cells + kTogether - 1) / kTogether * kTogether;
     // Of the difference of two scores, of its comparison with the knee, and of the number of a cell.
     const double guard = size * 0x1p-20, width = range / static_cast<double>(cells);

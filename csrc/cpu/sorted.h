@@ -224,7 +224,7 @@ class SortedRow {
     const int64_t n = n_ = sorter_.count();
     by_cells_ = false;
     if constexpr (sizeof(T) == 4) {
-      const Grid grid = CellPlan::grid(n, std::min(sorter_.low(), positive.front()),
+      const Grid grid = CellPlan::grid(n + static_cast<int64_t>(positive.size()), std::min(sorter_.low(), positive.front()),
                                        std::max(sorter_.high(), positive.back()), s);
       if (grid.cells() && sorter_.deal(grid, kernels, parallel, cells_.negatives(), cells_.column())) {
         cells_.begin(grid, positive, kernels);
