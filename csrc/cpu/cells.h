@@ -16,60 +16,71 @@ namespace roadmap {
 struct CellPlan {
   // In units of tau: over this width the polynomials and moments are as exact as the series (tests/test_sorted_scan.py).
   static constexpr double kWidth = 0.3;
-  // Scores that a cell has on average: at the least, for a cell costs as much as several; and where cells may be
-  // narrower than they have to be, for what lies around steps and knees is met one by one.
-  static constexpr int64_t kFewest = 8, kUsual = 32;
-  // No cell may have more, nor all scores on average in theirs.
+  // Scores of a bucket on average: at the least, for a cell costs as much as several; and where buckets may be narrower
+  // than they have to be.
+  static constexpr int64_t kFewest = 8, kUsual = 128;
+  // A cell costs as much as so many pairs around steps and knees, of which there are the fewer the narrower cells are.
+  static constexpr double kPairs = 512;
+  // Negatives that no cell may have more of.
   static constexpr int64_t kMostInCell = kBlock / 4;
-  static constexpr double kMostOnAverage = 128;
   static constexpr int64_t kFewestScores = 256;
 
-  // The grid for so many scores, positives and negatives, between low and high; without cells where there is none.
-  static Grid grid(int64_t scores, float low, float high, const Settings<float>& s) {
-    Grid grid;
+  // The buckets for so many scores, positives and negatives, between low and high. Returns whether there are any.
+  static bool lay(Grid& grid, int64_t scores, float low, float high, const Settings<float>& s) {
     const double bottom = low, range = static_cast<double>(high) - bottom;
     const double size = std::max(std::fabs(bottom), std::fabs(static_cast<double>(high)));
-    if (scores < kFewestScores || !(range > 0)) return grid;
+    if (scores < kFewestScores || !(range > 0)) return false;
     const double needed = std::ceil(range / (kWidth * s.tau));
-    if (!(needed * kFewest <= static_cast<double>(scores))) return grid;
-    int64_t cells = std::max(static_cast<int64_t>(needed), scores / kUsual);
-    cells = (cells + kTogether - 1) / kTogether * kTogether;
-    // Of the difference of two scores, of its comparison with the knee, and of the number of a cell.
-    const double guard = size * 0x1p-20, width = range / static_cast<double>(cells);
-    const Buckets<float> buckets = {low, high, static_cast<int32_t>(cells)};
-    const float scale = static_cast<float>(cells) / (high - low);
-    if (!(guard * 4 < width) || !(scale > 0 && scale < std::numeric_limits<float>::infinity())) return grid;
-    grid.buckets = buckets;
-    grid.width = width;
+    if (!(needed * kFewest <= static_cast<double>(scores))) return false;
+    const int64_t units = std::max(static_cast<int64_t>(needed), scores / kUsual) * Grid::kUnits;
+    // Of the difference of two scores, of its comparison with the knee, and of the number of a unit.
+    const double guard = size * 0x1p-20, unit = range / static_cast<double>(units);
+    const float scale = static_cast<float>(units) / (high - low);
+    if (!(guard * 4 < unit * Grid::kUnits) || !(scale > 0 && scale < std::numeric_limits<float>::infinity()) || units > kMostUnits) return false;
+    grid.buckets = {low, high, static_cast<int32_t>(units), Grid::kLevels};
+    grid.unit = unit;
     grid.guard = guard;
-    return grid;
+    return true;
   }
+  // Buckets have numbers of 16 bits, and units fit a float.
+  static constexpr int64_t kMostUnits = int64_t(1) << 22;
 
-  // Cells are dealt to so many at a time, where there are too many for all at once.
-  static constexpr int kShift = 6;
-  static constexpr int64_t kTogether = 1 << kShift;
+  // Cuts the buckets into cells, given where the negatives of each begin, and the positives.
+  static void cut(Grid& grid, const std::vector<uint32_t>& negative, const std::vector<uint32_t>& positive) {
+    const int64_t buckets = grid.units() >> Grid::kLevels;
+    grid.level.resize(buckets);
+    grid.first_cell.resize(buckets + 1);
+    grid.edge.clear();
+    for (int64_t b = 0; b < buckets; ++b) {
+      const double negatives = negative[b + 1] - negative[b], positives = positive[b + 1] - positive[b];
+      int level = 0;
+      while (level < Grid::kLevels && (negatives * positives > std::ldexp(kPairs, 2 * level) ||
+                                       negatives > std::ldexp(kMostInCell / 2, level))) {
+        ++level;
+      }
+      grid.level[b] = static_cast<uint8_t>(level);
+      grid.first_cell[b] = static_cast<uint32_t>(grid.edge.size());
+      for (int cell = 0; cell < 1 << level; ++cell) {
+        grid.edge.push_back(static_cast<int32_t>(b * Grid::kUnits + cell * (Grid::kUnits >> level)));
+      }
+    }
+    grid.first_cell[buckets] = static_cast<uint32_t>(grid.edge.size());
+    grid.edge.push_back(static_cast<int32_t>(grid.units()));
+  }
 };
 
 inline CellSeries::CellSeries(const Grid& grid, const Settings<float>& s) {
-  const double knee_cells = static_cast<double>(s.delta) / grid.width, guard = grid.guard / grid.width;
+  const double units = static_cast<double>(s.delta) / grid.unit, guard = grid.guard / grid.unit;
   constexpr double kFar = 1 << 30;
-  knee = static_cast<int64_t>(std::floor(std::min(knee_cells - guard, kFar)));
-  knee_end = static_cast<int64_t>(std::floor(std::min(knee_cells + guard, kFar))) + 2;
-  const double width = grid.width / s.tau;
-  const double between = static_cast<double>(std::max<int64_t>(0, knee - 1)), under = static_cast<double>(std::max<int64_t>(0, -knee));
-  for (int k = 0; k < kStride; ++k) {
-    const double rate = -(k + 1) * width;
-    half[k] = std::exp(rate / 2);
-    whole[k] = std::exp(rate);
-    window[k] = std::exp(std::max(rate * between, -600.0));
-    merged[k] = std::exp(rate * under);
-  }
-  for (int k = 0; k < kDegree; ++k) {
-    double by = half[k];
-    for (int m = 0; m < kTerms; ++m) {
-      sigmoid[k][m] = Series<float>::sigmoid(k) * by;
-      slope[k][m] = Series<float>::slope(k) * by;
-      by *= (k + 1.0) / (m + 1);
+  knee = static_cast<int64_t>(std::floor(std::min(units - guard, kFar)));
+  knee_last = static_cast<int64_t>(std::floor(std::min(units + guard, kFar))) + 1;
+  for (int level = 0; level <= Grid::kLevels; ++level) {
+    const double width = grid.unit / s.tau * (Grid::kUnits >> level), q = std::exp(-width / 2);
+    double power = 1;
+    for (int k = 0; k < kStride; ++k) {
+      power *= q;
+      half[level][k] = power;
+      whole[level][k] = power * power;
     }
   }
 }
@@ -77,19 +88,26 @@ inline CellSeries::CellSeries(const Grid& grid, const Settings<float>& s) {
 class CellRow {
  public:
   // The negatives of a row, once they are dealt: see Sorter::deal().
+  Grid& grid() { return grid_; }
   Cells& negatives() { return negatives_; }
   std::vector<uint32_t>& column() { return column_; }
 
-  // Takes the ascending positives.
-  void begin(const Grid& grid, const std::vector<float>& positive, const Sorting<float>& kernels) {
-    grid_ = grid;
+  // Takes the ascending positives, once buckets are laid. Returns where those of each bucket begin.
+  const std::vector<uint32_t>& begin(const std::vector<float>& positive, const CellKernels& kernels) {
     const auto size = static_cast<int64_t>(positive.size());
     positives_.n = size;
     positives_.value.resize(size + kPad);
     std::copy(positive.begin(), positive.end(), positives_.value.begin());
-    positives_.first.assign(grid.cells() + 1, 0);
-    kernels.cells->count(positive.data(), size, grid, positives_.first.data() + 1);
-    for (int64_t c = 0; c < grid.cells(); ++c) positives_.first[c + 1] += positives_.first[c];
+    unit_.resize(size);
+    kernels.place(positive.data(), size, grid_, unit_.data());
+    first_.assign((grid_.units() >> Grid::kLevels) + 1, 0);
+    find_ends([](int32_t unit) { return unit >> Grid::kLevels; }, first_);
+    return first_;
+  }
+  // And again, once buckets are cut.
+  void place() {
+    positives_.first.assign(grid_.cells() + 1, 0);
+    find_ends([&](int32_t unit) { return grid_.cell_of(unit); }, positives_.first);
   }
 
   void rank(const Settings<float>& s, const CellKernels& kernels, const Parallel& parallel,
@@ -118,6 +136,13 @@ class CellRow {
   // Cells of one task.
   static constexpr int64_t kCells = 64;
 
+  // first[of(unit) + 1] = where the positives up to there end. They ascend, so no count has to wait for the one before.
+  template <typename Of>
+  void find_ends(const Of& of, std::vector<uint32_t>& first) const {
+    for (int64_t i = 0; i < positives_.n; ++i) first[of(unit_[i]) + 1] = static_cast<uint32_t>(i + 1);
+    for (size_t k = 1; k < first.size(); ++k) first[k] = std::max(first[k - 1], first[k]);
+  }
+
   template <typename Body>
   void for_cells(const Parallel& parallel, const Body& body) const {
     const int64_t cells = grid_.cells();
@@ -128,8 +153,7 @@ class CellRow {
   void sum(Cells& cells, const CellSeries& series, const Settings<float>& s, const CellKernels& kernels,
            const Parallel& parallel) {
     cells.resize(grid_.cells());
-    for_cells(parallel,
-              [&](int64_t begin, int64_t end) { kernels.sum(cells, grid_, series, s.tau, begin, end); });
+    for_cells(parallel, [&](int64_t begin, int64_t end) { kernels.sum(cells, grid_, series, s.tau, begin, end); });
     parallel.run(2, [&](int64_t task, int) {
       task ? kernels.join_above(cells, grid_, series, s.tau) : kernels.join_below(cells, grid_, series);
     });
@@ -138,6 +162,8 @@ class CellRow {
   Grid grid_;
   Cells negatives_, positives_;
   std::vector<uint32_t> column_;  // [n]  of each negative
+  std::vector<int32_t> unit_;     // [P]  of each positive
+  std::vector<uint32_t> first_;   // [buckets + 1]
 };
 
 }  // namespace roadmap

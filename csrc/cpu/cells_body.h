@@ -41,14 +41,67 @@ struct OwnCell {
   }
 };
 
-void count_cells(const float* value, int64_t n, const Grid& grid, uint32_t* count) {
-  const Bucketing<float> bucket(grid.buckets);
-  constexpr int kMany = 512;
-  uint32_t of[kMany];
-  for (int64_t begin = 0; begin < n; begin += kMany) {
-    const int many = static_cast<int>(std::min<int64_t>(kMany, n - begin));
-    for (int j = 0; j < many; ++j) of[j] = bucket.of(value[begin + j]);
-    for (int j = 0; j < many; ++j) ++count[of[j]];
+// Taylor coefficients of e^(k x) times those of the series.
+struct CellTerms {
+  alignas(64) double sigmoid[CellSeries::kDegree][CellSeries::kTerms] = {};
+  alignas(64) double slope[CellSeries::kDegree][CellSeries::kTerms] = {};
+
+  constexpr CellTerms() {
+    for (int k = 0; k < CellSeries::kDegree; ++k) {
+      double by = 1;
+      for (int m = 0; m < CellSeries::kTerms; ++m) {
+        sigmoid[k][m] = Series<float>::sigmoid(k) * by;
+        slope[k][m] = Series<float>::slope(k) * by;
+        by *= (k + 1.0) / (m + 1);
+      }
+    }
+  }
+};
+
+// ---- dealing ----
+
+void place_units(const float* value, int64_t n, const Grid& grid, int32_t* unit) {
+  const Bucketing<float> bucket(grid.buckets.low, grid.buckets.high, grid.buckets.all);
+  for (int64_t j = 0; j < n; ++j) unit[j] = static_cast<int32_t>(bucket.of(value[j]));
+}
+
+void split_bucket(const Entry<float>* entry, int64_t n, const Grid& grid, int64_t bucket, uint32_t begin, float* value,
+                  uint32_t* column, uint32_t* first) {
+  const int level = grid.level[bucket];
+  Buckets<float> cells = grid.buckets;
+  cells.shift = Grid::kLevels - level;
+  cells.first = static_cast<uint32_t>(bucket) << level;
+  const Bucketing<float> cell(cells);
+  uint32_t place[Grid::kUnits] = {};
+  for_buckets(entry, n, cell, [&](int64_t, uint16_t of) { ++place[of]; });
+  first += grid.first_cell[bucket];
+  uint32_t at = begin;
+  for (int c = 0; c < 1 << level; ++c) {
+    first[c] = at;
+    at += place[c];
+    place[c] = first[c];
+  }
+  for_buckets(entry, n, cell, [&](int64_t j, uint16_t of) {
+    const uint32_t to = place[of]++;
+    value[to] = entry[j].value;
+    column[to] = entry[j].index;
+  });
+}
+
+void split_buckets(const Entry<float>* entry, const uint32_t* edge, int64_t begin, int64_t end, const Grid& grid,
+                   float* value, uint32_t* column, uint32_t* first) {
+  for (int64_t b = begin; b < end;) {
+    if (grid.level[b] > 0) {
+      split_bucket(entry + edge[b], edge[b + 1] - edge[b], grid, b, edge[b], value, column, first);
+      ++b;
+      continue;
+    }
+    const uint32_t from = edge[b];  // of a run of whole buckets
+    for (; b < end && grid.level[b] == 0; ++b) first[grid.first_cell[b]] = edge[b];
+    for (uint32_t j = from; j < edge[b]; ++j) {
+      value[j] = entry[j].value;
+      column[j] = entry[j].index;
+    }
   }
 }
 
@@ -60,8 +113,6 @@ void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
   constexpr int kStride = Cells::kStride, kMoments = Cells::kMoments, kVectors = kStride / X::kWidth;
   static constexpr Taylor<float> taylor;
   const double rate = 1 / tau;
-  X::V half[kVectors];
-  for (int k = 0; k < kVectors; ++k) half[k] = X::load(series.half + k * X::kWidth);
   for (int64_t c = begin; c < end; ++c) {
     const int64_t from = cells.first[c], count = cells.first[c + 1] - from;
     double* const moment = &cells.moment[c * Cells::kMomentStride];
@@ -73,7 +124,8 @@ void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
       std::fill_n(above, kStride, 0.0);
       continue;
     }
-    const double middle = grid.edge(c) + grid.width / 2;
+    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
+    const double* const half = series.half[grid.level_of(c)];
     const float* const v = cells.value.data() + from;
     const float* const w = Weighted ? cells.weight.data() + from : nullptr;
     X::V sum[Cells::kMomentStride];
@@ -104,8 +156,8 @@ void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
         even = X::mul_add(X::set(moment[m]), X::load(taylor.term[m] + at), even);
         odd = X::mul_add(X::set(moment[m + 1]), X::load(taylor.term[m + 1] + at), odd);
       }
-      X::store(below + at, (even + odd) * half[k]);
-      X::store(above + at, (even - odd) * half[k]);
+      X::store(below + at, (even + odd) * X::load(half + at));
+      X::store(above + at, (even - odd) * X::load(half + at));
     }
   }
 }
@@ -132,7 +184,7 @@ void join_cells_below(Cells& cells, const Grid& grid, const CellSeries& series) 
   KahanSum weights;
   for (int64_t c = 0; c < size; ++c) {
     double* const own = &cells.below[(c + 1) * kStride];
-    add_cell(series.whole, own - kStride, own);
+    add_cell(series.whole[grid.level_of(c)], own - kStride, own);
     if (weighted) {
       weights.add(cells.moment[c * Cells::kMomentStride]);
       cells.tail[c + 1] = weights.sum;
@@ -149,11 +201,11 @@ void join_cells_above(Cells& cells, const Grid& grid, const CellSeries& series, 
   KahanSum sum;
   for (int64_t c = size - 1; c >= 0; --c) {
     double* const own = &cells.above[c * kStride];
-    add_cell(series.whole, own + kStride, own);
+    add_cell(series.whole[grid.level_of(c)], own + kStride, own);
     if (!weighted) {
       const double* const moment = &cells.moment[c * Cells::kMomentStride];
-      sum.add(static_cast<double>(cells.n - cells.first[c + 1]) * grid.width + moment[0] * grid.width / 2 +
-              moment[1] * tau);
+      const double width = static_cast<double>(grid.edge[c + 1] - grid.edge[c]) * grid.unit;
+      sum.add(static_cast<double>(cells.n - cells.first[c + 1]) * width + moment[0] * width / 2 + moment[1] * tau);
       cells.tail[c] = sum.sum;
     }
   }
@@ -168,21 +220,27 @@ class CellPolynomial {
   static constexpr int kTerms = CellSeries::kTerms;
 
  public:
-  // below, above: sums at the lower and upper edge, or null. own: moments, or null. count: the sources above.
-  void expand(const double* below, const double* above, const double* own, double count, const CellSeries& series) {
+  // below, above: sums at the lower and upper edge. half: of the cell. own: moments, or null. count: the sources above.
+  void expand(const double* below, const double* above, const double* half, const double* own, double count) {
     static constexpr OwnCell own_cell;
+    static constexpr CellTerms terms;
+    alignas(64) double at_middle[2][Cells::kStride];
+    for (int k = 0; k < Cells::kStride; k += X::kWidth) {
+      X::store(at_middle[0] + k, X::load(below + k) * X::load(half + k));
+      X::store(at_middle[1] + k, X::load(above + k) * X::load(half + k));
+    }
     for (int m = 0; m < kTerms; m += X::kWidth) {
       X::V lower = X::set(0), upper = X::set(0), lower_slope = X::set(0), upper_slope = X::set(0);
       X::V curve = X::set(0), slope = X::set(0);
       for (int k = 0; k < CellSeries::kDegree; ++k) {
-        const X::V a = X::set(below[k]), b = X::set(above[k]);
+        const X::V a = X::set(at_middle[0][k]), b = X::set(at_middle[1][k]);
         if constexpr (Curve) {
-          const X::V term = X::load(series.sigmoid[k] + m);
+          const X::V term = X::load(terms.sigmoid[k] + m);
           lower = X::mul_add(a, term, lower);
           upper = X::mul_add(b, term, upper);
         }
         if constexpr (Slope) {
-          const X::V term = X::load(series.slope[k] + m);
+          const X::V term = X::load(terms.slope[k] + m);
           lower_slope = X::mul_add(a, term, lower_slope);
           upper_slope = X::mul_add(b, term, upper_slope);
         }
@@ -214,19 +272,6 @@ class CellPolynomial {
   alignas(64) double curve_[kTerms], slope_[kTerms];
 };
 
-// a - by * b
-void take_off(const double* a, const double* by, const double* b, double* out) {
-  using X = Vec<double>;
-  for (int k = 0; k < Cells::kStride; k += X::kWidth) {
-    X::store(out + k, X::negative_mul_add(X::load(by + k), X::load(b + k), X::load(a + k)));
-  }
-}
-
-void multiply(const double* a, const double* b, double* out) {
-  using X = Vec<double>;
-  for (int k = 0; k < Cells::kStride; k += X::kWidth) X::store(out + k, X::load(a + k) * X::load(b + k));
-}
-
 // e^(d / tau) for the distance d of two scores of one cell: no more than an ulp off, for the exponent is small.
 Vec<float>::V cell_exponential(Vec<float>::V d, const Settings<float>& s) {
   using X = Vec<float>;
@@ -237,6 +282,31 @@ Vec<float>::V cell_exponential(Vec<float>::V d, const Settings<float>& s) {
   for (int k = 6; k >= 0; --k) p = X::mul_add(p, x, X::set(kInverseFactorial[k]));
   return p;
 }
+
+// Decays over a distance, kept for the next cell: neighbouring cells mostly have the same.
+class Decays {
+  using X = Vec<double>;
+  static constexpr int kVectors = Cells::kStride / X::kWidth;
+
+ public:
+  Decays(const Grid& grid, const Settings<float>& s) : grid_(grid), s_(s) {}
+
+  // out[k - 1] = a[k - 1] + sign e^(-k units / tau) b[k - 1]
+  void join(const double* a, double sign, int64_t units, const double* b, double* out) {
+    if (units != units_) decays<float>(static_cast<double>(units) * grid_.unit, s_, by_);
+    units_ = units;
+    for (int k = 0; k < kVectors; ++k) {
+      const int at = k * X::kWidth;
+      X::store(out + at, X::mul_add(by_[k] * X::set(sign), X::load(b + at), X::load(a + at)));
+    }
+  }
+
+ private:
+  const Grid& grid_;
+  const Settings<float>& s_;
+  int64_t units_ = -1;
+  X::V by_[kVectors];
+};
 
 alignas(64) constexpr double kNoSums[Cells::kStride] = {};
 
@@ -284,25 +354,26 @@ void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid,
   Readers<float> readers;
   LaneSums<3> sums;
   alignas(64) double reduced[kStride];
+  Decays decays(grid, s);
 
   for (int64_t c = begin; c < end; ++c) {
     const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
     if (t_begin == t_end) continue;
-    const int64_t knee = Smooth ? cells : std::max<int64_t>(0, std::min(cells, c + series.knee));
-    const int64_t knee_end = Smooth ? cells : std::max<int64_t>(0, std::min(cells, c + series.knee_end));
+    const int64_t knee = Smooth ? cells : grid.edge[c] + series.knee < grid.units() ? grid.cell_of(grid.edge[c] + series.knee) : cells;
+    const int64_t knee_end = Smooth ? cells : grid.edge[c + 1] - 1 + series.knee_last < grid.units() ? grid.cell_of(grid.edge[c + 1] - 1 + series.knee_last) + 1 : cells;
     const bool merged = knee <= c;
+    const double* const half = series.half[grid.level_of(c)];
     if (merged) {
-      const double* below = &sources.below[knee * kStride];
-      multiply(below, series.merged, reduced);
-      polynomial.expand(reduced, kNoSums, nullptr, 0, series);
+      decays.join(kNoSums, 1, grid.edge[c] - grid.edge[knee], &sources.below[knee * kStride], reduced);
+      polynomial.expand(reduced, kNoSums, half, nullptr, 0);
     } else {
       const double* above = &sources.above[(c + 1) * kStride];
       if (knee < cells) {
-        take_off(above, series.window, &sources.above[knee * kStride], reduced);
+        decays.join(above, -1, grid.edge[knee] - grid.edge[c + 1], &sources.above[knee * kStride], reduced);
         above = reduced;
       }
-      polynomial.expand(&sources.below[c * kStride], above, &sources.moment[c * Cells::kMomentStride],
-                        static_cast<double>(first[knee] - first[c + 1]), series);
+      polynomial.expand(&sources.below[c * kStride], above, half, &sources.moment[c * Cells::kMomentStride],
+                        static_cast<double>(first[knee] - first[c + 1]));
     }
     // The sources around the knees, with their exponentials around the lowest target, whose own is then 1: tied targets
     // would all repeat an error.
@@ -317,8 +388,8 @@ void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid,
     const double at_least = merged ? 0 : static_cast<double>(first[knee] - first[c + 1]);
     const double tail = static_cast<double>(sources.n - first[knee_end]);
     const double tail_sum = Smooth ? 0 : sources.tail[knee_end];
-    const double middle = grid.edge(c) + grid.width / 2;
-    const double beyond = grid.edge(knee_end) - static_cast<double>(s.origin);
+    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
+    const double beyond = grid.at(grid.edge[knee_end]) - static_cast<double>(s.origin);
 
     for (int64_t i = t_begin; i < t_end; i += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, t_end - i));
@@ -431,28 +502,29 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
   const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
   CellPolynomial<false, true> polynomial;
   alignas(64) double reduced[kStride];
+  Decays decays(grid, s);
 
   for (int64_t c = begin; c < end; ++c) {
     const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
     if (t_begin == t_end) continue;
     // Sources u whose knees u + delta lie around the cell.
-    const int64_t knee = Smooth ? 0 : std::max<int64_t>(0, std::min(cells, c - series.knee_end + 1));
-    const int64_t knee_end = Smooth ? 0 : std::max<int64_t>(0, std::min(cells, c - series.knee + 1));
+    const int64_t knee = Smooth ? 0 : grid.edge[c] - series.knee_last >= 0 ? grid.cell_of(grid.edge[c] - series.knee_last) : 0;
+    const int64_t knee_end = Smooth ? 0 : grid.edge[c + 1] - 1 - series.knee >= 0 ? grid.cell_of(grid.edge[c + 1] - 1 - series.knee) + 1 : 0;
     const bool merged = knee_end > c;
+    const double* const half = series.half[grid.level_of(c)];
     if (merged) {
-      multiply(&sources.above[knee_end * kStride], series.merged, reduced);
-      polynomial.expand(kNoSums, reduced, nullptr, 0, series);
+      decays.join(kNoSums, 1, grid.edge[knee_end] - grid.edge[c + 1], &sources.above[knee_end * kStride], reduced);
+      polynomial.expand(kNoSums, reduced, half, nullptr, 0);
     } else {
       const double* below = &sources.below[c * kStride];
       if (knee_end > 0) {
-        take_off(below, series.window, &sources.below[knee_end * kStride], reduced);
+        decays.join(below, -1, grid.edge[c] - grid.edge[knee_end], &sources.below[knee_end * kStride], reduced);
         below = reduced;
       }
-      polynomial.expand(below, &sources.above[(c + 1) * kStride], &sources.moment[c * Cells::kMomentStride], 0,
-                        series);
+      polynomial.expand(below, &sources.above[(c + 1) * kStride], half, &sources.moment[c * Cells::kMomentStride], 0);
     }
     const int around = static_cast<int>(sources.first[knee_end] - sources.first[knee]);
-    const double middle = grid.edge(c) + grid.width / 2;
+    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
     const V centre = X::set(static_cast<float>(middle));
     if (around) {
       const float* const u = sources.value.data() + sources.first[knee];
@@ -503,8 +575,8 @@ void slope_cells(const Cells& sources, const Cells& targets, const Grid& grid, c
   run(sources, targets, grid, series, begin, end, s, scratch, scale, column, out);
 }
 
-constexpr CellKernels kCellKernels = {count_cells, sum_cells,  join_cells_below, join_cells_above,
-                                      rank_cells,  slope_cells};
+constexpr CellKernels kCellKernels = {place_units,      split_buckets, sum_cells,  join_cells_below,
+                                      join_cells_above, rank_cells,   slope_cells};
 
 template <typename T>
 constexpr Sorting<T> make_sorting() {

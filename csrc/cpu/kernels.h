@@ -238,14 +238,29 @@ struct Buckets {
   uint32_t first = 0;
 };
 
-// Cells of equal width over the range of a row's scores: cell c holds what Bucketing puts there, which is
-// [edge(c), edge(c + 1)) in real numbers, and within `guard` of it as rounded.
+// Cells over the range of a row's scores, narrow where these are many: equal buckets, each cut into 2^level equal cells.
+// A score lies in unit (v - low) * scale, rounded down, of which a bucket has kUnits: see Bucketing. In real numbers it
+// is in [at(unit), at(unit + 1)), but for `guard`, which bounds all rounding.
 struct Grid {
-  Buckets<float> buckets = {};
-  double width = 0, guard = 0;
+  static constexpr int kLevels = 6, kUnits = 1 << kLevels;
 
-  int64_t cells() const { return buckets.all; }
-  double edge(int64_t cell) const { return static_cast<double>(buckets.low) + static_cast<double>(cell) * width; }
+  Buckets<float> buckets = {};  // the units; a bucket's number lies past its shift
+  double unit = 0, guard = 0;
+  std::vector<uint8_t> level;        // [buckets]
+  std::vector<uint32_t> first_cell;  // [buckets + 1]
+  std::vector<int32_t> edge;         // [cells + 1]  the units where they begin
+
+  int64_t units() const { return buckets.all; }
+  int64_t cells() const { return static_cast<int64_t>(edge.size()) - 1; }
+  double at(int64_t unit_edge) const {
+    return static_cast<double>(buckets.low) + static_cast<double>(unit_edge) * unit;
+  }
+  // The cell of a unit; the first and the last reach to infinity.
+  int64_t cell_of(int64_t of_unit) const {
+    const int64_t u = std::max<int64_t>(0, std::min(of_unit, units() - 1)), bucket = u >> kLevels;
+    return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
+  }
+  int level_of(int64_t cell) const { return kLevels - __builtin_ctz(static_cast<uint32_t>(edge[cell + 1] - edge[cell])); }
 };
 
 // Scores of one row by cell, and the exponential sums of all below and above the edges of cells:
@@ -277,21 +292,22 @@ struct Cells {
 struct CellSeries {
   static constexpr int kTerms = 8, kStride = Cells::kStride, kDegree = Sources<float>::kDegree;
 
-  // The knees of targets in cell c lie in cells [c + knee, c + knee_end): sources in lower ones are not past any knee,
-  // sources from there on are past all.
-  int64_t knee = 0, knee_end = 0;
-  alignas(64) double half[kStride], whole[kStride], window[kStride], merged[kStride];  // e^(-k d / tau): of half a cell, a cell, knee - 1
-                                                                                      // cells, those from the knee to the target
-  // Term m of e^(-k (x + half a cell) / tau) without its sign, times the coefficients of the series.
-  alignas(64) double sigmoid[kDegree][kTerms], slope[kDegree][kTerms];
+  // The knee of a target in unit U lies in units [U + knee, U + knee_last].
+  int64_t knee = 0, knee_last = 0;
+  // e^(-k d / tau) for half a cell and a cell of each level.
+  alignas(64) double half[Grid::kLevels + 1][kStride], whole[Grid::kLevels + 1][kStride];
 
   CellSeries(const Grid&, const Settings<float>&);
 };
 
 // The kernels of the sorted scan by cells. All may be called for parts at once where they take a range.
 struct CellKernels {
-  // count[c] += how many of n values lie in cell c.
-  void (*count)(const float* value, int64_t n, const Grid&, uint32_t* count);
+  // The units of n values.
+  void (*place)(const float* value, int64_t n, const Grid&, int32_t* unit);
+  // Deals the entries of buckets [begin, end), entry[edge[b]] being the first of bucket b, to their cells, whose `first`
+  // it sets.
+  void (*split)(const Entry<float>* entry, const uint32_t* edge, int64_t begin, int64_t end, const Grid&, float* value,
+                uint32_t* column, uint32_t* first);
   // The sums of each cell in [begin, end) alone; join_below() and join_above() make them those of all.
   void (*sum)(Cells&, const Grid&, const CellSeries&, double tau, int64_t begin, int64_t end);
   void (*join_below)(Cells&, const Grid&, const CellSeries&);

@@ -81,47 +81,48 @@ class Sorter {
     return n;
   }
 
-  // Deals them to cells: values and columns go to `cells` and `column`. False, and nothing is moved, where cells would
-  // be crowded.
-  bool deal(const Grid& grid, const Sorting<T>& kernels, const Parallel& parallel, Cells& cells,
-            std::vector<uint32_t>& column) {
-    const int64_t n = count(), tasks = static_cast<int64_t>(parts_.size()), size = grid.cells();
+  // Deals them to the cells of a row, whose buckets are laid. Returns false where cells would be crowded; nothing is
+  // lost then.
+  bool deal(const std::vector<T>& positive, const Sorting<T>& kernels, const Parallel& parallel, CellRow& row) {
+    const int64_t n = count(), tasks = static_cast<int64_t>(parts_.size());
+    Grid& grid = row.grid();
+    const int64_t buckets = grid.units() >> Grid::kLevels;
     if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
-    place_.assign(tasks * size, 0);
+    place_.assign(tasks * buckets, 0);
     parallel.run(tasks, [&](int64_t task, int) {
       const Part& part = parts_[task];
-      kernels.count_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * size]);
+      kernels.count_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * buckets]);
     });
-    cells.first.resize(size + 1);
+    edges_.resize(buckets + 1);
     uint32_t at = 0;
-    int64_t most = 0;
-    double crowd = 0;
-    for (int64_t c = 0; c < size; ++c) {
-      cells.first[c] = at;
+    for (int64_t b = 0; b < buckets; ++b) {
+      edges_[b] = at;
       for (int64_t task = 0; task < tasks; ++task) {
-        const uint32_t count = place_[task * size + c];
-        place_[task * size + c] = at;
+        const uint32_t count = place_[task * buckets + b];
+        place_[task * buckets + b] = at;
         at += count;
       }
-      const int64_t own = at - cells.first[c];
-      most = std::max(most, own);
-      crowd += static_cast<double>(own) * static_cast<double>(own);
     }
-    cells.first[size] = at;
-    if (most > CellPlan::kMostInCell || crowd > CellPlan::kMostOnAverage * static_cast<double>(n)) return false;
+    edges_[buckets] = at;
+    CellPlan::cut(grid, edges_, row.begin(positive, *kernels.cells));
+    row.place();
     parallel.run(tasks, [&](int64_t task, int) {
       const Part& part = parts_[task];
-      kernels.deal_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * size], to_.data());
+      kernels.deal_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * buckets], to_.data());
     });
+    Cells& cells = row.negatives();
     cells.n = n;
     cells.value.resize(n + kPad);
-    column.resize(n);
-    parallel.run((n + kUnzip - 1) / kUnzip, [&](int64_t task, int) {
-      for (int64_t j = task * kUnzip; j < std::min(n, (task + 1) * kUnzip); ++j) {
-        cells.value[j] = to_[j].value;
-        column[j] = to_[j].index;
-      }
+    row.column().resize(n);
+    cells.first.resize(grid.cells() + 1);
+    cells.first[grid.cells()] = static_cast<uint32_t>(n);
+    parallel.run((buckets + kTogether - 1) / kTogether, [&](int64_t task, int) {
+      kernels.cells->split(to_.data(), edges_.data(), task * kTogether, std::min(buckets, (task + 1) * kTogether), grid,
+                           cells.value.data(), row.column().data(), cells.first.data());
     });
+    for (int64_t c = 0; c < grid.cells(); ++c) {
+      if (cells.first[c + 1] - cells.first[c] > CellPlan::kMostInCell) return false;
+    }
     return true;
   }
 
@@ -183,7 +184,7 @@ class Sorter {
 
  private:
   // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
-  static constexpr int64_t kUnzip = 1 << 14, kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
+  static constexpr int64_t kTogether = 16, kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
 
   std::vector<Part> parts_;
   std::vector<Entry<T>> from_, to_;
@@ -224,13 +225,11 @@ class SortedRow {
     const int64_t n = n_ = sorter_.count();
     by_cells_ = false;
     if constexpr (sizeof(T) == 4) {
-      const Grid grid = CellPlan::grid(n + static_cast<int64_t>(positive.size()), std::min(sorter_.low(), positive.front()),
-                                       std::max(sorter_.high(), positive.back()), s);
-      if (grid.cells() && sorter_.deal(grid, kernels, parallel, cells_.negatives(), cells_.column())) {
-        cells_.begin(grid, positive, kernels);
-        by_cells_ = true;
-        return;
-      }
+      by_cells_ = CellPlan::lay(cells_.grid(), n + static_cast<int64_t>(positive.size()),
+                                std::min(sorter_.low(), positive.front()), std::max(sorter_.high(), positive.back()),
+                                s) &&
+                  sorter_.deal(positive, kernels, parallel, cells_);
+      if (by_cells_) return;
     }
     negatives_.weight.clear();
     negatives_.resize(n, leaf_for(n, static_cast<int64_t>(positive.size())));
