@@ -310,174 +310,334 @@ class Decays {
 
 alignas(64) constexpr double kNoSums[Cells::kStride] = {};
 
-// Sums of up to kWidth targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
-template <int Sums>
-struct LaneSums {
-  using X = Vec<float>;
-  using D = Vec<double>;
-  alignas(64) double lanes[Sums][X::kWidth][X::kWidth];
+// Where the sources around the knees of a cell's targets lie, and how these meet them.
+struct Knees {
+  int64_t cell, cell_end;  // in cells
+  int64_t begin, end;      // the sources
+  bool merged;             // some of them may lie around the steps as well
+  // Whether sigma is so flat past the knee that a cubic is as good: then the polynomials have all of them, and what lies
+  // past a knee is taken off again. Else they have none of them.
+  bool flat;
+};
 
-  void clear(int target) {
-    for (auto& sum : lanes) std::fill_n(sum[target], X::kWidth, 0.0);
-  }
-  // out[i] += the sum of target i.
-  void add_to(int sum, int targets, double* out) const {
-    for (int i = 0; i < targets; i += D::kWidth) {
-      D::V half[D::kWidth];
-      for (int k = 0; k < D::kWidth; ++k) {
-        const double* const lane = lanes[sum][std::min(i + k, targets - 1)];
-        half[k] = D::load(lane) + D::load(lane + D::kWidth);
+// Knees are flat from this height on, to this far past them, in units of tau: see KneeCubic.
+bool are_flat(const Settings<float>& s, double furthest) {
+  return s.exact_delta >= kHighKnee * s.tau && furthest - s.exact_delta <= kDenseKnee * s.tau;
+}
+
+KneeCubic cubic_of(const Settings<float>& s) {
+  const double rate = 1 / s.tau, origin = static_cast<double>(s.origin);
+  return {std::min(origin * rate, 1e3), std::max(-1.0, std::min((s.exact_delta - origin) * rate, 1.0))};
+}
+
+// ---- ranks ----
+
+// Reads the ranks of the targets of cells, and their slopes.
+template <bool Smooth, bool Slope>
+class CellRanks {
+  using X = Vec<float>;
+  using V = X::V;
+  using D = Vec<double>;
+  static constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
+  static constexpr int kRun = 8;    // vectors whose shares are summed in float: more would show where many scores tie
+  static constexpr int kAlone = 6;  // so few targets meet a vector of sources at a time; more one source, each in a lane
+
+ public:
+  CellRanks(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
+            const Settings<float>& s, Scratch<float>& scratch)
+      : sources_(sources),
+        targets_(targets),
+        grid_(grid),
+        series_(series),
+        s_(s),
+        scratch_(scratch),
+        v_(sources.value.data()),
+        first_(sources.first.data()),
+        cubic_(cubic_of(s)),
+        decays_(grid, s) {}
+
+  void read(int64_t c, double* rank, double* slope) {
+    const int64_t begin = targets_.first[c], end = targets_.first[c + 1];
+    if (begin == end) return;
+    find_knees(c);
+    expand(c);
+    if (knees_.begin < knees_.end && !knees_.flat) load_pairs(targets_.value[begin]);
+    lowest_ = targets_.value[begin];
+    // What is the same for all: sources at least as high, in cells above; sources past all knees, and how far.
+    const int64_t higher = knees_.merged ? 0 : first_[knees_.cell_end] - first_[c + 1];
+    const double tail = static_cast<double>(sources_.n - first_[knees_.cell_end]);
+    const double tail_sum = Smooth ? 0 : sources_.tail[knees_.cell_end];
+    const double beyond = grid_.at(grid_.edge[knees_.cell_end]) - static_cast<double>(s_.origin);
+    const double rate = 1 / s_.tau;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      load(c, targets_.value.data() + i, count);
+      if constexpr (!Smooth) {
+        if (!knees_.merged) count_steps(first_[c], first_[c + 1]);
+        if (knees_.begin < knees_.end) knees_.flat ? take_off_past() : meet_pairs();
       }
-      alignas(64) double total[D::kWidth];
-      D::sums(half, total);
-      for (int k = 0; k < D::kWidth && i + k < targets; ++k) out[i + k] += total[k];
+      for (int k = 0; k < count; ++k) {
+        double value = readers_.curve[k];
+        if constexpr (!Smooth) {
+          const double past = readers_.past[k] + (tail_sum + tail * (beyond - u_[k]));
+          value += s_.exact_start * (readers_.steps[k] + static_cast<double>(higher) - readers_.tails[k]) +
+                   tail_value(past, readers_.tails[k] + tail, s_);
+        }
+        rank[i + k] = value;
+        if constexpr (Slope) {
+          slope[i + k] = readers_.slope[k] * rate + (Smooth ? 0 : s_.exact_rho * (readers_.tails[k] + tail));
+        }
+      }
     }
   }
+
+ private:
+  void find_knees(int64_t c) {
+    const int64_t cells = grid_.cells(), units = grid_.units();
+    const int64_t from = grid_.edge[c] + series_.knee, to = grid_.edge[c + 1] - 1 + series_.knee_last;
+    Knees& k = knees_;
+    k.cell = Smooth || from >= units ? cells : grid_.cell_of(from);
+    k.cell_end = Smooth || to >= units ? cells : grid_.cell_of(to) + 1;
+    k.begin = first_[k.cell];
+    k.end = first_[k.cell_end];
+    k.merged = k.cell <= c;
+    k.flat = !k.merged && are_flat(s_, grid_.at(grid_.edge[k.cell_end]) - grid_.at(grid_.edge[c]) + grid_.guard);
+  }
+
+  void expand(int64_t c) {
+    const int64_t units = grid_.edge[c + 1] - grid_.edge[c];
+    const double* const half = series_.half[grid_.level_of(c)];
+    middle_ = grid_.at(grid_.edge[c]) + static_cast<double>(units) * grid_.unit / 2;
+    if (knees_.merged) {
+      decays_.join(kNoSums, 1, grid_.edge[c] - grid_.edge[knees_.cell], &sources_.below[knees_.cell * kStride], sums_);
+      polynomial_.expand(sums_, kNoSums, half, nullptr, 0);
+      return;
+    }
+    const int64_t stop = knees_.flat ? knees_.cell_end : knees_.cell;
+    const double* above = &sources_.above[(c + 1) * kStride];
+    if (stop < grid_.cells()) {
+      decays_.join(above, -1, grid_.edge[stop] - grid_.edge[c + 1], &sources_.above[stop * kStride], sums_);
+      above = sums_;
+    }
+    polynomial_.expand(&sources_.below[c * kStride], above, half, &sources_.moment[c * Cells::kMomentStride],
+                       static_cast<double>(first_[stop] - first_[c + 1]));
+  }
+
+  // The sources around the knees, with their exponentials around the lowest target, whose own is then 1: tied targets
+  // would all repeat an error.
+  void load_pairs(float lowest) {
+    const int count = static_cast<int>(knees_.end - knees_.begin);
+    for (int j = 0; j < count; j += kLanes) X::store(scratch_.band + j, X::load(v_ + knees_.begin + j));
+    X::store(scratch_.band + count, X::set(-infinity<float>()));
+    band_exponentials(scratch_.band, count, lowest, s_, scratch_);
+  }
+
+  // Takes up to a vector of targets, and what the polynomials say of them.
+  void load(int64_t, const float* target, int count) {
+    count_ = count;
+    readers_.target = target;
+    readers_.count = count;
+    x_ = X::load(target);  // the first one stands where there are no more
+    if (count < kLanes) x_ = X::select(X::lanes((1u << count) - 1), x_, X::set(target[0]));
+    widen(x_, u_);
+    for (int k = 0; k < kLanes; k += D::kWidth) {
+      const D::V distance = (D::load(u_ + k) - D::set(middle_)) * D::set(1 / s_.tau);
+      D::store(readers_.curve + k, polynomial_.curve(distance));
+      if constexpr (Slope) D::store(readers_.slope + k, polynomial_.slope(distance));
+    }
+    for (double* lanes : {readers_.steps, readers_.tails, readers_.past}) std::fill_n(lanes, kLanes, 0.0);
+  }
+
+  static void widen(V v, double* out) {
+    std::fill_n(out, kLanes, 0.0);
+    X::accumulate(out, v);
+  }
+  // The lanes that hold sources, of those from j on that end at `end`.
+  static unsigned lanes_of(int64_t j, int64_t end) {
+    return end - j < kLanes ? (1u << (end - j)) - 1 : (1u << (kLanes - 1)) * 2 - 1;
+  }
+
+  // How many of the sources are at least as high.
+  void count_steps(int64_t begin, int64_t end) {
+    if (count_ <= kAlone) {
+      for (int k = 0; k < count_; ++k) {
+        const V own = X::set(readers_.target[k]);
+        int above = 0;
+        for (int64_t j = begin; j < end; j += kLanes) {
+          above += __builtin_popcount(X::bits(X::greater_equal(X::load(v_ + j), own)) & lanes_of(j, end));
+        }
+        readers_.steps[k] += above;
+      }
+      return;
+    }
+    constexpr int kCounts = 4;  // one would wait for itself
+    const V one = X::set(1);
+    V above[kCounts];
+    for (V& v : above) v = X::set(0);
+    int64_t j = begin;
+    for (; j + kCounts <= end; j += kCounts) {
+      for (int k = 0; k < kCounts; ++k) {
+        above[k] = X::add_where(X::greater_equal(X::set(v_[j + k]), x_), above[k], one);
+      }
+    }
+    for (; j < end; ++j) above[0] = X::add_where(X::greater_equal(X::set(v_[j]), x_), above[0], one);
+    X::accumulate(readers_.steps, (above[0] + above[1]) + (above[2] + above[3]));
+  }
+
+  // What lies past the knees: how many, how far, and the squares and cubes of how far. The cubic then takes sigma off.
+  void take_off_past() {
+    const V delta = X::set(s_.delta), origin = X::set(s_.origin), zero = X::set(0), one = X::set(1);
+    alignas(64) double square[kLanes] = {}, cube[kLanes] = {};
+    if (count_ <= kAlone) {
+      for (int k = 0; k < count_; ++k) {
+        const V own = X::set(readers_.target[k]);
+        int tails = 0;
+        lanes_.clear(k);
+        V squares = zero, cubes = zero;
+        for (int64_t run = knees_.begin; run < knees_.end; run += kRun * kLanes) {
+          V past = zero;
+          for (int64_t j = run; j < std::min(knees_.end, run + kRun * kLanes); j += kLanes) {
+            const V t = X::load(v_ + j) - own;
+            const unsigned beyond = X::bits(X::greater(t, delta)) & lanes_of(j, knees_.end);
+            const V d = X::select(X::lanes(beyond), t - origin, zero), dd = d * d;
+            tails += __builtin_popcount(beyond);
+            past = past + d;
+            squares = squares + dd;
+            cubes = X::mul_add(dd, d, cubes);
+          }
+          X::accumulate(lanes_.lanes[0][k], past);
+        }
+        X::accumulate(lanes_.lanes[1][k], squares);
+        X::accumulate(lanes_.lanes[2][k], cubes);
+        readers_.tails[k] += tails;
+      }
+      lanes_.add_to(0, count_, readers_.past);
+      lanes_.add_to(1, count_, square);
+      lanes_.add_to(2, count_, cube);
+    } else {
+      V tails = zero, squares = zero, cubes = zero;
+      for (int64_t run = knees_.begin; run < knees_.end; run += kRun) {
+        V past = zero;
+        for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
+          const V t = X::set(v_[j]) - x_;
+          const auto beyond = X::greater(t, delta);
+          const V d = X::select(beyond, t - origin, zero), dd = d * d;
+          tails = X::add_where(beyond, tails, one);
+          past = past + d;
+          squares = squares + dd;
+          cubes = X::mul_add(dd, d, cubes);
+        }
+        X::accumulate(readers_.past, past);
+      }
+      X::accumulate(readers_.tails, tails);
+      X::accumulate(square, squares);
+      X::accumulate(cube, cubes);
+    }
+    const double rate = 1 / s_.tau;
+    const auto value = [&](const double* cubic, int k) {
+      return D::set(cubic[0]) * D::load(readers_.tails + k) + D::set(cubic[1] * rate) * D::load(readers_.past + k) +
+             D::set(cubic[2] * rate * rate) * D::load(square + k) +
+             D::set(cubic[3] * rate * rate * rate) * D::load(cube + k);
+    };
+    for (int k = 0; k < kLanes; k += D::kWidth) {
+      D::store(readers_.curve + k, D::load(readers_.curve + k) - value(cubic_.sigma, k));
+      if constexpr (Slope) D::store(readers_.slope + k, D::load(readers_.slope + k) - value(cubic_.slope, k));
+    }
+  }
+
+  // The pairs around the knees, one by one.
+  void meet_pairs() {
+    const int around = static_cast<int>(knees_.end - knees_.begin);
+    if (count_ > kAlone) {
+      rank_pairs<false, Slope, Where::kAnywhere, 1>(0, around, lowest_, s_, scratch_, readers_);
+    } else {
+      const V delta = X::set(s_.delta), origin = X::set(s_.origin), zero = X::set(0);
+      alignas(64) float exponential[kLanes];
+      X::store(exponential, cell_exponential(x_ - X::set(lowest_), s_));
+      for (int k = 0; k < count_; ++k) {
+        const V own = X::set(readers_.target[k]), own_exponential = X::set(exponential[k]);
+        int steps = 0, tails = 0;
+        lanes_.clear(k);
+        for (int run = 0; run < around; run += kRun * kLanes) {
+          V curve = zero, slopes = zero, past = zero;
+          for (int j = run; j < std::min(around, run + kRun * kLanes); j += kLanes) {
+            const V ev = X::load(scratch_.band_exponential + j), t = X::load(scratch_.band + j) - own;
+            const V value = sigma<float>(ev, own_exponential);
+            const auto beyond = X::greater(t, delta);
+            steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
+            tails += __builtin_popcount(X::bits(beyond));
+            curve = X::add_unless(beyond, curve, value);
+            past = X::add_where(beyond, past, t - origin);
+            if constexpr (Slope) {
+              slopes = X::add_unless(beyond, slopes, sigma_slope<float>(ev, own_exponential, value));
+            }
+          }
+          X::accumulate(lanes_.lanes[0][k], curve);
+          X::accumulate(lanes_.lanes[1][k], past);
+          if constexpr (Slope) X::accumulate(lanes_.lanes[2][k], slopes);
+        }
+        readers_.steps[k] += steps;
+        readers_.tails[k] += tails;
+      }
+      lanes_.add_to(0, count_, readers_.curve);
+      lanes_.add_to(1, count_, readers_.past);
+      if constexpr (Slope) lanes_.add_to(2, count_, readers_.slope);
+    }
+    // They are among the higher ones already.
+    for (int k = 0; !knees_.merged && k < count_; ++k) readers_.steps[k] -= around;
+  }
+
+  // Sums of up to kLanes targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
+  struct LaneSums {
+    alignas(64) double lanes[3][kLanes][kLanes];
+
+    void clear(int target) {
+      for (auto& sum : lanes) std::fill_n(sum[target], kLanes, 0.0);
+    }
+    // out[i] += the sum of target i.
+    void add_to(int sum, int targets, double* out) const {
+      for (int i = 0; i < targets; i += D::kWidth) {
+        D::V half[D::kWidth];
+        for (int k = 0; k < D::kWidth; ++k) {
+          const double* const lane = lanes[sum][std::min(i + k, targets - 1)];
+          half[k] = D::load(lane) + D::load(lane + D::kWidth);
+        }
+        alignas(64) double total[D::kWidth];
+        D::sums(half, total);
+        for (int k = 0; k < D::kWidth && i + k < targets; ++k) out[i + k] += total[k];
+      }
+    }
+  };
+
+  const Cells &sources_, &targets_;
+  const Grid& grid_;
+  const CellSeries& series_;
+  const Settings<float>& s_;
+  Scratch<float>& scratch_;
+  const float* const v_;
+  const uint32_t* const first_;
+  const KneeCubic cubic_;
+  Decays decays_;
+  CellPolynomial<true, Slope> polynomial_;
+  alignas(64) double sums_[kStride];
+  // Of the cell that is read.
+  Knees knees_;
+  double middle_;
+  float lowest_;
+  // Of the targets that read together.
+  int count_;
+  V x_;
+  alignas(64) double u_[kLanes];
+  Readers<float> readers_;
+  LaneSums lanes_;
 };
 
 template <bool Smooth, bool Slope>
 void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
                    int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank,
                    double* slope) {
-  using X = Vec<float>;
-  using V = X::V;
-  using D = Vec<double>;
-  constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
-  constexpr int kRun = 8;    // vectors whose shares are summed in float: more would show where many scores tie
-  constexpr int kAlone = 6;  // so few targets meet a vector of sources at a time; more meet one source, each in a lane
-  const int64_t cells = grid.cells();
-  const double rate = 1 / s.tau;
-  const float* const v = sources.value.data();
-  const uint32_t* const first = sources.first.data();
-  const V delta = X::set(s.delta), origin = X::set(s.origin), zero = X::set(0);
-  CellPolynomial<true, Slope> polynomial;
-  Readers<float> readers;
-  LaneSums<3> sums;
-  alignas(64) double reduced[kStride];
-  Decays decays(grid, s);
-
-  for (int64_t c = begin; c < end; ++c) {
-    const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
-    if (t_begin == t_end) continue;
-    const int64_t knee = Smooth ? cells : grid.edge[c] + series.knee < grid.units() ? grid.cell_of(grid.edge[c] + series.knee) : cells;
-    const int64_t knee_end = Smooth ? cells : grid.edge[c + 1] - 1 + series.knee_last < grid.units() ? grid.cell_of(grid.edge[c + 1] - 1 + series.knee_last) + 1 : cells;
-    const bool merged = knee <= c;
-    const double* const half = series.half[grid.level_of(c)];
-    if (merged) {
-      decays.join(kNoSums, 1, grid.edge[c] - grid.edge[knee], &sources.below[knee * kStride], reduced);
-      polynomial.expand(reduced, kNoSums, half, nullptr, 0);
-    } else {
-      const double* above = &sources.above[(c + 1) * kStride];
-      if (knee < cells) {
-        decays.join(above, -1, grid.edge[knee] - grid.edge[c + 1], &sources.above[knee * kStride], reduced);
-        above = reduced;
-      }
-      polynomial.expand(&sources.below[c * kStride], above, half, &sources.moment[c * Cells::kMomentStride],
-                        static_cast<double>(first[knee] - first[c + 1]));
-    }
-    // The sources around the knees, with their exponentials around the lowest target, whose own is then 1: tied targets
-    // would all repeat an error.
-    const float* const target = targets.value.data();
-    const int around = static_cast<int>(first[knee_end] - first[knee]);
-    if (around) {
-      for (int j = 0; j < around; j += kLanes) X::store(scratch.band + j, X::load(v + first[knee] + j));
-      X::store(scratch.band + around, X::set(-infinity<float>()));
-      band_exponentials(scratch.band, around, target[t_begin], s, scratch);
-    }
-    const int64_t own_begin = first[c], own_end = merged ? own_begin : first[c + 1];
-    const double at_least = merged ? 0 : static_cast<double>(first[knee] - first[c + 1]);
-    const double tail = static_cast<double>(sources.n - first[knee_end]);
-    const double tail_sum = Smooth ? 0 : sources.tail[knee_end];
-    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
-    const double beyond = grid.at(grid.edge[knee_end]) - static_cast<double>(s.origin);
-
-    for (int64_t i = t_begin; i < t_end; i += kLanes) {
-      const int count = static_cast<int>(std::min<int64_t>(kLanes, t_end - i));
-      const bool alone = count <= kAlone;
-      readers.target = target + i;
-      readers.count = count;
-      V x = X::load(target + i);  // the first one stands where there are no more
-      if (count < kLanes) x = X::select(X::lanes((1u << count) - 1), x, X::set(target[i]));
-      const V ex = cell_exponential(x - X::set(target[t_begin]), s);
-      alignas(64) double u[kLanes];
-      std::fill_n(u, kLanes, 0.0);
-      X::accumulate(u, x);
-      for (int k = 0; k < kLanes; k += D::kWidth) {
-        const D::V distance = (D::load(u + k) - D::set(middle)) * D::set(rate);
-        D::store(readers.curve + k, polynomial.curve(distance));
-        if constexpr (Slope) D::store(readers.slope + k, polynomial.slope(distance));
-      }
-      for (double* lanes : {readers.steps, readers.tails, readers.past}) std::fill_n(lanes, kLanes, 0.0);
-      if (!Smooth && alone) {
-        for (int k = 0; k < count; ++k) {
-          const V own = X::set(target[i + k]);
-          int above = 0;
-          for (int64_t j = own_begin; j < own_end; j += kLanes) {
-            const unsigned there = own_end - j < kLanes ? (1u << (own_end - j)) - 1 : (1u << (kLanes - 1)) * 2 - 1;
-            above += __builtin_popcount(X::bits(X::greater_equal(X::load(v + j), own)) & there);
-          }
-          readers.steps[k] += above;
-        }
-      } else if (!Smooth) {
-        constexpr int kCounts = 4;  // one would wait for itself
-        V above[kCounts] = {zero, zero, zero, zero};
-        int64_t j = own_begin;
-        for (; j + kCounts <= own_end; j += kCounts) {
-          for (int k = 0; k < kCounts; ++k) {
-            above[k] = X::add_where(X::greater_equal(X::set(v[j + k]), x), above[k], X::set(1));
-          }
-        }
-        for (; j < own_end; ++j) above[0] = X::add_where(X::greater_equal(X::set(v[j]), x), above[0], X::set(1));
-        X::accumulate(readers.steps, (above[0] + above[1]) + (above[2] + above[3]));
-      }
-      if (around && alone) {
-        alignas(64) float exponential[kLanes];
-        X::store(exponential, ex);
-        for (int k = 0; k < count; ++k) {
-          sums.clear(k);
-          const V own = X::set(target[i + k]), own_exponential = X::set(exponential[k]);
-          int steps = 0, tails = 0;
-          for (int tile = 0; tile < around; tile += kRun * kLanes) {
-            V curve = zero, slopes = zero, past = zero;
-            for (int j = tile; j < std::min(around, tile + kRun * kLanes); j += kLanes) {
-              const V ev = X::load(scratch.band_exponential + j), t = X::load(scratch.band + j) - own;
-              const V value = sigma<float>(ev, own_exponential);
-              const auto beyond_knee = X::greater(t, delta);
-              steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
-              tails += __builtin_popcount(X::bits(beyond_knee));
-              curve = X::add_unless(beyond_knee, curve, value);
-              past = X::add_where(beyond_knee, past, t - origin);
-              if constexpr (Slope) {
-                slopes = X::add_unless(beyond_knee, slopes, sigma_slope<float>(ev, own_exponential, value));
-              }
-            }
-            X::accumulate(sums.lanes[0][k], curve);
-            X::accumulate(sums.lanes[1][k], past);
-            if constexpr (Slope) X::accumulate(sums.lanes[2][k], slopes);
-          }
-          readers.steps[k] += steps;
-          readers.tails[k] += tails;
-        }
-        sums.add_to(0, count, readers.curve);
-        sums.add_to(1, count, readers.past);
-        if constexpr (Slope) sums.add_to(2, count, readers.slope);
-      } else if (around) {
-        rank_pairs<false, Slope, Where::kAnywhere, 1>(0, around, target[t_begin], s, scratch, readers);
-      }
-      for (int k = 0; k < count; ++k) {
-        double value = readers.curve[k];
-        if constexpr (!Smooth) {
-          const double past = readers.past[k] + (tail_sum + tail * (beyond - u[k]));
-          value += s.exact_start * (readers.steps[k] + at_least - readers.tails[k]) +
-                   tail_value(past, readers.tails[k] + tail, s);
-        }
-        rank[i + k] = value;
-        if constexpr (Slope) {
-          slope[i + k] = readers.slope[k] * rate + (Smooth ? 0 : s.exact_rho * (readers.tails[k] + tail));
-        }
-      }
-    }
-  }
+  CellRanks<Smooth, Slope> ranks(sources, targets, grid, series, s, scratch);
+  for (int64_t c = begin; c < end; ++c) ranks.read(c, rank, slope);
 }
 
 void rank_cells(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series, int64_t begin,
@@ -488,6 +648,8 @@ void rank_cells(const Cells& sources, const Cells& targets, const Grid& grid, co
   run(sources, targets, grid, series, begin, end, s, scratch, rank, slope);
 }
 
+// ---- slopes ----
+
 template <bool Smooth>
 void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
                     int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale,
@@ -496,52 +658,66 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
   using V = X::V;
   using D = Vec<double>;
   constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
-  constexpr int kRun = 8;  // of sources whose shares are summed in float
-  const int64_t cells = grid.cells();
+  constexpr int kVectors = 2;  // of targets that share what is loaded of a source
+  constexpr int kRun = 8;      // of sources whose shares are summed in float
   const double rate = 1 / s.tau;
-  const V delta = X::set(s.delta), rho_tau = X::set(s.rho_tau);
+  const V delta = X::set(s.delta), origin = X::set(s.origin), rho_tau = X::set(s.rho_tau);
+  // rho tau less the cubic of sigma', of the distance itself.
+  const KneeCubic cubic = cubic_of(s);
+  V flat[KneeCubic::kPoints];
+  double power = 1;
+  for (int m = 0; m < KneeCubic::kPoints; ++m) {
+    flat[m] = X::set(static_cast<float>((m ? 0 : s.exact_rho * s.tau) - cubic.slope[m] * power));
+    power *= rate;
+  }
   CellPolynomial<false, true> polynomial;
-  alignas(64) double reduced[kStride];
   Decays decays(grid, s);
+  alignas(64) double sums[kStride];
 
   for (int64_t c = begin; c < end; ++c) {
     const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
     if (t_begin == t_end) continue;
     // Sources u whose knees u + delta lie around the cell.
-    const int64_t knee = Smooth ? 0 : grid.edge[c] - series.knee_last >= 0 ? grid.cell_of(grid.edge[c] - series.knee_last) : 0;
-    const int64_t knee_end = Smooth ? 0 : grid.edge[c + 1] - 1 - series.knee >= 0 ? grid.cell_of(grid.edge[c + 1] - 1 - series.knee) + 1 : 0;
-    const bool merged = knee_end > c;
+    const int64_t from = grid.edge[c] - series.knee_last, to = grid.edge[c + 1] - 1 - series.knee;
+    Knees knees;
+    knees.cell = Smooth || from < 0 ? 0 : grid.cell_of(from);
+    knees.cell_end = Smooth || to < 0 ? 0 : grid.cell_of(to) + 1;
+    knees.begin = sources.first[knees.cell];
+    knees.end = sources.first[knees.cell_end];
+    knees.merged = knees.cell_end > c;
+    knees.flat =
+        !knees.merged && are_flat(s, grid.at(grid.edge[c + 1]) - grid.at(grid.edge[knees.cell]) + grid.guard);
+
+    const int64_t units = grid.edge[c + 1] - grid.edge[c];
     const double* const half = series.half[grid.level_of(c)];
-    if (merged) {
-      decays.join(kNoSums, 1, grid.edge[knee_end] - grid.edge[c + 1], &sources.above[knee_end * kStride], reduced);
-      polynomial.expand(kNoSums, reduced, half, nullptr, 0);
+    const double middle = grid.at(grid.edge[c]) + static_cast<double>(units) * grid.unit / 2;
+    if (knees.merged) {
+      decays.join(kNoSums, 1, grid.edge[knees.cell_end] - grid.edge[c + 1], &sources.above[knees.cell_end * kStride],
+                  sums);
+      polynomial.expand(kNoSums, sums, half, nullptr, 0);
     } else {
+      const int64_t stop = knees.flat ? knees.cell : knees.cell_end;
       const double* below = &sources.below[c * kStride];
-      if (knee_end > 0) {
-        decays.join(below, -1, grid.edge[c] - grid.edge[knee_end], &sources.below[knee_end * kStride], reduced);
-        below = reduced;
+      if (stop > 0) {
+        decays.join(below, -1, grid.edge[c] - grid.edge[stop], &sources.below[stop * kStride], sums);
+        below = sums;
       }
       polynomial.expand(below, &sources.above[(c + 1) * kStride], half, &sources.moment[c * Cells::kMomentStride], 0);
     }
-    const int around = static_cast<int>(sources.first[knee_end] - sources.first[knee]);
-    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
+    const int around = static_cast<int>(knees.end - knees.begin);
     const V centre = X::set(static_cast<float>(middle));
-    if (around) {
-      const float* const u = sources.value.data() + sources.first[knee];
-      for (int j = 0; j < around; j += kLanes) {
-        X::store(scratch.band_exponential + j, difference_exponential<float>(X::load(u + j), centre, s));
-      }
+    const float* const u = sources.value.data() + knees.begin;
+    const float* const w = sources.weight.data() + knees.begin;
+    for (int j = 0; j < around && !knees.flat; j += kLanes) {
+      X::store(scratch.band_exponential + j, difference_exponential<float>(X::load(u + j), centre, s));
     }
-    const float* const u = sources.value.data() + sources.first[knee];
-    const float* const w = sources.weight.data() + sources.first[knee];
-    const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knee];
-    constexpr int kVectors = 2;  // of targets that share what is loaded of a source
+    const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knees.cell];
     for (int64_t i = t_begin; i < t_end; i += kVectors * kLanes) {
       alignas(64) double slope[kVectors * kLanes];
       V x[kVectors], ex[kVectors];
       for (int r = 0; r < kVectors; ++r) {
-        const int64_t at = std::min(i + r * kLanes, t_end - 1);
-        x[r] = X::load(targets.value.data() + at);  // beyond the cell: whatever comes next
+        // Beyond the cell: whatever comes next.
+        x[r] = X::load(targets.value.data() + std::min(i + r * kLanes, t_end - 1));
         ex[r] = cell_exponential(centre - x[r], s);
         alignas(64) double lanes[kLanes];
         std::fill_n(lanes, kLanes, 0.0);
@@ -555,9 +731,19 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
         V sum[kVectors];
         for (V& v : sum) v = X::set(0);
         for (int j = run; j < std::min(around, run + kRun); ++j) {
-          const V own = X::set(u[j]), exponential = X::set(scratch.band_exponential[j]), weight = X::set(w[j]);
-          for (int r = 0; r < kVectors; ++r) {
-            sum[r] = X::mul_add(weight, pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau), sum[r]);
+          const V own = X::set(u[j]), weight = X::set(w[j]);
+          if (knees.flat) {
+            for (int r = 0; r < kVectors; ++r) {
+              const V t = x[r] - own, d = t - origin;
+              const V value = X::mul_add(X::mul_add(X::mul_add(flat[3], d, flat[2]), d, flat[1]), d, flat[0]);
+              sum[r] = X::add_where(X::greater(t, delta), sum[r], weight * value);
+            }
+          } else {
+            const V exponential = X::set(scratch.band_exponential[j]);
+            for (int r = 0; r < kVectors; ++r) {
+              const V pair = pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau);
+              sum[r] = X::mul_add(weight, pair, sum[r]);
+            }
           }
         }
         for (int r = 0; r < kVectors; ++r) X::accumulate(slope + r * kLanes, sum[r]);
