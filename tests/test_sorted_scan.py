@@ -745,14 +745,21 @@ def test_a_very_long_row_gives_its_workspace_back():
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_permuting_references_permutes_the_gradient(surrogate):
-    """To the bit where no scores are tied: what is sorted has forgotten where it came from."""
-    scores = (torch.randperm(20_000) / 2**14 - 0.6)[None]
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_permuting_references_permutes_the_gradient(surrogate, dtype):
+    """To the bit where scores are sorted and none are tied: what is sorted has forgotten where it came from.
+
+    In a cell scores stand in the order of their columns: float32 sums to within rounding.
+    """
+    scores = (torch.randperm(20_000) / 2**14 - 0.6).to(dtype)[None]
     target, order = torch.rand(1, 20_000) < 0.2, torch.randperm(20_000)
     one = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
     other = run(ap_loss, scores[:, order], target[:, order], torch.ones(1), method="sorted", surrogate=surrogate)
-    assert_close(one.loss, other.loss, EPS)
-    assert torch.equal(one.gradient[:, order], other.gradient)
+    assert_close(one.loss, other.loss, torch.finfo(dtype).eps)
+    if dtype == torch.float64:
+        assert torch.equal(one.gradient[:, order], other.gradient)
+    else:
+        assert_close(one.gradient[:, order], other.gradient, 4 * EPS, 4 * EPS * float(one.gradient.abs().max()))
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

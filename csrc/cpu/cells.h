@@ -14,13 +14,14 @@ namespace roadmap {
 
 // What cells are worth having, and how they are laid.
 struct CellPlan {
-  // In units of tau: over this width the polynomials and moments are as exact as the series (tests/test_sorted_scan.py).
+  // In units of tau: over this width the polynomials and moments are as exact as the series
+  // (tests/test_sorted_scan.py).
   static constexpr double kWidth = 0.3;
   // Scores of a bucket on average: at the least, for a cell costs as much as several; and where buckets may be narrower
   // than they have to be.
   static constexpr int64_t kFewest = 8, kUsual = 128;
   // A cell costs as much as so many pairs around steps and knees, of which there are the fewer the narrower cells are.
-  static constexpr double kPairs = 512;
+  static constexpr double kPairs = 800;
   // Negatives that no cell may have more of.
   static constexpr int64_t kMostInCell = kBlock / 4;
   static constexpr int64_t kFewestScores = 256;
@@ -36,7 +37,9 @@ struct CellPlan {
     // Of the difference of two scores, of its comparison with the knee, and of the number of a unit.
     const double guard = size * 0x1p-20, unit = range / static_cast<double>(units);
     const float scale = static_cast<float>(units) / (high - low);
-    if (!(guard * 4 < unit * Grid::kUnits) || !(scale > 0 && scale < std::numeric_limits<float>::infinity()) || units > kMostUnits) return false;
+    if (!(guard * 4 < unit * Grid::kUnits) || !(scale > 0 && scale < std::numeric_limits<float>::infinity()) ||
+        units > kMostUnits)
+      return false;
     grid.buckets = {low, high, static_cast<int32_t>(units), Grid::kLevels};
     grid.unit = unit;
     grid.guard = guard;

@@ -9,8 +9,8 @@
 //     the cells of the knee           pair by pair, exactly as by the tiled kernels
 //     the cells above that            a count and a sum
 //
-// and nothing depends on an order within cells. All cells being alike, what the sums have to be multiplied with from one
-// to the next is the same for all.
+// and nothing depends on an order within cells. All cells being alike, what the sums have to be multiplied with from
+// one to the next is the same for all.
 //
 // For float alone: double would need twice the terms, and is there for gradient checks.
 
@@ -315,8 +315,8 @@ struct Knees {
   int64_t cell, cell_end;  // in cells
   int64_t begin, end;      // the sources
   bool merged;             // some of them may lie around the steps as well
-  // Whether sigma is so flat past the knee that a cubic is as good: then the polynomials have all of them, and what lies
-  // past a knee is taken off again. Else they have none of them.
+  // Whether sigma is so flat past the knee that a cubic is as good: then the polynomials have all of them, and what
+  // lies past a knee is taken off again. Else they have none of them.
   bool flat;
 };
 
@@ -339,8 +339,9 @@ class CellRanks {
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
-  static constexpr int kRun = 8;    // vectors whose shares are summed in float: more would show where many scores tie
-  static constexpr int kAlone = 6;  // so few targets meet a vector of sources at a time; more one source, each in a lane
+  static constexpr int kRun = 8;  // vectors whose shares are summed in float: more would show where many scores tie
+  static constexpr int kAlone =
+      6;  // so few targets meet a vector of sources at a time; more one source, each in a lane
 
  public:
   CellRanks(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
@@ -363,31 +364,13 @@ class CellRanks {
     expand(c);
     if (knees_.begin < knees_.end && !knees_.flat) load_pairs(targets_.value[begin]);
     lowest_ = targets_.value[begin];
-    // What is the same for all: sources at least as high, in cells above; sources past all knees, and how far.
-    const int64_t higher = knees_.merged ? 0 : first_[knees_.cell_end] - first_[c + 1];
-    const double tail = static_cast<double>(sources_.n - first_[knees_.cell_end]);
-    const double tail_sum = Smooth ? 0 : sources_.tail[knees_.cell_end];
-    const double beyond = grid_.at(grid_.edge[knees_.cell_end]) - static_cast<double>(s_.origin);
-    const double rate = 1 / s_.tau;
     for (int64_t i = begin; i < end; i += kLanes) {
-      const int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
-      load(c, targets_.value.data() + i, count);
+      load(targets_.value.data() + i, static_cast<int>(std::min<int64_t>(kLanes, end - i)));
       if constexpr (!Smooth) {
         if (!knees_.merged) count_steps(first_[c], first_[c + 1]);
         if (knees_.begin < knees_.end) knees_.flat ? take_off_past() : meet_pairs();
       }
-      for (int k = 0; k < count; ++k) {
-        double value = readers_.curve[k];
-        if constexpr (!Smooth) {
-          const double past = readers_.past[k] + (tail_sum + tail * (beyond - u_[k]));
-          value += s_.exact_start * (readers_.steps[k] + static_cast<double>(higher) - readers_.tails[k]) +
-                   tail_value(past, readers_.tails[k] + tail, s_);
-        }
-        rank[i + k] = value;
-        if constexpr (Slope) {
-          slope[i + k] = readers_.slope[k] * rate + (Smooth ? 0 : s_.exact_rho * (readers_.tails[k] + tail));
-        }
-      }
+      finish(c, rank + i, Slope ? slope + i : nullptr);
     }
   }
 
@@ -433,7 +416,7 @@ class CellRanks {
   }
 
   // Takes up to a vector of targets, and what the polynomials say of them.
-  void load(int64_t, const float* target, int count) {
+  void load(const float* target, int count) {
     count_ = count;
     readers_.target = target;
     readers_.count = count;
@@ -587,6 +570,34 @@ class CellRanks {
     for (int k = 0; !knees_.merged && k < count_; ++k) readers_.steps[k] -= around;
   }
 
+  // Puts together what the targets have read with what is the same for all: sources at least as high, in cells above;
+  // sources past all knees, and how far.
+  void finish(int64_t c, double* rank, double* slope) {
+    const auto higher = static_cast<double>(knees_.merged ? 0 : first_[knees_.cell_end] - first_[c + 1]);
+    const auto tail = static_cast<double>(sources_.n - first_[knees_.cell_end]);
+    const double tail_sum = Smooth ? 0 : sources_.tail[knees_.cell_end];
+    const double knee = grid_.at(grid_.edge[knees_.cell_end]);
+    const D::V start = D::set(s_.exact_start), rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset);
+    alignas(64) double value[kLanes], slopes[kLanes];
+    for (int k = 0; k < kLanes; k += D::kWidth) {
+      D::V sum = D::load(readers_.curve + k), gradient = D::set(0);
+      if constexpr (Slope) gradient = D::load(readers_.slope + k) * D::set(1 / s_.tau);
+      if constexpr (!Smooth) {
+        const D::V tails = D::load(readers_.tails + k), all = tails + D::set(tail);
+        // Scores may be far from 0: their difference comes first.
+        const D::V beyond = (D::set(knee) - D::load(u_ + k)) - D::set(s_.exact_delta);
+        const D::V past = D::load(readers_.past + k) + tails * D::set(static_cast<double>(s_.origin) - s_.exact_delta);
+        sum = sum + start * (D::load(readers_.steps + k) + D::set(higher) - tails) +
+              rho * (past + (D::set(tail_sum) + D::set(tail) * beyond)) + offset * all;
+        gradient = gradient + rho * all;
+      }
+      D::store(value + k, sum);
+      if constexpr (Slope) D::store(slopes + k, gradient);
+    }
+    for (int k = 0; k < count_; ++k) rank[k] = value[k];
+    for (int k = 0; Slope && k < count_; ++k) slope[k] = slopes[k];
+  }
+
   // Sums of up to kLanes targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
   struct LaneSums {
     alignas(64) double lanes[3][kLanes][kLanes];
@@ -685,8 +696,7 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
     knees.begin = sources.first[knees.cell];
     knees.end = sources.first[knees.cell_end];
     knees.merged = knees.cell_end > c;
-    knees.flat =
-        !knees.merged && are_flat(s, grid.at(grid.edge[c + 1]) - grid.at(grid.edge[knees.cell]) + grid.guard);
+    knees.flat = !knees.merged && are_flat(s, grid.at(grid.edge[c + 1]) - grid.at(grid.edge[knees.cell]) + grid.guard);
 
     const int64_t units = grid.edge[c + 1] - grid.edge[c];
     const double* const half = series.half[grid.level_of(c)];
@@ -762,12 +772,21 @@ void slope_cells(const Cells& sources, const Cells& targets, const Grid& grid, c
 }
 
 constexpr CellKernels kCellKernels = {place_units,      split_buckets, sum_cells,  join_cells_below,
-                                      join_cells_above, rank_cells,   slope_cells};
+                                      join_cells_above, rank_cells,    slope_cells};
 
 template <typename T>
 constexpr Sorting<T> make_sorting() {
-  return {keep_entries<T>, count_buckets<T>,    deal_buckets<T>, sort<T>,          sum_leaves<T>,   join_below<T>,
-          join_above<T>,   rank_targets<T>, slope_targets<T>, spread_block<T>, sizeof(T) == 4 ? &kCellKernels : nullptr};
+  return {keep_entries<T>,
+          count_buckets<T>,
+          deal_buckets<T>,
+          sort<T>,
+          sum_leaves<T>,
+          join_below<T>,
+          join_above<T>,
+          rank_targets<T>,
+          slope_targets<T>,
+          spread_block<T>,
+          sizeof(T) == 4 ? &kCellKernels : nullptr};
 }
 
 }  // namespace

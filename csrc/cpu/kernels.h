@@ -238,9 +238,9 @@ struct Buckets {
   uint32_t first = 0;
 };
 
-// Cells over the range of a row's scores, narrow where these are many: equal buckets, each cut into 2^level equal cells.
-// A score lies in unit (v - low) * scale, rounded down, of which a bucket has kUnits: see Bucketing. In real numbers it
-// is in [at(unit), at(unit + 1)), but for `guard`, which bounds all rounding.
+// Cells over the range of a row's scores, narrow where these are many: equal buckets, each cut into 2^level equal
+// cells. A score lies in unit (v - low) * scale, rounded down, of which a bucket has kUnits: see Bucketing. In real
+// numbers it is in [at(unit), at(unit + 1)), but for `guard`, which bounds all rounding.
 struct Grid {
   static constexpr int kLevels = 6, kUnits = 1 << kLevels;
 
@@ -260,7 +260,9 @@ struct Grid {
     const int64_t u = std::max<int64_t>(0, std::min(of_unit, units() - 1)), bucket = u >> kLevels;
     return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
   }
-  int level_of(int64_t cell) const { return kLevels - __builtin_ctz(static_cast<uint32_t>(edge[cell + 1] - edge[cell])); }
+  int level_of(int64_t cell) const {
+    return kLevels - __builtin_ctz(static_cast<uint32_t>(edge[cell + 1] - edge[cell]));
+  }
 };
 
 // Scores of one row by cell, and the exponential sums of all below and above the edges of cells:
@@ -304,8 +306,8 @@ struct CellSeries {
 struct CellKernels {
   // The units of n values.
   void (*place)(const float* value, int64_t n, const Grid&, int32_t* unit);
-  // Deals the entries of buckets [begin, end), entry[edge[b]] being the first of bucket b, to their cells, whose `first`
-  // it sets.
+  // Deals the entries of buckets [begin, end), entry[edge[b]] being the first of bucket b, to their cells, whose
+  // `first` it sets.
   void (*split)(const Entry<float>* entry, const uint32_t* edge, int64_t begin, int64_t end, const Grid&, float* value,
                 uint32_t* column, uint32_t* first);
   // The sums of each cell in [begin, end) alone; join_below() and join_above() make them those of all.

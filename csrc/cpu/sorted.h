@@ -225,10 +225,10 @@ class SortedRow {
     const int64_t n = n_ = sorter_.count();
     by_cells_ = false;
     if constexpr (sizeof(T) == 4) {
-      by_cells_ = CellPlan::lay(cells_.grid(), n + static_cast<int64_t>(positive.size()),
-                                std::min(sorter_.low(), positive.front()), std::max(sorter_.high(), positive.back()),
-                                s) &&
-                  sorter_.deal(positive, kernels, parallel, cells_);
+      by_cells_ =
+          CellPlan::lay(cells_.grid(), n + static_cast<int64_t>(positive.size()),
+                        std::min(sorter_.low(), positive.front()), std::max(sorter_.high(), positive.back()), s) &&
+          sorter_.deal(positive, kernels, parallel, cells_);
       if (by_cells_) return;
     }
     negatives_.weight.clear();

@@ -1,5 +1,5 @@
-// The exponential sums of the sorted scan (after sorting_body.h): of each leaf, and from these, where leaves meet, of all
-// sources below and above.
+// The exponential sums of the sorted scan (after sorting_body.h): of each leaf, and from these, where leaves meet, of
+// all sources below and above.
 //
 // A leaf is narrow beside tau where scores lie dense. Then its sums are had from moments, the sums of powers of the
 // distance from its middle, by the Taylor series of e^(k x): one multiplication and one addition a source and moment,
