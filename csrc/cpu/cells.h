@@ -26,27 +26,32 @@ struct CellPlan {
   static constexpr int64_t kMostInCell = kBlock / 4;
   static constexpr int64_t kFewestScores = 256;
 
+  // Whether so many scores over so wide a range are worth cells.
+  static bool suit(double scores, double range, double tau) {
+    return scores >= kFewestScores && range / (kWidth * tau) * kFewest <= scores;
+  }
+
   // The buckets for so many scores, positives and negatives, between low and high. Returns whether there are any.
   static bool lay(Grid& grid, int64_t scores, float low, float high, const Settings<float>& s) {
     const double bottom = low, range = static_cast<double>(high) - bottom;
     const double size = std::max(std::fabs(bottom), std::fabs(static_cast<double>(high)));
-    if (scores < kFewestScores || !(range > 0)) return false;
-    const double needed = std::ceil(range / (kWidth * s.tau));
-    if (!(needed * kFewest <= static_cast<double>(scores))) return false;
-    const int64_t units = std::max(static_cast<int64_t>(needed), scores / kUsual) * Grid::kUnits;
+    if (!(range > 0)) return false;
+    if (!suit(static_cast<double>(scores), range, s.tau)) return false;
+    const auto needed = static_cast<int64_t>(std::ceil(range / (kWidth * s.tau)));
+    const int64_t units = std::max(needed, std::min(scores / kUsual, kMostBuckets)) * Grid::kUnits;
     // Of the difference of two scores, of its comparison with the knee, and of the number of a unit.
     const double guard = size * 0x1p-20, unit = range / static_cast<double>(units);
     const float scale = static_cast<float>(units) / (high - low);
     if (!(guard * 4 < unit * Grid::kUnits) || !(scale > 0 && scale < std::numeric_limits<float>::infinity()) ||
-        units > kMostUnits)
+        needed > kMostBuckets)
       return false;
     grid.buckets = {low, high, static_cast<int32_t>(units), Grid::kLevels};
     grid.unit = unit;
     grid.guard = guard;
     return true;
   }
-  // Buckets have numbers of 16 bits, and units fit a float.
-  static constexpr int64_t kMostUnits = int64_t(1) << 22;
+  // Their numbers have 16 bits, and those of their units fit a float.
+  static constexpr int64_t kMostBuckets = 1 << 16;
 
   // Cuts the buckets into cells, given where the negatives of each begin, and the positives.
   static void cut(Grid& grid, const std::vector<uint32_t>& negative, const std::vector<uint32_t>& positive) {
