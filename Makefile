@@ -35,7 +35,7 @@ PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOML := 'tomli;python_version<"3.11"'
-TOOLS_test := 'pytest>=8' pytest-cov hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
+TOOLS_test := 'pytest>=8' pytest-cov pytest-xdist hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
 TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
@@ -76,8 +76,9 @@ help:
 build: $(BUILT)
 	@echo "roadmap_ext is built for $(VENV)"
 
+# In two processes; what has to be made once for many tests is made in one of them.
 test: $(BUILT) $(MADE)/test
-	@$(PY) -m pytest --cov=roadmap_ext --cov-fail-under=95 $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup --cov=roadmap_ext --cov-fail-under=95 $(ARGS)
 
 demo: $(BUILT) $(MADE)/demo
 	@$(PY) examples/digits.py $(ARGS)

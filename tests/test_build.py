@@ -15,6 +15,8 @@ import torch
 from roadmap_ext import ap_loss
 from tools import cuda, toolkit
 
+pytestmark = pytest.mark.xdist_group("build")  # trees and archives are made once
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["csrc/cuda/rows.cu"]
 

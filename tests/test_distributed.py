@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 import roadmap_ext
 from roadmap_ext import EmbeddingMemory, cached_backward, distributed
 
+pytestmark = pytest.mark.xdist_group("distributed")  # ranks run once for all cases
+
 LOSSES = {
     "roadmap": roadmap_ext.RoadmapLoss,
     "released": functools.partial(roadmap_ext.RoadmapLoss, calibration_reduction="violating_pairs"),

@@ -12,6 +12,8 @@ import pytest
 
 from tools.cuda import is_toolkit, toolkit_candidates
 
+pytestmark = pytest.mark.xdist_group("nvcc")  # all kernels are compiled once
+
 SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (80, 90)
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"]

@@ -33,6 +33,8 @@ from roadmap_ext.integrations.pytorch_metric_learning import (
     SupAPLoss,
 )
 
+pytestmark = pytest.mark.xdist_group("pytorch_metric_learning")  # ranks run once for all cases
+
 LOSSES = [RoadmapLoss, SupAPLoss, SmoothAPLoss, CalibrationLoss]
 PAGE = Path(__file__).parents[1] / "docs/pytorch-metric-learning.md"
 

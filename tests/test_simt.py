@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("simt")  # the emulator is compiled once
+
 HERE = Path(__file__).parent
 SEEDS = 20
 RIGHT = [
