@@ -413,9 +413,27 @@ def test_constant_rows_and_few_values(n, surrogate):
             assert_as_tiled(scores, target, surrogate=surrogate)
 
 
+def assert_as_exact(scores, target, **options):
+    """Ranks and gradients beside float64's, the gradient's error beside that of the tiled kernels."""
+    weights = torch.rand(2, int(target.sum())) + 0.5
+    ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
+    truth, exact = ranks_and_gradient(scores.double(), target, weights, "tiled", **options)
+    _, tiled = ranks_and_gradient(scores, target, weights, "tiled", **options)
+    assert_close(ranks.negative_rank, truth.negative_rank, 3e-7, 1e-9, "rank-")
+    error, other = ((g.double() - exact).norm() for g in (gradient, tiled))
+    assert error <= 2 * other + ULPS * EPS * weights.max() / options["tau"], "gradient"
+
+
+def crowded(scores, target, value):
+    """The same with more ties than a cell may have: the whole row then goes by leaves of sorted scores."""
+    ties = torch.full((len(scores), 300), value, dtype=scores.dtype)
+    return torch.cat([scores, ties], 1), torch.cat([target, torch.zeros(ties.shape, dtype=torch.bool)], 1)
+
+
+@pytest.mark.parametrize("crowd", [False, True])
 @pytest.mark.parametrize("delta", [0.0, 0.3, 2.0, 4.0, 12.0])
 @pytest.mark.parametrize(("rho", "offset"), [(0.0, 0.0), (0.0, 1.44), (100.0, None)])
-def test_dense_knees(delta, rho, offset):
+def test_dense_knees(delta, rho, offset, crowd):
     """Targets within tau / 10 around the knees of others, and around others, in leaves narrow and wide beside that.
 
     What lies past a knee has a sigma that the polynomials of all must not show: it may weigh nothing at all. Ties show
@@ -435,13 +453,29 @@ def test_dense_knees(delta, rho, offset):
     for u, v in cases:
         scores = torch.cat([u, v])[None].float() * (tau / 128)
         target = (torch.arange(len(u) + len(v)) < len(u))[None]
-        weights = torch.rand(2, len(u)) + 0.5
-        ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
-        truth, exact = ranks_and_gradient(scores.double(), target, weights, "sorted", **options)
-        _, tiled = ranks_and_gradient(scores, target, weights, "tiled", **options)
-        assert_close(ranks.negative_rank, truth.negative_rank, 3e-7, 1e-9, "rank-")
-        error, other = ((g.double() - exact).norm() for g in (gradient, tiled))
-        assert error <= 2 * other + ULPS * EPS * weights.max() / tau, "gradient"
+        if crowd:
+            scores, target = crowded(scores, target, -20 * tau)
+        assert_as_exact(scores, target, **options)
+
+
+@pytest.mark.parametrize("shape", ["even", "normal", "two scales"])
+@pytest.mark.parametrize(("columns", "positives"), [(300, 150), (2000, 8), (2000, 1900), (9000, 900)])
+def test_cells(columns, positives, shape):
+    """Where scores spread over their range: cells of all widths, knees low and high, within a cell and far beyond."""
+    tau, order = 0.02, torch.randperm(columns)
+    spread = {
+        "even": torch.rand(columns),
+        "normal": torch.randn(columns) * 0.1,
+        "two scales": torch.where(torch.rand(columns) < 0.5, torch.rand(columns), 0.3 + 0.01 * torch.rand(columns)),
+    }[shape]
+    # Some scores a knee apart, and some tied.
+    spread[: columns // 4] = spread[columns // 4 : columns // 2][: columns // 4] + 0.1
+    spread[-columns // 10 :] = spread[: columns - columns * 9 // 10]
+    scores, target = spread[order][None], (torch.arange(columns) < positives)[None]
+    for delta in (0.0, 1e-6, 0.001, 0.0125, 0.079, 0.081, 0.1, 0.5, 10.0):
+        assert_as_exact(scores, target, tau=tau, delta=delta, rho=100.0, start=0.5)
+        assert_as_exact(scores + 3, target, tau=tau, delta=delta, rho=0.0, offset=0.0)
+    assert_as_exact(scores, target, tau=tau, surrogate="smooth")
 
 
 # --- anything that scores and settings may be -------------------------------------------------------------------------
