@@ -426,7 +426,7 @@ def assert_as_exact(scores, target, **options):
 
 def crowded(scores, target, value):
     """The same with more ties than a cell may have: the whole row then goes by leaves of sorted scores."""
-    ties = torch.full((len(scores), 300), value, dtype=scores.dtype)
+    ties = torch.full((len(scores), 1100), value, dtype=scores.dtype)
     return torch.cat([scores, ties], 1), torch.cat([target, torch.zeros(ties.shape, dtype=torch.bool)], 1)
 
 
@@ -476,6 +476,19 @@ def test_cells(columns, positives, shape):
         assert_as_exact(scores, target, tau=tau, delta=delta, rho=100.0, start=0.5)
         assert_as_exact(scores + 3, target, tau=tau, delta=delta, rho=0.0, offset=0.0)
     assert_as_exact(scores, target, tau=tau, surrogate="smooth")
+
+
+@pytest.mark.parametrize("many", ["negatives", "positives"])
+def test_more_around_the_knees_than_a_block_holds(many):
+    """Cells wide for few targets, whose knees lie among 10,000 sources in narrow ones."""
+    tau, delta = 0.02, 0.05  # a low knee: pair by pair
+    few, crowd, others = torch.rand(7) * 0.004, torch.rand(10_000) * 0.004, torch.rand(3000)
+    at = 0.2 if many == "negatives" else 0.3
+    scores = torch.cat([few + at, crowd + 0.25, others])[None]
+    positive = torch.cat(
+        [torch.full((7,), many == "negatives"), torch.full((10_000,), many == "positives"), others < 0.01]
+    )
+    assert_as_exact(scores, positive[None], tau=tau, delta=delta, rho=100.0)
 
 
 # --- anything that scores and settings may be -------------------------------------------------------------------------

@@ -362,8 +362,8 @@ class CellRanks {
     if (begin == end) return;
     find_knees(c);
     expand(c);
-    if (knees_.begin < knees_.end && !knees_.flat) load_pairs(targets_.value[begin]);
     lowest_ = targets_.value[begin];
+    loaded_ = -1;
     for (int64_t i = begin; i < end; i += kLanes) {
       load(targets_.value.data() + i, static_cast<int>(std::min<int64_t>(kLanes, end - i)));
       if constexpr (!Smooth) {
@@ -406,13 +406,16 @@ class CellRanks {
                        static_cast<double>(first_[stop] - first_[c + 1]));
   }
 
-  // The sources around the knees, with their exponentials around the lowest target, whose own is then 1: tied targets
-  // would all repeat an error.
-  void load_pairs(float lowest) {
-    const int count = static_cast<int>(knees_.end - knees_.begin);
-    for (int j = 0; j < count; j += kLanes) X::store(scratch_.band + j, X::load(v_ + knees_.begin + j));
+  // Sources of the block at `begin`, with their exponentials around the lowest target, whose own is then 1: tied
+  // targets would all repeat an error. Returns how many.
+  int load_pairs(int64_t begin) {
+    const int count = static_cast<int>(std::min<int64_t>(knees_.end - begin, kBlock));
+    if (loaded_ == begin) return count;  // most cells have one block, which serves all their targets
+    loaded_ = begin;
+    for (int j = 0; j < count; j += kLanes) X::store(scratch_.band + j, X::load(v_ + begin + j));
     X::store(scratch_.band + count, X::set(-infinity<float>()));
-    band_exponentials(scratch_.band, count, lowest, s_, scratch_);
+    band_exponentials(scratch_.band, count, lowest_, s_, scratch_);
+    return count;
   }
 
   // Takes up to a vector of targets, and what the polynomials say of them.
@@ -530,44 +533,52 @@ class CellRanks {
 
   // The pairs around the knees, one by one.
   void meet_pairs() {
-    const int around = static_cast<int>(knees_.end - knees_.begin);
-    if (count_ > kAlone) {
-      rank_pairs<false, Slope, Where::kAnywhere, 1>(0, around, lowest_, s_, scratch_, readers_);
-    } else {
-      const V delta = X::set(s_.delta), origin = X::set(s_.origin), zero = X::set(0);
-      alignas(64) float exponential[kLanes];
-      X::store(exponential, cell_exponential(x_ - X::set(lowest_), s_));
-      for (int k = 0; k < count_; ++k) {
-        const V own = X::set(readers_.target[k]), own_exponential = X::set(exponential[k]);
-        int steps = 0, tails = 0;
-        lanes_.clear(k);
-        for (int run = 0; run < around; run += kRun * kLanes) {
-          V curve = zero, slopes = zero, past = zero;
-          for (int j = run; j < std::min(around, run + kRun * kLanes); j += kLanes) {
-            const V ev = X::load(scratch_.band_exponential + j), t = X::load(scratch_.band + j) - own;
-            const V value = sigma<float>(ev, own_exponential);
-            const auto beyond = X::greater(t, delta);
-            steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
-            tails += __builtin_popcount(X::bits(beyond));
-            curve = X::add_unless(beyond, curve, value);
-            past = X::add_where(beyond, past, t - origin);
-            if constexpr (Slope) {
-              slopes = X::add_unless(beyond, slopes, sigma_slope<float>(ev, own_exponential, value));
-            }
-          }
-          X::accumulate(lanes_.lanes[0][k], curve);
-          X::accumulate(lanes_.lanes[1][k], past);
-          if constexpr (Slope) X::accumulate(lanes_.lanes[2][k], slopes);
-        }
-        readers_.steps[k] += steps;
-        readers_.tails[k] += tails;
+    for (int64_t begin = knees_.begin; begin < knees_.end; begin += kBlock) {
+      const int count = load_pairs(begin);
+      if (count_ > kAlone) {
+        rank_pairs<false, Slope, Where::kAnywhere, 1>(0, count, lowest_, s_, scratch_, readers_);
+      } else {
+        meet_alone(count);
       }
-      lanes_.add_to(0, count_, readers_.curve);
-      lanes_.add_to(1, count_, readers_.past);
-      if constexpr (Slope) lanes_.add_to(2, count_, readers_.slope);
     }
     // They are among the higher ones already.
-    for (int k = 0; !knees_.merged && k < count_; ++k) readers_.steps[k] -= around;
+    const auto counted = static_cast<double>(knees_.merged ? 0 : knees_.end - knees_.begin);
+    for (int k = 0; k < count_; ++k) readers_.steps[k] -= counted;
+  }
+
+  // A vector of sources at a time.
+  void meet_alone(int sources) {
+    const V delta = X::set(s_.delta), origin = X::set(s_.origin), zero = X::set(0);
+    alignas(64) float exponential[kLanes];
+    X::store(exponential, cell_exponential(x_ - X::set(lowest_), s_));
+    for (int k = 0; k < count_; ++k) {
+      const V own = X::set(readers_.target[k]), own_exponential = X::set(exponential[k]);
+      int steps = 0, tails = 0;
+      lanes_.clear(k);
+      for (int run = 0; run < sources; run += kRun * kLanes) {
+        V curve = zero, slopes = zero, past = zero;
+        for (int j = run; j < std::min(sources, run + kRun * kLanes); j += kLanes) {
+          const V ev = X::load(scratch_.band_exponential + j), t = X::load(scratch_.band + j) - own;
+          const V value = sigma<float>(ev, own_exponential);
+          const auto beyond = X::greater(t, delta);
+          steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
+          tails += __builtin_popcount(X::bits(beyond));
+          curve = X::add_unless(beyond, curve, value);
+          past = X::add_where(beyond, past, t - origin);
+          if constexpr (Slope) {
+            slopes = X::add_unless(beyond, slopes, sigma_slope<float>(ev, own_exponential, value));
+          }
+        }
+        X::accumulate(lanes_.lanes[0][k], curve);
+        X::accumulate(lanes_.lanes[1][k], past);
+        if constexpr (Slope) X::accumulate(lanes_.lanes[2][k], slopes);
+      }
+      readers_.steps[k] += steps;
+      readers_.tails[k] += tails;
+    }
+    lanes_.add_to(0, count_, readers_.curve);
+    lanes_.add_to(1, count_, readers_.past);
+    if constexpr (Slope) lanes_.add_to(2, count_, readers_.slope);
   }
 
   // Puts together what the targets have read with what is the same for all: sources at least as high, in cells above;
@@ -635,6 +646,7 @@ class CellRanks {
   Knees knees_;
   double middle_;
   float lowest_;
+  int64_t loaded_;  // where the block begins that is in the scratch
   // Of the targets that read together.
   int count_;
   V x_;
@@ -714,13 +726,17 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
       }
       polynomial.expand(below, &sources.above[(c + 1) * kStride], half, &sources.moment[c * Cells::kMomentStride], 0);
     }
-    const int around = static_cast<int>(knees.end - knees.begin);
     const V centre = X::set(static_cast<float>(middle));
-    const float* const u = sources.value.data() + knees.begin;
-    const float* const w = sources.weight.data() + knees.begin;
-    for (int j = 0; j < around && !knees.flat; j += kLanes) {
-      X::store(scratch.band_exponential + j, difference_exponential<float>(X::load(u + j), centre, s));
-    }
+    const float* const u = sources.value.data();
+    const float* const w = sources.weight.data();
+    int64_t loaded = -1;  // where the block of sources begins whose exponentials are in the scratch
+    const auto load = [&](int64_t first, int64_t last) {
+      if (loaded == first) return;
+      loaded = first;
+      for (int64_t j = first; j < last; j += kLanes) {
+        X::store(scratch.band_exponential + (j - first), difference_exponential<float>(X::load(u + j), centre, s));
+      }
+    };
     const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knees.cell];
     for (int64_t i = t_begin; i < t_end; i += kVectors * kLanes) {
       alignas(64) double slope[kVectors * kLanes];
@@ -737,10 +753,12 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
                    polynomial.slope((D::load(lanes + k) - D::set(middle)) * D::set(rate)) + D::set(tail));
         }
       }
-      for (int run = 0; run < around; run += kRun) {
+      for (int64_t run = knees.begin; run < knees.end; run += kRun) {
+        const int64_t block = run - (run - knees.begin) % kBlock, last = std::min(knees.end, run + kRun);
+        if (!knees.flat) load(block, std::min(knees.end, block + kBlock));
         V sum[kVectors];
         for (V& v : sum) v = X::set(0);
-        for (int j = run; j < std::min(around, run + kRun); ++j) {
+        for (int64_t j = run; j < last; ++j) {
           const V own = X::set(u[j]), weight = X::set(w[j]);
           if (knees.flat) {
             for (int r = 0; r < kVectors; ++r) {
@@ -749,7 +767,7 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
               sum[r] = X::add_where(X::greater(t, delta), sum[r], weight * value);
             }
           } else {
-            const V exponential = X::set(scratch.band_exponential[j]);
+            const V exponential = X::set(scratch.band_exponential[j - block]);
             for (int r = 0; r < kVectors; ++r) {
               const V pair = pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau);
               sum[r] = X::mul_add(weight, pair, sum[r]);
