@@ -424,16 +424,16 @@ def assert_as_exact(scores, target, **options):
     assert error <= 2 * other + ULPS * EPS * weights.max() / options["tau"], "gradient"
 
 
-def crowded(scores, target, value):
-    """The same with more ties than a cell may have: the whole row then goes by leaves of sorted scores."""
-    ties = torch.full((len(scores), 1100), value, dtype=scores.dtype)
-    return torch.cat([scores, ties], 1), torch.cat([target, torch.zeros(ties.shape, dtype=torch.bool)], 1)
+def scattered(scores, target):
+    """The same with a positive far above all, which adds nothing: the whole row then goes by leaves, not by cells."""
+    above = scores.amax(1, keepdim=True) + 1e6 * (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1e-3)
+    return torch.cat([scores, above], 1), torch.cat([target, torch.ones(above.shape, dtype=torch.bool)], 1)
 
 
-@pytest.mark.parametrize("crowd", [False, True])
+@pytest.mark.parametrize("way", ["cells", "leaves"])
 @pytest.mark.parametrize("delta", [0.0, 0.3, 2.0, 4.0, 12.0])
 @pytest.mark.parametrize(("rho", "offset"), [(0.0, 0.0), (0.0, 1.44), (100.0, None)])
-def test_dense_knees(delta, rho, offset, crowd):
+def test_dense_knees(delta, rho, offset, way):
     """Targets within tau / 10 around the knees of others, and around others, in leaves narrow and wide beside that.
 
     What lies past a knee has a sigma that the polynomials of all must not show: it may weigh nothing at all. Ties show
@@ -453,8 +453,8 @@ def test_dense_knees(delta, rho, offset, crowd):
     for u, v in cases:
         scores = torch.cat([u, v])[None].float() * (tau / 128)
         target = (torch.arange(len(u) + len(v)) < len(u))[None]
-        if crowd:
-            scores, target = crowded(scores, target, -20 * tau)
+        if way == "leaves":
+            scores, target = scattered(scores, target)
         assert_as_exact(scores, target, **options)
 
 
@@ -476,6 +476,18 @@ def test_cells(columns, positives, shape):
         assert_as_exact(scores, target, tau=tau, delta=delta, rho=100.0, start=0.5)
         assert_as_exact(scores + 3, target, tau=tau, delta=delta, rho=0.0, offset=0.0)
     assert_as_exact(scores, target, tau=tau, surrogate="smooth")
+
+
+@pytest.mark.parametrize(("rho", "offset"), [(0.0, None), (0.0, 0.0), (0.5, 0.3), (100.0, 0.0)])
+@pytest.mark.parametrize("delta", [0.04, 0.05, 0.0649])
+def test_many_just_past_their_knees(delta, rho, offset):
+    """Pairs that weigh little or nothing: no sigma must be left of what lies past a knee, however much that is."""
+    for negatives, positives in ((300, 50), (1000, 300), (3900, 2000)):
+        u = 0.013 + torch.rand(positives, dtype=torch.float64) * 2e-4
+        v = 0.013 + delta + 2.1e-4 + torch.rand(negatives, dtype=torch.float64) * 5e-4
+        scores = torch.cat([u, v]).float()[None]
+        target = (torch.arange(negatives + positives) < positives)[None]
+        assert_accurate(scores, target, method="sorted", delta=delta, rho=rho, offset=offset)
 
 
 @pytest.mark.parametrize("many", ["negatives", "positives"])

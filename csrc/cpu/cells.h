@@ -21,9 +21,8 @@ struct CellPlan {
   // than they have to be.
   static constexpr int64_t kFewest = 8, kUsual = 128;
   // A cell costs as much as so many pairs around steps and knees, of which there are the fewer the narrower cells are.
-  static constexpr double kPairs = 800;
-  // Negatives that no cell may have more of.
-  static constexpr int64_t kMostInCell = kBlock / 4;
+  // What crowds even in the narrowest is too much where scores would meet more than kMostPairs each.
+  static constexpr double kPairs = 2000, kMostPairs = 256;
   static constexpr int64_t kFewestScores = 256;
 
   // Whether so many scores over so wide a range are worth cells.
@@ -53,19 +52,33 @@ struct CellPlan {
   // Their numbers have 16 bits, and those of their units fit a float.
   static constexpr int64_t kMostBuckets = 1 << 16;
 
-  // Cuts the buckets into cells, given where the negatives of each begin, and the positives.
-  static void cut(Grid& grid, const std::vector<uint32_t>& negative, const std::vector<uint32_t>& positive) {
+  // Cuts the buckets into cells, given where the negatives of each begin, and the positives. Returns whether they are
+  // few enough in each.
+  static bool cut(Grid& grid, const std::vector<uint32_t>& negative, const std::vector<uint32_t>& positive,
+                  const Settings<float>& s) {
     const int64_t buckets = grid.units() >> Grid::kLevels;
+    // From a bucket to those of its knees.
+    const double far = static_cast<double>(s.delta) / (grid.unit * Grid::kUnits);
+    const int64_t knee = static_cast<int64_t>(std::min(far, static_cast<double>(buckets)));
+    const bool smooth = s.surrogate == Surrogate::kSmooth;
+    const auto in = [&](const std::vector<uint32_t>& first, int64_t bucket) {
+      return bucket < 0 || bucket >= buckets ? 0.0 : static_cast<double>(first[bucket + 1] - first[bucket]);
+    };
+    const auto around = [&](const std::vector<uint32_t>& first, int64_t bucket) {
+      return std::max({in(first, bucket - 1), in(first, bucket), in(first, bucket + 1)});
+    };
     grid.level.resize(buckets);
     grid.first_cell.resize(buckets + 1);
     grid.edge.clear();
+    double all = 0;
     for (int64_t b = 0; b < buckets; ++b) {
-      const double negatives = negative[b + 1] - negative[b], positives = positive[b + 1] - positive[b];
+      const double n = in(negative, b), p = in(positive, b);
+      double pairs = 0;  // steps, knees of the positives here, knees of others
+      if (!smooth && n > 0) pairs += n * (p + around(positive, b - knee));
+      if (!smooth && p > 0) pairs += p * around(negative, b + knee);
       int level = 0;
-      while (level < Grid::kLevels && (negatives * positives > std::ldexp(kPairs, 2 * level) ||
-                                       negatives > std::ldexp(kMostInCell / 2, level))) {
-        ++level;
-      }
+      while (level < Grid::kLevels && pairs > std::ldexp(kPairs, 2 * level)) ++level;
+      all += std::ldexp(pairs, -level);
       grid.level[b] = static_cast<uint8_t>(level);
       grid.first_cell[b] = static_cast<uint32_t>(grid.edge.size());
       for (int cell = 0; cell < 1 << level; ++cell) {
@@ -74,6 +87,7 @@ struct CellPlan {
     }
     grid.first_cell[buckets] = static_cast<uint32_t>(grid.edge.size());
     grid.edge.push_back(static_cast<int32_t>(grid.units()));
+    return all <= kMostPairs * static_cast<double>(negative[buckets] + positive[buckets]);
   }
 };
 

@@ -320,9 +320,13 @@ struct Knees {
   bool flat;
 };
 
-// Knees are flat from this height on, to this far past them, in units of tau: see KneeCubic.
+// Knees are flat from kHighKnee on, to kDenseKnee past them: see KneeCubic. What is left of a sigma that is taken off
+// again is a part in 10^7 or so of that: it must not show, whatever the number of sources, in what the pairs past a
+// knee add themselves.
 bool are_flat(const Settings<float>& s, double furthest) {
-  return s.exact_delta >= kHighKnee * s.tau && furthest - s.exact_delta <= kDenseKnee * s.tau;
+  constexpr double kLeast = 0.1;  // of rho tau and of offset, where sigma' is 0.018 at the most, and sigma 1
+  return s.exact_delta >= kHighKnee * s.tau && furthest - s.exact_delta <= kDenseKnee * s.tau &&
+         s.exact_rho * s.tau >= kLeast && s.exact_offset >= kLeast;
 }
 
 KneeCubic cubic_of(const Settings<float>& s) {

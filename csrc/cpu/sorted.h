@@ -81,9 +81,10 @@ class Sorter {
     return n;
   }
 
-  // Deals them to the cells of a row, whose buckets are laid. Returns false where cells would be crowded; nothing is
-  // lost then.
-  bool deal(const std::vector<T>& positive, const Sorting<T>& kernels, const Parallel& parallel, CellRow& row) {
+  // Deals them to the cells of a row, whose buckets are laid. Returns false, and moves nothing, where cells would be
+  // crowded.
+  bool deal(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
+            CellRow& row) {
     const int64_t n = count(), tasks = static_cast<int64_t>(parts_.size());
     Grid& grid = row.grid();
     const int64_t buckets = grid.units() >> Grid::kLevels;
@@ -104,7 +105,7 @@ class Sorter {
       }
     }
     edges_[buckets] = at;
-    CellPlan::cut(grid, edges_, row.begin(positive, *kernels.cells));
+    if (!CellPlan::cut(grid, edges_, row.begin(positive, *kernels.cells), s)) return false;
     row.place();
     parallel.run(tasks, [&](int64_t task, int) {
       const Part& part = parts_[task];
@@ -120,9 +121,6 @@ class Sorter {
       kernels.cells->split(to_.data(), edges_.data(), task * kTogether, std::min(buckets, (task + 1) * kTogether), grid,
                            cells.value.data(), row.column().data(), cells.first.data());
     });
-    for (int64_t c = 0; c < grid.cells(); ++c) {
-      if (cells.first[c + 1] - cells.first[c] > CellPlan::kMostInCell) return false;
-    }
     return true;
   }
 
@@ -228,7 +226,7 @@ class SortedRow {
       by_cells_ =
           CellPlan::lay(cells_.grid(), n + static_cast<int64_t>(positive.size()),
                         std::min(sorter_.low(), positive.front()), std::max(sorter_.high(), positive.back()), s) &&
-          sorter_.deal(positive, kernels, parallel, cells_);
+          sorter_.deal(positive, s, kernels, parallel, cells_);
       if (by_cells_) return;
     }
     negatives_.weight.clear();
