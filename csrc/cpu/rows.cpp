@@ -240,10 +240,11 @@ class Pass {
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
     const double positives = static_cast<double>(size);
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
-    // Cells cost half of what sorting does, where they are to be had (cells.h).
+    // Cells cost half of what leaves of sorted scores do, where they are to be had, and something each (cells.h).
     const double range = static_cast<double>(std::max(top, u.back())) - static_cast<double>(u.front());
     const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
-    double scan = cells ? 8 * negatives + 24 * positives : 14 * negatives + 36 * positives;
+    double scan = cells ? 5000 + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
+                        : 1500 + 14 * negatives + 36 * positives;
     double tiled = 0.3 * static_cast<double>(curve) * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which also meets positives with positives
       scan += 40 * positives;
