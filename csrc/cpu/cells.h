@@ -1,4 +1,4 @@
-// One row by cells: the sorted scan where scores spread evenly over their range. Its steps and their order; the work
+// One row by cells: the sorted scan where scores spread over their range. Its steps and their order; the work
 // itself is in cells_body.h.
 #pragma once
 

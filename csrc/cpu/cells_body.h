@@ -1,23 +1,24 @@
 // The sorted scan by cells, in the vectors of whichever instruction set includes this file (after sorted_body.h).
 //
-// Where scores spread evenly over their range, dealing them to narrow cells of equal width is as good as sorting them.
-// Over a cell of kCellWidth tau everything smooth is a short polynomial around its middle: of the sources below and
-// above, by the series; of those in the cell, by the Taylor series of sigma and their moments. So a target reads
+// Where scores spread over their range, dealing them to narrow cells is as good as sorting them. Over a cell of
+// CellPlan::kWidth tau everything smooth is a short polynomial around its middle: of the sources below and above, by
+// the series; of those in the cell, by the Taylor series of sigma and their moments. So a target reads
 //
-//     the polynomials of its cell     all sources whose sigma counts, but for those around the knee
+//     the polynomials of its cell     all sources whose sigma counts
 //     the sources of its cell         how many are at least as high: the steps
-//     the cells of the knee           pair by pair, exactly as by the tiled kernels
+//     the cells of the knees          one by one, decided exactly as by the tiled kernels
 //     the cells above that            a count and a sum
 //
-// and nothing depends on an order within cells. All cells being alike, what the sums have to be multiplied with from
-// one to the next is the same for all.
+// and nothing depends on an order within cells. Cells of a level being alike, what the sums have to be multiplied with
+// from one to the next is a table.
 //
 // For float alone: double would need twice the terms, and is there for gradient checks.
 
 namespace {
 
-// Taylor coefficients of sigma at 0.
 constexpr int kOwnTerms = 10;
+
+// What a source of the target's own cell gives, by the Taylor series of sigma at 0.
 struct OwnCell {
   // Of x^i y^r in sigma(y - x) and in its slope, x the target, y the source.
   alignas(64) double sigmoid[kOwnTerms][CellSeries::kTerms] = {}, slope[kOwnTerms][CellSeries::kTerms] = {};
