@@ -917,7 +917,8 @@ def test_every_instruction_set():
     """This file once more for each that the processor has, beside the one in use."""
     if "ROADMAP_EXT_CPU" in os.environ or not OTHERS:
         pytest.skip("one instruction set, or a run for one of them")
-    left_out = "not every_instruction_set and not other_suites and not series and not 1000000 and not compile"
+    left_out = "not every_instruction_set and not other_suites and not series and not compile and not test_cluster"
+    left_out += " and not at_scale and not 1000000"
     runs = [pytest_run("-x", "-k", left_out, __file__, ROADMAP_EXT_CPU=name) for name in OTHERS]
     outputs = [one.communicate(timeout=600)[0] for one in runs]
     for name, one, output in zip(OTHERS, runs, outputs, strict=True):
