@@ -478,7 +478,7 @@ def test_cells(columns, positives, shape):
     assert_as_exact(scores, target, tau=tau, surrogate="smooth")
 
 
-@pytest.mark.parametrize(("rho", "offset"), [(0.0, None), (0.0, 0.0), (0.5, 0.3), (100.0, 0.0)])
+@pytest.mark.parametrize(("rho", "offset"), [(0.0, None), (0.0, 0.0), (0.5, 0.3), (100.0, 0.0), (10.0, 0.1)])
 @pytest.mark.parametrize("delta", [0.04, 0.05, 0.0649])
 def test_many_just_past_their_knees(delta, rho, offset):
     """Pairs that weigh little or nothing: no sigma must be left of what lies past a knee, however much that is."""
