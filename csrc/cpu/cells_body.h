@@ -125,7 +125,7 @@ void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
       std::fill_n(above, kStride, 0.0);
       continue;
     }
-    const double middle = (grid.at(grid.edge[c]) + grid.at(grid.edge[c + 1])) / 2;
+    const double middle = grid.middle(c);
     const double* const half = series.half[grid.level_of(c)];
     const float* const v = cells.value.data() + from;
     const float* const w = Weighted ? cells.weight.data() + from : nullptr;
@@ -290,7 +290,9 @@ class Decays {
   static constexpr int kVectors = Cells::kStride / X::kWidth;
 
  public:
-  Decays(const Grid& grid, const Settings<float>& s) : grid_(grid), s_(s) {}
+  Decays(const Grid& grid, const Settings<float>& s) : grid_(grid), s_(s) {
+    for (X::V& by : by_) by = X::set(1);
+  }
 
   // out[k - 1] = a[k - 1] + sign e^(-k units / tau) b[k - 1]
   void join(const double* a, double sign, int64_t units, const double* b, double* out) {
@@ -305,7 +307,7 @@ class Decays {
  private:
   const Grid& grid_;
   const Settings<float>& s_;
-  int64_t units_ = -1;
+  int64_t units_ = 0;
   X::V by_[kVectors];
 };
 
@@ -330,11 +332,6 @@ bool are_flat(const Settings<float>& s, double furthest) {
          s.exact_rho * s.tau >= kLeast && s.exact_offset >= kLeast;
 }
 
-KneeCubic cubic_of(const Settings<float>& s) {
-  const double rate = 1 / s.tau, origin = static_cast<double>(s.origin);
-  return {std::min(origin * rate, 1e3), std::max(-1.0, std::min((s.exact_delta - origin) * rate, 1.0))};
-}
-
 // ---- ranks ----
 
 // Reads the ranks of the targets of cells, and their slopes.
@@ -344,9 +341,10 @@ class CellRanks {
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
-  static constexpr int kRun = 8;  // vectors whose shares are summed in float: more would show where many scores tie
-  static constexpr int kAlone =
-      6;  // so few targets meet a vector of sources at a time; more one source, each in a lane
+  // Vectors whose shares are summed in float: more would show where many scores tie.
+  static constexpr int kRun = 8;
+  // So few targets meet a vector of sources at a time; more meet one source, each in a lane.
+  static constexpr int kAlone = 6;
 
  public:
   CellRanks(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
@@ -393,9 +391,8 @@ class CellRanks {
   }
 
   void expand(int64_t c) {
-    const int64_t units = grid_.edge[c + 1] - grid_.edge[c];
     const double* const half = series_.half[grid_.level_of(c)];
-    middle_ = grid_.at(grid_.edge[c]) + static_cast<double>(units) * grid_.unit / 2;
+    middle_ = grid_.middle(c);
     if (knees_.merged) {
       decays_.join(kNoSums, 1, grid_.edge[c] - grid_.edge[knees_.cell], &sources_.below[knees_.cell * kStride], sums_);
       polynomial_.expand(sums_, kNoSums, half, nullptr, 0);
@@ -715,9 +712,8 @@ void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid
     knees.merged = knees.cell_end > c;
     knees.flat = !knees.merged && are_flat(s, grid.at(grid.edge[c + 1]) - grid.at(grid.edge[knees.cell]) + grid.guard);
 
-    const int64_t units = grid.edge[c + 1] - grid.edge[c];
     const double* const half = series.half[grid.level_of(c)];
-    const double middle = grid.at(grid.edge[c]) + static_cast<double>(units) * grid.unit / 2;
+    const double middle = grid.middle(c);
     if (knees.merged) {
       decays.join(kNoSums, 1, grid.edge[knees.cell_end] - grid.edge[c + 1], &sources.above[knees.cell_end * kStride],
                   sums);

@@ -69,6 +69,13 @@ struct KneeCubic {
   }
 };
 
+template <typename T>
+KneeCubic cubic_of(const Settings<T>& s) {
+  // Where the origin is far off, the knee is so high that sigma is 1.
+  const double rate = 1 / s.tau, origin = static_cast<double>(s.origin);
+  return {std::min(origin * rate, 1e3), std::max(-1.0, std::min((s.exact_delta - origin) * rate, 1.0))};
+}
+
 // Targets in ascending order that read by polynomials, as many at a time as fit.
 template <bool Smooth, bool Weighted, typename T>
 class Dense {
@@ -83,9 +90,7 @@ class Dense {
         s_(s),
         rate_(1 / s.tau),
         high_knee_(s.exact_delta >= kHighKnee * s.tau),
-        // Where the origin is far off, the knee is so high that sigma is 1.
-        knee_(std::min(static_cast<double>(s.origin) * rate_, 1e3),
-              std::max(-1.0, std::min((s.exact_delta - static_cast<double>(s.origin)) * rate_, 1.0))) {}
+        knee_(cubic_of(s)) {}
 
   // Makes the polynomials that the ascending targets from target[0] on read. Returns how many of them do: 0 where the
   // first cannot. `walk` must not be past it.

@@ -255,6 +255,7 @@ struct Grid {
   double at(int64_t unit_edge) const {
     return static_cast<double>(buckets.low) + static_cast<double>(unit_edge) * unit;
   }
+  double middle(int64_t cell) const { return (at(edge[cell]) + at(edge[cell + 1])) / 2; }
   // The cell of a unit; the first and the last reach to infinity.
   int64_t cell_of(int64_t of_unit) const {
     const int64_t u = std::max<int64_t>(0, std::min(of_unit, units() - 1)), bucket = u >> kLevels;

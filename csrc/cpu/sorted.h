@@ -85,32 +85,13 @@ class Sorter {
   // crowded.
   bool deal(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
             CellRow& row) {
-    const int64_t n = count(), tasks = static_cast<int64_t>(parts_.size());
+    const int64_t n = count();
     Grid& grid = row.grid();
     const int64_t buckets = grid.units() >> Grid::kLevels;
-    if (to_.size() < static_cast<size_t>(n)) to_.resize(n);
-    place_.assign(tasks * buckets, 0);
-    parallel.run(tasks, [&](int64_t task, int) {
-      const Part& part = parts_[task];
-      kernels.count_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * buckets]);
-    });
-    edges_.resize(buckets + 1);
-    uint32_t at = 0;
-    for (int64_t b = 0; b < buckets; ++b) {
-      edges_[b] = at;
-      for (int64_t task = 0; task < tasks; ++task) {
-        const uint32_t count = place_[task * buckets + b];
-        place_[task * buckets + b] = at;
-        at += count;
-      }
-    }
-    edges_[buckets] = at;
+    count_buckets(grid.buckets, buckets, kernels, parallel);
     if (!CellPlan::cut(grid, edges_, row.begin(positive, *kernels.cells), s)) return false;
     row.place();
-    parallel.run(tasks, [&](int64_t task, int) {
-      const Part& part = parts_[task];
-      kernels.deal_buckets(from_.data() + part.begin, part.count, grid.buckets, &place_[task * buckets], to_.data());
-    });
+    deal_buckets(grid.buckets, buckets, kernels, parallel);
     Cells& cells = row.negatives();
     cells.n = n;
     cells.value.resize(n + kPad);
@@ -150,28 +131,8 @@ class Sorter {
       return;
     }
     const auto buckets = static_cast<int32_t>(std::min(n / kBucket, kMostBuckets));
-    const auto tasks = static_cast<int64_t>(parts_.size());
-    place_.assign(tasks * buckets, 0);
-    parallel.run(tasks, [&](int64_t task, int) {
-      const Part& part = parts_[task];
-      kernels.count_buckets(from_.data() + part.begin, part.count, {low, high, buckets}, &place_[task * buckets]);
-    });
-    edges_.assign(buckets + 1, 0);
-    uint32_t at = 0;
-    for (int32_t b = 0; b < buckets; ++b) {
-      edges_[b] = at;
-      for (int64_t task = 0; task < tasks; ++task) {
-        const uint32_t count = place_[task * buckets + b];
-        place_[task * buckets + b] = at;
-        at += count;
-      }
-    }
-    edges_[buckets] = at;
-    parallel.run(tasks, [&](int64_t task, int) {
-      const Part& part = parts_[task];
-      kernels.deal_buckets(from_.data() + part.begin, part.count, {low, high, buckets}, &place_[task * buckets],
-                           to_.data());
-    });
+    count_buckets({low, high, buckets}, buckets, kernels, parallel);
+    deal_buckets({low, high, buckets}, buckets, kernels, parallel);
     parallel.run(buckets, [&](int64_t b, int) {
       const int64_t begin = edges_[b], count = edges_[b + 1] - begin;
       const T width = (high - low) / static_cast<T>(buckets), first = low + static_cast<T>(b) * width;
@@ -181,6 +142,35 @@ class Sorter {
   }
 
  private:
+  // Finds where the entries of each bucket begin, and those of each part in it.
+  void count_buckets(const Buckets<T>& of, int64_t buckets, const Sorting<T>& kernels, const Parallel& parallel) {
+    const auto tasks = static_cast<int64_t>(parts_.size());
+    place_.assign(tasks * buckets, 0);
+    parallel.run(tasks, [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.count_buckets(from_.data() + part.begin, part.count, of, &place_[task * buckets]);
+    });
+    edges_.resize(buckets + 1);
+    uint32_t at = 0;
+    for (int64_t b = 0; b < buckets; ++b) {
+      edges_[b] = at;
+      for (int64_t task = 0; task < tasks; ++task) {
+        const uint32_t count = place_[task * buckets + b];
+        place_[task * buckets + b] = at;
+        at += count;
+      }
+    }
+    edges_[buckets] = at;
+  }
+  // And puts them there.
+  void deal_buckets(const Buckets<T>& of, int64_t buckets, const Sorting<T>& kernels, const Parallel& parallel) {
+    if (to_.size() < static_cast<size_t>(edges_[buckets])) to_.resize(edges_[buckets]);
+    parallel.run(static_cast<int64_t>(parts_.size()), [&](int64_t task, int) {
+      const Part& part = parts_[task];
+      kernels.deal_buckets(from_.data() + part.begin, part.count, of, &place_[task * buckets], to_.data());
+    });
+  }
+
   // So many entries are sorted at once; more are dealt to buckets of about kBucket first, which fit a cache.
   static constexpr int64_t kTogether = 16, kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
 
