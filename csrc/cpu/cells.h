@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -18,12 +21,21 @@ struct CellPlan {
   // (tests/test_sorted_scan.py).
   static constexpr double kWidth = 0.3;
   // Scores of a bucket on average: at the least, for a cell costs as much as several; and where buckets may be narrower
-  // than they have to be.
-  static constexpr int64_t kFewest = 8, kUsual = 128;
+  // than they have to be, wide spans or not.
+  static constexpr int64_t kFewest = 8, kUsualWide = 512, kUsual = 128;
   // A cell costs as much as so many pairs around steps and knees, of which there are the fewer the narrower cells are.
   // What crowds even in the narrowest is too much where scores would meet more than kMostPairs each.
-  static constexpr double kPairs = 2000, kMostPairs = 256;
+  static constexpr double kPairs = 250, kMostPairs = 256;
   static constexpr int64_t kFewestScores = 256;
+
+  // Whether spans may be wide: where there are no knees, or where sigma is so flat past them that a polynomial takes it
+  // off again (knee.h). What is left of it is a part in 10^8 or so: it must not show, whatever the number of sources,
+  // in what the pairs past a knee add themselves.
+  static bool wide(const Settings<float>& s) {
+    constexpr double kLeast = 0.1;  // of rho tau and of offset, where sigma' is 0.018 at the most, and sigma 1
+    return s.surrogate == Surrogate::kSmooth ||
+           (s.exact_delta >= kHighKnee * s.tau && s.exact_rho * s.tau >= kLeast && s.exact_offset >= kLeast);
+  }
 
   // Whether so many scores over so wide a range are worth cells.
   static bool suit(double scores, double range, double tau) {
@@ -37,7 +49,9 @@ struct CellPlan {
     if (!(range > 0)) return false;
     if (!suit(static_cast<double>(scores), range, s.tau)) return false;
     const auto needed = static_cast<int64_t>(std::ceil(range / (kWidth * s.tau)));
-    const int64_t units = std::max(needed, std::min(scores / kUsual, kMostBuckets)) * Grid::kUnits;
+    grid.wide = wide(s);
+    const int64_t usual = scores / (grid.wide ? kUsualWide : kUsual);
+    const int64_t units = std::max(needed, std::min(usual, kMostBuckets)) * Grid::kUnits;
     // Of the difference of two scores, of its comparison with the knee, and of the number of a unit.
     const double guard = size * 0x1p-20, unit = range / static_cast<double>(units);
     const float scale = static_cast<float>(units) / (high - low);
@@ -75,7 +89,7 @@ struct CellPlan {
       const double n = in(negative, b), p = in(positive, b);
       double pairs = 0;  // steps, knees of the positives here, knees of others
       if (!smooth && n > 0) pairs += n * (p + around(positive, b - knee));
-      if (!smooth && p > 0) pairs += p * around(negative, b + knee);
+      if (!smooth && p > 0) pairs += p * (p + around(negative, b + knee));
       int level = 0;
       while (level < Grid::kLevels && pairs > std::ldexp(kPairs, 2 * level)) ++level;
       all += std::ldexp(pairs, -level);
@@ -87,6 +101,11 @@ struct CellPlan {
     }
     grid.first_cell[buckets] = static_cast<uint32_t>(grid.edge.size());
     grid.edge.push_back(static_cast<int32_t>(grid.units()));
+    grid.cell = grid.first_cell;
+    if (!grid.wide) {
+      grid.cell.resize(grid.edge.size());
+      std::iota(grid.cell.begin(), grid.cell.end(), 0);
+    }
     return all <= kMostPairs * static_cast<double>(negative[buckets] + positive[buckets]);
   }
 };
@@ -105,40 +124,81 @@ inline CellSeries::CellSeries(const Grid& grid, const Settings<float>& s) {
       whole[level][k] = power * power;
     }
   }
+  if (!grid.wide || s.surrogate == Surrogate::kSmooth) return;
+  near = knee >> Grid::kLevels;
+  far = (knee_last + Grid::kUnits - 1) >> Grid::kLevels;
+  const double rate = 1 / s.tau, span = grid.unit * Grid::kUnits;
+  double curve[kKneeTerms], slope[kKneeTerms];
+  const double origin = static_cast<double>(s.origin);
+  const auto take_off = [&](const auto& flat, Past& out) {
+    for (int m = 0; m < flat.kPoints; ++m) {
+      curve[m] = -flat.sigma[m];
+      slope[m] = -flat.slope[m];
+    }
+    curve[0] += s.exact_offset + s.exact_rho * (origin - s.exact_delta);
+    curve[1] += s.exact_rho * s.tau;
+    slope[0] += s.exact_rho * s.tau;
+    for (int m = 0; m < flat.kPoints; ++m) {
+      out.curve[m] = static_cast<float>(m ? curve[m] : curve[m] - s.exact_start);
+      out.slope[m] = static_cast<float>(slope[m]);
+    }
+  };
+  take_off(KneePolynomial<kCloseTerms>(s, kClose), close);
+  take_off(KneePolynomial<kKneeTerms>(s, 2 * (span + grid.guard) * rate), past);
+  for (int64_t k = near; k <= far; ++k) {
+    // z = y - x + shift, or x - y + shift; the powers of that, by the binomials.
+    const double shift = (static_cast<double>(k) * span - origin) * rate;
+    Shifted& table = shifted[k - near];
+    for (int r = 0; r < kKneeTerms; ++r) {
+      for (int i = 0; i + r < kKneeTerms; ++i) {
+        double of_curve = 0, of_slope = 0, choose = 1, power = 1;  // m! / (r! i! (m - r - i)!), shift^(m - r - i)
+        for (int j = 1; j <= i; ++j) choose *= static_cast<double>(r + j) / j;
+        for (int m = r + i; m < kKneeTerms; ++m) {
+          of_curve += curve[m] * choose * power;
+          of_slope += slope[m] * choose * power;
+          choose *= static_cast<double>(m + 1) / (m + 1 - r - i);
+          power *= shift;
+        }
+        table.curve[r][i] = i % 2 ? -of_curve : of_curve;
+        table.slope[r][i] = i % 2 ? -of_slope : of_slope;
+        table.mirrored[r][i] = r % 2 ? -of_slope : of_slope;
+      }
+    }
+  }
 }
 
 class CellRow {
  public:
-  // The negatives of a row, once they are dealt: see Sorter::deal().
   Grid& grid() { return grid_; }
+  // What Sorter::deal() fills.
   Cells& negatives() { return negatives_; }
-  std::vector<uint32_t>& column() { return column_; }
+  Cells& positives() { return positives_; }
 
-  // Takes the ascending positives, once buckets are laid. Returns where those of each bucket begin.
-  const std::vector<uint32_t>& begin(const std::vector<float>& positive, const CellKernels& kernels) {
-    const auto size = static_cast<int64_t>(positive.size());
-    positives_.n = size;
-    positives_.value.resize(size + kPad);
-    std::copy(positive.begin(), positive.end(), positives_.value.begin());
-    unit_.resize(size);
-    kernels.place(positive.data(), size, grid_, unit_.data());
-    first_.assign((grid_.units() >> Grid::kLevels) + 1, 0);
-    find_ends([](int32_t unit) { return unit >> Grid::kLevels; }, first_);
-    return first_;
-  }
-  // And again, once buckets are cut.
-  void place() {
-    positives_.first.assign(grid_.cells() + 1, 0);
-    find_ends([&](int32_t unit) { return grid_.cell_of(unit); }, positives_.first);
+  // Puts the positives of each cell, and so all, into ascending order, equal ones by column.
+  void order_positives(const Parallel& parallel) {
+    for_spans(parallel, [&](int64_t begin, int64_t end) {
+      std::vector<std::pair<float, uint32_t>> entry;
+      for (int64_t c = grid_.cell[begin]; c < grid_.cell[end]; ++c) {
+        const uint32_t from = positives_.first[c], to = positives_.first[c + 1];
+        entry.clear();
+        for (uint32_t i = from; i < to; ++i) entry.emplace_back(positives_.value[i], positives_.column[i]);
+        std::sort(entry.begin(), entry.end());
+        for (uint32_t i = from; i < to; ++i) {
+          std::tie(positives_.value[i], positives_.column[i]) = entry[i - from];
+        }
+      }
+    });
   }
 
+  // Of the positives, as they were dealt: ranks among the negatives, slopes of these if `slope` is not null, and, but
+  // for smooth ranks, ranks among themselves.
   void rank(const Settings<float>& s, const CellKernels& kernels, const Parallel& parallel,
-            Scratch<float>& (*scratch)(), double* rank, double* slope) {
+            Scratch<float>& (*scratch)(), double* rank, double* slope, double* rank_positive) {
     const CellSeries series(grid_, s);
     negatives_.weight.clear();
     sum(negatives_, series, s, kernels, parallel);
-    for_cells(parallel, [&](int64_t begin, int64_t end) {
-      kernels.rank(negatives_, positives_, grid_, series, begin, end, s, scratch(), rank, slope);
+    for_spans(parallel, [&](int64_t begin, int64_t end) {
+      kernels.rank(negatives_, positives_, grid_, series, begin, end, s, scratch(), rank, slope, rank_positive);
     });
   }
 
@@ -149,33 +209,26 @@ class CellRow {
     positives_.weight.resize(positives_.n + kPad);
     std::copy(weight.begin(), weight.end(), positives_.weight.begin());
     sum(positives_, series, s, kernels, parallel);
-    for_cells(parallel, [&](int64_t begin, int64_t end) {
-      kernels.slope(positives_, negatives_, grid_, series, begin, end, s, scratch(), scale, column_.data(), out);
+    for_spans(parallel, [&](int64_t begin, int64_t end) {
+      kernels.slope(positives_, negatives_, grid_, series, begin, end, s, scratch(), scale, out);
     });
   }
 
  private:
-  // Cells of one task.
-  static constexpr int64_t kCells = 64;
-
-  // first[of(unit) + 1] = where the positives up to there end. They ascend, so no count has to wait for the one before.
-  template <typename Of>
-  void find_ends(const Of& of, std::vector<uint32_t>& first) const {
-    for (int64_t i = 0; i < positives_.n; ++i) first[of(unit_[i]) + 1] = static_cast<uint32_t>(i + 1);
-    for (size_t k = 1; k < first.size(); ++k) first[k] = std::max(first[k - 1], first[k]);
-  }
+  // Spans of one task.
+  static constexpr int64_t kWideSpans = 8, kSpans = 64;
 
   template <typename Body>
-  void for_cells(const Parallel& parallel, const Body& body) const {
-    const int64_t cells = grid_.cells();
-    parallel.run((cells + kCells - 1) / kCells,
-                 [&](int64_t task, int) { body(task * kCells, std::min(cells, (task + 1) * kCells)); });
+  void for_spans(const Parallel& parallel, const Body& body) const {
+    const int64_t spans = grid_.spans(), together = grid_.wide ? kWideSpans : kSpans;
+    parallel.run((spans + together - 1) / together,
+                 [&](int64_t task, int) { body(task * together, std::min(spans, (task + 1) * together)); });
   }
 
   void sum(Cells& cells, const CellSeries& series, const Settings<float>& s, const CellKernels& kernels,
            const Parallel& parallel) {
-    cells.resize(grid_.cells());
-    for_cells(parallel, [&](int64_t begin, int64_t end) { kernels.sum(cells, grid_, series, s.tau, begin, end); });
+    cells.resize(grid_.cells(), grid_.spans());
+    for_spans(parallel, [&](int64_t begin, int64_t end) { kernels.sum(cells, grid_, series, s.tau, begin, end); });
     parallel.run(2, [&](int64_t task, int) {
       task ? kernels.join_above(cells, grid_, series, s.tau) : kernels.join_below(cells, grid_, series);
     });
@@ -183,9 +236,6 @@ class CellRow {
 
   Grid grid_;
   Cells negatives_, positives_;
-  std::vector<uint32_t> column_;  // [n]  of each negative
-  std::vector<int32_t> unit_;     // [P]  of each positive
-  std::vector<uint32_t> first_;   // [buckets + 1]
 };
 
 }  // namespace roadmap

@@ -59,12 +59,15 @@ struct CellTerms {
   }
 };
 
-// ---- dealing ----
-
-void place_units(const float* value, int64_t n, const Grid& grid, int32_t* unit) {
-  const Bucketing<float> bucket(grid.buckets.low, grid.buckets.high, grid.buckets.all);
-  for (int64_t j = 0; j < n; ++j) unit[j] = static_cast<int32_t>(bucket.of(value[j]));
+// A vector of floats as doubles.
+Vec<double>::V widened(const float* v) {
+  using X = Vec<double>;
+  alignas(64) double lane[X::kWidth];
+  for (int k = 0; k < X::kWidth; ++k) lane[k] = static_cast<double>(v[k]);
+  return X::load(lane);
 }
+
+// ---- dealing ----
 
 void split_bucket(const Entry<float>* entry, int64_t n, const Grid& grid, int64_t bucket, uint32_t begin, float* value,
                   uint32_t* column, uint32_t* first) {
@@ -106,50 +109,48 @@ void split_buckets(const Entry<float>* entry, const uint32_t* edge, int64_t begi
   }
 }
 
-// ---- the sums of cells ----
+// ---- the sums of spans ----
+
+// The moments of a whole span.
+const double* moments_of(const Cells& cells, const Grid& grid, int64_t span) {
+  return &cells.moment[(grid.cell[span + 1] - 1) * Cells::kMoments];
+}
 
 template <bool Weighted>
-void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
+void sum_spans_as(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
   using X = Vec<double>;
   constexpr int kStride = Cells::kStride, kMoments = Cells::kMoments, kVectors = kStride / X::kWidth;
   static constexpr Taylor<float> taylor;
   const double rate = 1 / tau;
-  for (int64_t c = begin; c < end; ++c) {
-    const int64_t from = cells.first[c], count = cells.first[c + 1] - from;
-    double* const moment = &cells.moment[c * Cells::kMomentStride];
-    double* const below = &cells.below[(c + 1) * kStride];
-    double* const above = &cells.above[c * kStride];
-    if (!count) {
-      std::fill_n(moment, Cells::kMomentStride, 0.0);
-      std::fill_n(below, kStride, 0.0);
-      std::fill_n(above, kStride, 0.0);
-      continue;
-    }
-    const double middle = grid.middle(c);
-    const double* const half = series.half[grid.level_of(c)];
-    const float* const v = cells.value.data() + from;
-    const float* const w = Weighted ? cells.weight.data() + from : nullptr;
-    X::V sum[Cells::kMomentStride];
-    for (X::V& m : sum) m = X::set(0);
-    for (int64_t j = 0; j < count; j += X::kWidth) {
-      // Lanes beyond the cell hold what comes next, and weigh nothing.
-      alignas(64) double lane[X::kWidth], weight[X::kWidth];
-      for (int k = 0; k < X::kWidth; ++k) lane[k] = static_cast<double>(v[j + k]);
-      X::V power;
-      if constexpr (Weighted) {
-        for (int k = 0; k < X::kWidth; ++k) weight[k] = static_cast<double>(w[j + k]);
-        power = X::load(weight);
-      } else {
-        power = X::set(1);
+  for (int64_t span = begin; span < end; ++span) {
+    const X::V middle = X::set(grid.middle(span));
+    alignas(64) double moment[kMoments] = {};
+    for (int64_t c = grid.cell[span]; c < grid.cell[span + 1]; ++c) {
+      const int64_t from = cells.first[c], count = cells.first[c + 1] - from;
+      const float* const v = cells.value.data() + from;
+      const float* const w = Weighted ? cells.weight.data() + from : nullptr;
+      X::V sum[kMoments];
+      for (X::V& m : sum) m = X::set(0);
+      for (int64_t j = 0; j < count; j += X::kWidth) {
+        // Lanes beyond the cell hold what comes next, and weigh nothing.
+        X::V power = Weighted ? widened(w + j) : X::set(1);
+        if (count - j < X::kWidth) power = X::select(X::lanes((1u << (count - j)) - 1), power, X::set(0));
+        const X::V y = (widened(v + j) - middle) * X::set(rate);
+        for (int m = 0; m < kMoments; ++m) {
+          sum[m] = sum[m] + power;
+          power = power * y;
+        }
       }
-      if (count - j < X::kWidth) power = X::select(X::lanes((1u << (count - j)) - 1), power, X::set(0));
-      const X::V y = (X::load(lane) - X::set(middle)) * X::set(rate);
-      for (int m = 0; m < kMoments; ++m) {
-        sum[m] = sum[m] + power;
-        power = power * y;
+      for (int m = 0; count && m < kMoments; m += X::kWidth) {
+        alignas(64) double own[X::kWidth];
+        X::sums(sum + m, own);
+        X::store(moment + m, X::load(moment + m) + X::load(own));
       }
+      std::copy_n(moment, kMoments, &cells.moment[c * kMoments]);
     }
-    for (int m = 0; m < Cells::kMomentStride; m += X::kWidth) X::sums(sum + m, moment + m);
+    const double* const half = series.half[grid.span_level(span)];
+    double* const below = &cells.below[(span + 1) * kStride];
+    double* const above = &cells.above[span * kStride];
     for (int k = 0; k < kVectors; ++k) {
       const int at = k * X::kWidth;
       X::V even = X::set(0), odd = X::set(0);
@@ -163,65 +164,65 @@ void sum_cells_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
   }
 }
 
-void sum_cells(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
-  cells.weight.empty() ? sum_cells_as<false>(cells, grid, series, tau, begin, end)
-                       : sum_cells_as<true>(cells, grid, series, tau, begin, end);
+void sum_spans(Cells& cells, const Grid& grid, const CellSeries& series, double tau, int64_t begin, int64_t end) {
+  cells.weight.empty() ? sum_spans_as<false>(cells, grid, series, tau, begin, end)
+                       : sum_spans_as<true>(cells, grid, series, tau, begin, end);
 }
 
 // own += whole * neighbour
-void add_cell(const double* whole, const double* neighbour, double* own) {
+void add_span(const double* whole, const double* neighbour, double* own) {
   using X = Vec<double>;
   for (int k = 0; k < Cells::kStride; k += X::kWidth) {
     X::store(own + k, X::mul_add(X::load(whole + k), X::load(neighbour + k), X::load(own + k)));
   }
 }
 
-void join_cells_below(Cells& cells, const Grid& grid, const CellSeries& series) {
+void join_spans_below(Cells& cells, const Grid& grid, const CellSeries& series) {
   constexpr int kStride = Cells::kStride;
-  const int64_t size = grid.cells();
   const bool weighted = !cells.weight.empty();
   std::fill_n(cells.below.data(), kStride, 0.0);
   if (weighted) cells.tail[0] = 0;
   KahanSum weights;
-  for (int64_t c = 0; c < size; ++c) {
-    double* const own = &cells.below[(c + 1) * kStride];
-    add_cell(series.whole[grid.level_of(c)], own - kStride, own);
+  for (int64_t span = 0; span < grid.spans(); ++span) {
+    double* const own = &cells.below[(span + 1) * kStride];
+    add_span(series.whole[grid.span_level(span)], own - kStride, own);
     if (weighted) {
-      weights.add(cells.moment[c * Cells::kMomentStride]);
-      cells.tail[c + 1] = weights.sum;
+      weights.add(moments_of(cells, grid, span)[0]);
+      cells.tail[span + 1] = weights.sum;
     }
   }
 }
 
-void join_cells_above(Cells& cells, const Grid& grid, const CellSeries& series, double tau) {
+void join_spans_above(Cells& cells, const Grid& grid, const CellSeries& series, double tau) {
   constexpr int kStride = Cells::kStride;
-  const int64_t size = grid.cells();
   const bool weighted = !cells.weight.empty();
+  const int64_t size = grid.spans();
   std::fill_n(&cells.above[size * kStride], kStride, 0.0);
   if (!weighted) cells.tail[size] = 0;
   KahanSum sum;
-  for (int64_t c = size - 1; c >= 0; --c) {
-    double* const own = &cells.above[c * kStride];
-    add_cell(series.whole[grid.level_of(c)], own + kStride, own);
+  for (int64_t span = size - 1; span >= 0; --span) {
+    double* const own = &cells.above[span * kStride];
+    add_span(series.whole[grid.span_level(span)], own + kStride, own);
     if (!weighted) {
-      const double* const moment = &cells.moment[c * Cells::kMomentStride];
-      const double width = static_cast<double>(grid.edge[c + 1] - grid.edge[c]) * grid.unit;
-      sum.add(static_cast<double>(cells.n - cells.first[c + 1]) * width + moment[0] * width / 2 + moment[1] * tau);
-      cells.tail[c] = sum.sum;
+      const double* const moment = moments_of(cells, grid, span);
+      const double width = static_cast<double>(grid.span_edge(span + 1) - grid.span_edge(span)) * grid.unit;
+      const auto higher = static_cast<double>(cells.n - cells.first[grid.cell[span + 1]]);
+      sum.add(higher * width + moment[0] * width / 2 + moment[1] * tau);
+      cells.tail[span] = sum.sum;
     }
   }
 }
 
 // ---- what targets read ----
 
-// The polynomials of one cell, of x = (target - middle) / tau.
+// The polynomials of one span, of x = (target - middle) / tau.
 template <bool Curve, bool Slope>
-class CellPolynomial {
+class SpanPolynomial {
   using X = Vec<double>;
   static constexpr int kTerms = CellSeries::kTerms;
 
  public:
-  // below, above: sums at the lower and upper edge. half: of the cell. own: moments, or null. count: the sources above.
+  // below, above: sums at the lower and upper edge. half: of the span. own: moments, or null. count: the sources above.
   void expand(const double* below, const double* above, const double* half, const double* own, double count) {
     static constexpr OwnCell own_cell;
     static constexpr CellTerms terms;
@@ -246,7 +247,7 @@ class CellPolynomial {
           upper_slope = X::mul_add(b, term, upper_slope);
         }
       }
-      for (int r = 0; own && r < kOwnTerms; ++r) {
+      for (int r = 0; own && r < Cells::kMoments; ++r) {
         const X::V moment = X::set(own[r]);
         if constexpr (Curve) curve = X::mul_add(moment, X::load(own_cell.sigmoid[r] + m), curve);
         if constexpr (Slope) slope = X::mul_add(moment, X::load(own_cell.slope[r] + m), slope);
@@ -260,6 +261,29 @@ class CellPolynomial {
     if constexpr (Curve) curve_[0] += count;
   }
 
+  // What sources add that are past the knees of all targets, whether their sigma is in here or not.
+  void add_line(double constant, double rate) {
+    if constexpr (Curve) {
+      curve_[0] += constant;
+      curve_[1] -= rate;
+    }
+    if constexpr (Slope) slope_[0] += rate;
+  }
+  // And what those with these moments do, by the table of their span.
+  using Table = double[CellSeries::kKneeTerms][kTerms];
+  void add_past(const double* moment, const Table& curve, const Table& slope) {
+    for (int m = 0; m < kTerms; m += X::kWidth) {
+      X::V of_curve = X::load(curve_ + m), of_slope = X::load(slope_ + m);
+      for (int r = 0; r < CellSeries::kKneeTerms; ++r) {
+        const X::V own = X::set(moment[r]);
+        if constexpr (Curve) of_curve = X::mul_add(own, X::load(curve[r] + m), of_curve);
+        if constexpr (Slope) of_slope = X::mul_add(own, X::load(slope[r] + m), of_slope);
+      }
+      if constexpr (Curve) X::store(curve_ + m, of_curve);
+      if constexpr (Slope) X::store(slope_ + m, of_slope);
+    }
+  }
+
   X::V curve(X::V x) const { return at(curve_, x); }
   X::V slope(X::V x) const { return at(slope_, x); }
 
@@ -270,7 +294,7 @@ class CellPolynomial {
     return p;
   }
 
-  alignas(64) double curve_[kTerms], slope_[kTerms];
+  alignas(64) double curve_[kTerms] = {}, slope_[kTerms] = {};
 };
 
 // e^(d / tau) for the distance d of two scores of one cell: no more than an ulp off, for the exponent is small.
@@ -313,23 +337,52 @@ class Decays {
 
 alignas(64) constexpr double kNoSums[Cells::kStride] = {};
 
-// Where the sources around the knees of a cell's targets lie, and how these meet them.
+// Where the sources around the knees of a cell's targets lie. Where spans are wide the polynomials have all of them,
+// and what lies past a knee is made good: see CellSeries::past. Else they have none of them.
 struct Knees {
   int64_t cell, cell_end;  // in cells
   int64_t begin, end;      // the sources
   bool merged;             // some of them may lie around the steps as well
-  // Whether sigma is so flat past the knee that a cubic is as good: then the polynomials have all of them, and what
-  // lies past a knee is taken off again. Else they have none of them.
-  bool flat;
+  bool close;              // none is further than CellSeries::kClose past a knee
 };
 
-// Knees are flat from kHighKnee on, to kDenseKnee past them: see KneeCubic. What is left of a sigma that is taken off
-// again is a part in 10^7 or so of that: it must not show, whatever the number of sources, in what the pairs past a
-// knee add themselves.
-bool are_flat(const Settings<float>& s, double furthest) {
-  constexpr double kLeast = 0.1;  // of rho tau and of offset, where sigma' is 0.018 at the most, and sigma 1
-  return s.exact_delta >= kHighKnee * s.tau && furthest - s.exact_delta <= kDenseKnee * s.tau &&
-         s.exact_rho * s.tau >= kLeast && s.exact_offset >= kLeast;
+bool is_close(int64_t units, const Grid& grid, const Settings<float>& s) {
+  return static_cast<double>(units) * grid.unit + grid.guard - s.exact_delta <= CellSeries::kClose * s.tau;
+}
+
+// Targets that read together, and the cells of a span that they come from.
+struct Party {
+  int64_t begin = 0, end = 0;  // into the targets
+  int64_t cell = -1, cell_end = 0;
+
+  int count() const { return static_cast<int>(end - begin); }
+  bool same_cells(const Party& other) const { return cell == other.cell && cell_end == other.cell_end; }
+
+  // The party after this one, of up to `most`; `last` is where the cells of the span end. Each meets the sources of all
+  // cells: where these are many, another cell has to wait.
+  Party next(const Cells& targets, const Cells& sources, int64_t last, int most) const {
+    constexpr uint32_t kMostSources = 48;
+    Party p;
+    p.begin = end;
+    p.cell = std::max<int64_t>(cell, 0);
+    while (targets.first[p.cell + 1] <= end) ++p.cell;
+    p.cell_end = p.cell + 1;
+    while (targets.first[p.cell_end] < p.begin + most && p.cell_end < last &&
+           sources.first[p.cell_end + 1] - sources.first[p.cell] <= kMostSources)
+      ++p.cell_end;
+    p.end = std::min<int64_t>(targets.first[p.cell_end], p.begin + most);
+    while (targets.first[p.cell_end - 1] >= p.end) --p.cell_end;
+    return p;
+  }
+};
+
+// The polynomial of a pair past its flat knee.
+template <int Terms>
+Vec<float>::V polynomial_of(const Vec<float>::V* coefficient, Vec<float>::V z) {
+  using X = Vec<float>;
+  X::V p = coefficient[Terms - 1];
+  for (int m = Terms - 2; m >= 0; --m) p = X::mul_add(p, z, coefficient[m]);
+  return p;
 }
 
 // ---- ranks ----
@@ -340,7 +393,7 @@ class CellRanks {
   using X = Vec<float>;
   using V = X::V;
   using D = Vec<double>;
-  static constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
+  static constexpr int kLanes = X::kWidth, kStride = Cells::kStride, kMoments = Cells::kMoments;
   // Vectors whose shares are summed in float: more would show where many scores tie.
   static constexpr int kRun = 8;
   // So few targets meet a vector of sources at a time; more meet one source, each in a lane.
@@ -357,55 +410,108 @@ class CellRanks {
         scratch_(scratch),
         v_(sources.value.data()),
         first_(sources.first.data()),
-        cubic_(cubic_of(s)),
         decays_(grid, s) {}
 
-  void read(int64_t c, double* rank, double* slope) {
-    const int64_t begin = targets_.first[c], end = targets_.first[c + 1];
-    if (begin == end) return;
-    find_knees(c);
-    expand(c);
-    lowest_ = targets_.value[begin];
-    loaded_ = -1;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      load(targets_.value.data() + i, static_cast<int>(std::min<int64_t>(kLanes, end - i)));
-      if constexpr (!Smooth) {
-        if (!knees_.merged) count_steps(first_[c], first_[c + 1]);
-        if (knees_.begin < knees_.end) knees_.flat ? take_off_past() : meet_pairs();
+  void read(int64_t span, double* rank, double* slope, double* rank_target) {
+    const int64_t first = grid_.cell[span], last = grid_.cell[span + 1];
+    if (targets_.first[first] == targets_.first[last]) return;
+    if (grid_.wide) expand_wide(span);
+    party_ = {targets_.first[first], targets_.first[first], first, first};
+    while (party_.end < targets_.first[last]) {
+      const Party party = party_.next(targets_, sources_, last, kLanes);
+      const bool same = party.same_cells(party_);
+      party_ = party;
+      if (!same) {
+        find_knees();
+        if (grid_.wide) {
+          polynomial_ = of_span_;
+          if constexpr (!Smooth) add_past(span);
+        } else {
+          expand(span);
+        }
+        lowest_ = targets_.value[party_.begin];
+        loaded_ = -1;
       }
-      finish(c, rank + i, Slope ? slope + i : nullptr);
+      load();
+      if constexpr (!Smooth) {
+        count_reached(targets_, targets_.n - targets_.first[party_.cell_end], rank_target + party_.begin);
+        if (!knees_.merged) count_reached(sources_, 0, readers_.steps);
+        if (knees_.begin < knees_.end) meet_knees();
+      }
+      finish(rank + party_.begin, Slope ? slope + party_.begin : nullptr);
     }
   }
 
  private:
-  void find_knees(int64_t c) {
+  void find_knees() {
     const int64_t cells = grid_.cells(), units = grid_.units();
-    const int64_t from = grid_.edge[c] + series_.knee, to = grid_.edge[c + 1] - 1 + series_.knee_last;
+    const int32_t low = grid_.edge[party_.cell], high = grid_.edge[party_.cell_end];
+    const int64_t from = low + series_.knee, to = high - 1 + series_.knee_last;
     Knees& k = knees_;
     k.cell = Smooth || from >= units ? cells : grid_.cell_of(from);
     k.cell_end = Smooth || to >= units ? cells : grid_.cell_of(to) + 1;
     k.begin = first_[k.cell];
     k.end = first_[k.cell_end];
-    k.merged = k.cell <= c;
-    k.flat = !k.merged && are_flat(s_, grid_.at(grid_.edge[k.cell_end]) - grid_.at(grid_.edge[c]) + grid_.guard);
+    k.merged = k.cell < party_.cell_end;
+    k.close = is_close(grid_.edge[k.cell_end] - low, grid_, s_);
   }
 
+  // The polynomial of a wide span: sigma of all up to the spans of its knees, and the lines of those above.
+  void expand_wide(int64_t span) {
+    const int64_t spans = grid_.spans(), stop = Smooth ? spans : std::min(spans, span + series_.far + 1);
+    const double* above = &sources_.above[(span + 1) * kStride];
+    middle_ = grid_.middle(span);
+    if (stop < spans) {
+      decays_.join(above, -1, grid_.span_edge(stop) - grid_.span_edge(span + 1), &sources_.above[stop * kStride],
+                   sums_);
+      above = sums_;
+    }
+    of_span_.expand(&sources_.below[span * kStride], above, series_.half[0], moments_of(sources_, grid_, span),
+                    static_cast<double>(first_[grid_.cell[stop]] - first_[grid_.cell[span + 1]]));
+    if constexpr (!Smooth) add_lines(of_span_, stop);
+  }
+
+  // The polynomial of a span that is a cell, without the sources around its knees.
   void expand(int64_t c) {
-    const double* const half = series_.half[grid_.level_of(c)];
+    const double* const half = series_.half[grid_.span_level(c)];
     middle_ = grid_.middle(c);
     if (knees_.merged) {
       decays_.join(kNoSums, 1, grid_.edge[c] - grid_.edge[knees_.cell], &sources_.below[knees_.cell * kStride], sums_);
       polynomial_.expand(sums_, kNoSums, half, nullptr, 0);
-      return;
+    } else {
+      const double* above = &sources_.above[(c + 1) * kStride];
+      if (knees_.cell < grid_.cells()) {
+        decays_.join(above, -1, grid_.edge[knees_.cell] - grid_.edge[c + 1], &sources_.above[knees_.cell * kStride],
+                     sums_);
+        above = sums_;
+      }
+      polynomial_.expand(&sources_.below[c * kStride], above, half, moments_of(sources_, grid_, c),
+                         static_cast<double>(first_[knees_.cell] - first_[c + 1]));
     }
-    const int64_t stop = knees_.flat ? knees_.cell_end : knees_.cell;
-    const double* above = &sources_.above[(c + 1) * kStride];
-    if (stop < grid_.cells()) {
-      decays_.join(above, -1, grid_.edge[stop] - grid_.edge[c + 1], &sources_.above[stop * kStride], sums_);
-      above = sums_;
+    if constexpr (!Smooth) add_lines(polynomial_, knees_.cell_end);
+  }
+
+  // What the sources of spans from `stop` on add, all of them past the knees.
+  void add_lines(SpanPolynomial<true, Slope>& polynomial, int64_t stop) const {
+    const auto count = static_cast<double>(sources_.n - first_[grid_.cell[stop]]);
+    // Scores may be far from 0: their difference comes first.
+    const double distance = (grid_.span_at(stop) - middle_) - s_.exact_delta;
+    polynomial.add_line(s_.exact_rho * (sources_.tail[stop] + count * distance) + s_.exact_offset * count,
+                        s_.exact_rho * s_.tau * count);
+  }
+
+  // And what those between the knees of a cell and the lines of its wide span do.
+  void add_past(int64_t span) {
+    for (int64_t k = series_.near; k <= series_.far && span + k < grid_.spans(); ++k) {
+      const int64_t first = grid_.cell[span + k], last = grid_.cell[span + k + 1];
+      const int64_t from = std::max(first, knees_.cell_end);
+      if (from >= last || first_[from] == first_[last]) continue;
+      const double *const all = moments_of(sources_, grid_, span + k), *const before = all - (last - from) * kMoments;
+      double moment[kMoments];
+      for (int m = 0; m < kMoments; ++m) moment[m] = from > first ? all[m] - before[m] : all[m];
+      const CellSeries::Shifted& shifted = series_.shifted[k - series_.near];
+      polynomial_.add_past(moment, shifted.curve, shifted.slope);
     }
-    polynomial_.expand(&sources_.below[c * kStride], above, half, &sources_.moment[c * Cells::kMomentStride],
-                       static_cast<double>(first_[stop] - first_[c + 1]));
   }
 
   // Sources of the block at `begin`, with their exponentials around the lowest target, whose own is then 1: tied
@@ -420,9 +526,10 @@ class CellRanks {
     return count;
   }
 
-  // Takes up to a vector of targets, and what the polynomials say of them.
-  void load(const float* target, int count) {
-    count_ = count;
+  // Takes the targets of the party, and what the polynomials say of them.
+  void load() {
+    const float* const target = targets_.value.data() + party_.begin;
+    const int count = count_ = party_.count();
     readers_.target = target;
     readers_.count = count;
     x_ = X::load(target);  // the first one stands where there are no more
@@ -445,91 +552,88 @@ class CellRanks {
     return end - j < kLanes ? (1u << (end - j)) - 1 : (1u << (kLanes - 1)) * 2 - 1;
   }
 
-  // How many of the sources are at least as high.
-  void count_steps(int64_t begin, int64_t end) {
+  // reached[k] = how many scores in the cells of the party are at least as high as target k, and `above`, which are all
+  // higher.
+  void count_reached(const Cells& cells, int64_t above, double* reached) {
+    const float* const v = cells.value.data();
+    const int64_t begin = cells.first[party_.cell], end = cells.first[party_.cell_end];
+    const auto higher = static_cast<double>(above);
     if (count_ <= kAlone) {
       for (int k = 0; k < count_; ++k) {
         const V own = X::set(readers_.target[k]);
-        int above = 0;
+        int count = 0;
         for (int64_t j = begin; j < end; j += kLanes) {
-          above += __builtin_popcount(X::bits(X::greater_equal(X::load(v_ + j), own)) & lanes_of(j, end));
+          count += __builtin_popcount(X::bits(X::greater_equal(X::load(v + j), own)) & lanes_of(j, end));
         }
-        readers_.steps[k] += above;
+        reached[k] = higher + count;
       }
       return;
     }
     constexpr int kCounts = 4;  // one would wait for itself
     const V one = X::set(1);
-    V above[kCounts];
-    for (V& v : above) v = X::set(0);
+    V counts[kCounts];
+    for (V& v : counts) v = X::set(0);
     int64_t j = begin;
     for (; j + kCounts <= end; j += kCounts) {
       for (int k = 0; k < kCounts; ++k) {
-        above[k] = X::add_where(X::greater_equal(X::set(v_[j + k]), x_), above[k], one);
+        counts[k] = X::add_where(X::greater_equal(X::set(v[j + k]), x_), counts[k], one);
       }
     }
-    for (; j < end; ++j) above[0] = X::add_where(X::greater_equal(X::set(v_[j]), x_), above[0], one);
-    X::accumulate(readers_.steps, (above[0] + above[1]) + (above[2] + above[3]));
+    for (; j < end; ++j) counts[0] = X::add_where(X::greater_equal(X::set(v[j]), x_), counts[0], one);
+    alignas(64) double count[kLanes];
+    widen((counts[0] + counts[1]) + (counts[2] + counts[3]), count);
+    for (int k = 0; k < count_; ++k) reached[k] = higher + count[k];
   }
 
-  // What lies past the knees: how many, how far, and the squares and cubes of how far. The cubic then takes sigma off.
-  void take_off_past() {
-    const V delta = X::set(s_.delta), origin = X::set(s_.origin), zero = X::set(0), one = X::set(1);
-    alignas(64) double square[kLanes] = {}, cube[kLanes] = {};
+  void meet_knees() {
+    if (!grid_.wide) {
+      meet_pairs();
+    } else if (knees_.close) {
+      meet_flat<CellSeries::kCloseTerms>(series_.close);
+    } else {
+      meet_flat<CellSeries::kKneeTerms>(series_.past);
+    }
+  }
+
+  // What the sources around flat knees add that lie past them.
+  template <int Terms>
+  void meet_flat(const CellSeries::Past& past) {
+    const V delta = X::set(s_.delta), origin = X::set(s_.origin), rate = X::set(s_.rate_hi), zero = X::set(0);
+    V curve_of[Terms], slope_of[Terms];
+    for (int m = 0; m < Terms; ++m) {
+      curve_of[m] = X::set(past.curve[m]);
+      slope_of[m] = X::set(past.slope[m]);
+    }
     if (count_ <= kAlone) {
       for (int k = 0; k < count_; ++k) {
         const V own = X::set(readers_.target[k]);
-        int tails = 0;
         lanes_.clear(k);
-        V squares = zero, cubes = zero;
         for (int64_t run = knees_.begin; run < knees_.end; run += kRun * kLanes) {
-          V past = zero;
+          V curve = zero, slope = zero;
           for (int64_t j = run; j < std::min(knees_.end, run + kRun * kLanes); j += kLanes) {
-            const V t = X::load(v_ + j) - own;
-            const unsigned beyond = X::bits(X::greater(t, delta)) & lanes_of(j, knees_.end);
-            const V d = X::select(X::lanes(beyond), t - origin, zero), dd = d * d;
-            tails += __builtin_popcount(beyond);
-            past = past + d;
-            squares = squares + dd;
-            cubes = X::mul_add(dd, d, cubes);
+            const V t = X::load(v_ + j) - own, z = (t - origin) * rate;
+            const auto beyond = X::lanes(X::bits(X::greater(t, delta)) & lanes_of(j, knees_.end));
+            curve = X::add_where(beyond, curve, polynomial_of<Terms>(curve_of, z));
+            if constexpr (Slope) slope = X::add_where(beyond, slope, polynomial_of<Terms>(slope_of, z));
           }
-          X::accumulate(lanes_.lanes[0][k], past);
+          X::accumulate(lanes_.lanes[0][k], curve);
+          if constexpr (Slope) X::accumulate(lanes_.lanes[1][k], slope);
         }
-        X::accumulate(lanes_.lanes[1][k], squares);
-        X::accumulate(lanes_.lanes[2][k], cubes);
-        readers_.tails[k] += tails;
       }
-      lanes_.add_to(0, count_, readers_.past);
-      lanes_.add_to(1, count_, square);
-      lanes_.add_to(2, count_, cube);
-    } else {
-      V tails = zero, squares = zero, cubes = zero;
-      for (int64_t run = knees_.begin; run < knees_.end; run += kRun) {
-        V past = zero;
-        for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
-          const V t = X::set(v_[j]) - x_;
-          const auto beyond = X::greater(t, delta);
-          const V d = X::select(beyond, t - origin, zero), dd = d * d;
-          tails = X::add_where(beyond, tails, one);
-          past = past + d;
-          squares = squares + dd;
-          cubes = X::mul_add(dd, d, cubes);
-        }
-        X::accumulate(readers_.past, past);
-      }
-      X::accumulate(readers_.tails, tails);
-      X::accumulate(square, squares);
-      X::accumulate(cube, cubes);
+      lanes_.add_to(0, count_, readers_.curve);
+      if constexpr (Slope) lanes_.add_to(1, count_, readers_.slope);
+      return;
     }
-    const double rate = 1 / s_.tau;
-    const auto value = [&](const double* cubic, int k) {
-      return D::set(cubic[0]) * D::load(readers_.tails + k) + D::set(cubic[1] * rate) * D::load(readers_.past + k) +
-             D::set(cubic[2] * rate * rate) * D::load(square + k) +
-             D::set(cubic[3] * rate * rate * rate) * D::load(cube + k);
-    };
-    for (int k = 0; k < kLanes; k += D::kWidth) {
-      D::store(readers_.curve + k, D::load(readers_.curve + k) - value(cubic_.sigma, k));
-      if constexpr (Slope) D::store(readers_.slope + k, D::load(readers_.slope + k) - value(cubic_.slope, k));
+    for (int64_t run = knees_.begin; run < knees_.end; run += kRun) {
+      V curve = zero, slope = zero;
+      for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
+        const V t = X::set(v_[j]) - x_, z = (t - origin) * rate;
+        const auto beyond = X::greater(t, delta);
+        curve = X::add_where(beyond, curve, polynomial_of<Terms>(curve_of, z));
+        if constexpr (Slope) slope = X::add_where(beyond, slope, polynomial_of<Terms>(slope_of, z));
+      }
+      X::accumulate(readers_.curve, curve);
+      if constexpr (Slope) X::accumulate(readers_.slope, slope);
     }
   }
 
@@ -583,26 +687,19 @@ class CellRanks {
     if constexpr (Slope) lanes_.add_to(2, count_, readers_.slope);
   }
 
-  // Puts together what the targets have read with what is the same for all: sources at least as high, in cells above;
-  // sources past all knees, and how far.
-  void finish(int64_t c, double* rank, double* slope) {
-    const auto higher = static_cast<double>(knees_.merged ? 0 : first_[knees_.cell_end] - first_[c + 1]);
-    const auto tail = static_cast<double>(sources_.n - first_[knees_.cell_end]);
-    const double tail_sum = Smooth ? 0 : sources_.tail[knees_.cell_end];
-    const double knee = grid_.at(grid_.edge[knees_.cell_end]);
+  // Puts together what the targets have read with the steps of the sources in cells above.
+  void finish(double* rank, double* slope) {
+    const auto higher = static_cast<double>(knees_.merged ? 0 : first_[knees_.cell_end] - first_[party_.cell_end]);
     const D::V start = D::set(s_.exact_start), rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset);
     alignas(64) double value[kLanes], slopes[kLanes];
     for (int k = 0; k < kLanes; k += D::kWidth) {
       D::V sum = D::load(readers_.curve + k), gradient = D::set(0);
       if constexpr (Slope) gradient = D::load(readers_.slope + k) * D::set(1 / s_.tau);
       if constexpr (!Smooth) {
-        const D::V tails = D::load(readers_.tails + k), all = tails + D::set(tail);
-        // Scores may be far from 0: their difference comes first.
-        const D::V beyond = (D::set(knee) - D::load(u_ + k)) - D::set(s_.exact_delta);
+        const D::V tails = D::load(readers_.tails + k);
         const D::V past = D::load(readers_.past + k) + tails * D::set(static_cast<double>(s_.origin) - s_.exact_delta);
-        sum = sum + start * (D::load(readers_.steps + k) + D::set(higher) - tails) +
-              rho * (past + (D::set(tail_sum) + D::set(tail) * beyond)) + offset * all;
-        gradient = gradient + rho * all;
+        sum = sum + start * (D::load(readers_.steps + k) + D::set(higher) - tails) + rho * past + offset * tails;
+        gradient = gradient + rho * tails;
       }
       D::store(value + k, sum);
       if constexpr (Slope) D::store(slopes + k, gradient);
@@ -640,16 +737,14 @@ class CellRanks {
   Scratch<float>& scratch_;
   const float* const v_;
   const uint32_t* const first_;
-  const KneeCubic cubic_;
   Decays decays_;
-  CellPolynomial<true, Slope> polynomial_;
+  SpanPolynomial<true, Slope> of_span_, polynomial_;  // of a wide span, and as a cell has it
   alignas(64) double sums_[kStride];
-  // Of the cell that is read.
   Knees knees_;
-  double middle_;
+  double middle_;  // of the span that is read
   float lowest_;
   int64_t loaded_;  // where the block begins that is in the scratch
-  // Of the targets that read together.
+  Party party_;
   int count_;
   V x_;
   alignas(64) double u_[kLanes];
@@ -660,138 +755,239 @@ class CellRanks {
 template <bool Smooth, bool Slope>
 void rank_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
                    int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank,
-                   double* slope) {
+                   double* slope, double* rank_target) {
   CellRanks<Smooth, Slope> ranks(sources, targets, grid, series, s, scratch);
-  for (int64_t c = begin; c < end; ++c) ranks.read(c, rank, slope);
+  for (int64_t span = begin; span < end; ++span) ranks.read(span, rank, slope, rank_target);
 }
 
 void rank_cells(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series, int64_t begin,
-                int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank, double* slope) {
+                int64_t end, const Settings<float>& s, Scratch<float>& scratch, double* rank, double* slope,
+                double* rank_target) {
   const auto run = s.surrogate == Surrogate::kSmooth ? slope ? rank_cells_as<true, true> : rank_cells_as<true, false>
                    : slope                           ? rank_cells_as<false, true>
                                                      : rank_cells_as<false, false>;
-  run(sources, targets, grid, series, begin, end, s, scratch, rank, slope);
+  run(sources, targets, grid, series, begin, end, s, scratch, rank, slope, rank_target);
 }
 
 // ---- slopes ----
 
+// Reads the slopes of the targets of cells, among weighted sources.
 template <bool Smooth>
-void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
-                    int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale,
-                    const uint32_t* column, float* out) {
+class CellSlopes {
   using X = Vec<float>;
   using V = X::V;
   using D = Vec<double>;
-  constexpr int kLanes = X::kWidth, kStride = Cells::kStride;
-  constexpr int kVectors = 2;  // of targets that share what is loaded of a source
-  constexpr int kRun = 8;      // of sources whose shares are summed in float
-  const double rate = 1 / s.tau;
-  const V delta = X::set(s.delta), origin = X::set(s.origin), rho_tau = X::set(s.rho_tau);
-  // rho tau less the cubic of sigma', of the distance itself.
-  const KneeCubic cubic = cubic_of(s);
-  V flat[KneeCubic::kPoints];
-  double power = 1;
-  for (int m = 0; m < KneeCubic::kPoints; ++m) {
-    flat[m] = X::set(static_cast<float>((m ? 0 : s.exact_rho * s.tau) - cubic.slope[m] * power));
-    power *= rate;
+  static constexpr int kLanes = X::kWidth, kStride = Cells::kStride, kMoments = Cells::kMoments;
+  static constexpr int kVectors = 2;  // of targets that share what is loaded of a source
+  static constexpr int kRun = 8;      // of sources whose shares are summed in float
+
+ public:
+  CellSlopes(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
+             const Settings<float>& s, Scratch<float>& scratch)
+      : sources_(sources),
+        targets_(targets),
+        grid_(grid),
+        series_(series),
+        s_(s),
+        scratch_(scratch),
+        u_(sources.value.data()),
+        w_(sources.weight.data()),
+        first_(sources.first.data()),
+        decays_(grid, s) {}
+
+  void read(int64_t span, double scale, float* out) {
+    const int64_t first = grid_.cell[span], last = grid_.cell[span + 1];
+    if (targets_.first[first] == targets_.first[last]) return;
+    middle_ = grid_.middle(span);
+    if (grid_.wide) expand_wide(span);
+    party_ = {targets_.first[first], targets_.first[first], first, first};
+    while (party_.end < targets_.first[last]) {
+      const Party party = party_.next(targets_, sources_, last, kVectors * kLanes);
+      const bool same = party.same_cells(party_);
+      party_ = party;
+      if (!same) {
+        find_knees();
+        if (grid_.wide) {
+          polynomial_ = of_span_;
+          if constexpr (!Smooth) add_past(span);
+        } else {
+          expand(span);
+        }
+        loaded_ = -1;
+      }
+      party_.count() > kLanes ? meet<kVectors>() : meet<1>();
+      const uint32_t* const column = targets_.column.data() + party_.begin;
+      for (int k = 0; k < party_.count(); ++k) out[column[k]] = static_cast<float>(slope_[k] * scale);
+    }
   }
-  CellPolynomial<false, true> polynomial;
-  Decays decays(grid, s);
-  alignas(64) double sums[kStride];
 
-  for (int64_t c = begin; c < end; ++c) {
-    const int64_t t_begin = targets.first[c], t_end = targets.first[c + 1];
-    if (t_begin == t_end) continue;
-    // Sources u whose knees u + delta lie around the cell.
-    const int64_t from = grid.edge[c] - series.knee_last, to = grid.edge[c + 1] - 1 - series.knee;
-    Knees knees;
-    knees.cell = Smooth || from < 0 ? 0 : grid.cell_of(from);
-    knees.cell_end = Smooth || to < 0 ? 0 : grid.cell_of(to) + 1;
-    knees.begin = sources.first[knees.cell];
-    knees.end = sources.first[knees.cell_end];
-    knees.merged = knees.cell_end > c;
-    knees.flat = !knees.merged && are_flat(s, grid.at(grid.edge[c + 1]) - grid.at(grid.edge[knees.cell]) + grid.guard);
+ private:
+  // Sources u whose knees u + delta lie around the cells of the party.
+  void find_knees() {
+    const int32_t low = grid_.edge[party_.cell], high = grid_.edge[party_.cell_end];
+    const int64_t from = low - series_.knee_last, to = high - 1 - series_.knee;
+    Knees& k = knees_;
+    k.cell = Smooth || from < 0 ? 0 : grid_.cell_of(from);
+    k.cell_end = Smooth || to < 0 ? 0 : grid_.cell_of(to) + 1;
+    k.begin = first_[k.cell];
+    k.end = first_[k.cell_end];
+    k.merged = k.cell_end > party_.cell;
+    k.close = is_close(high - grid_.edge[k.cell], grid_, s_);
+  }
 
-    const double* const half = series.half[grid.level_of(c)];
-    const double middle = grid.middle(c);
-    if (knees.merged) {
-      decays.join(kNoSums, 1, grid.edge[knees.cell_end] - grid.edge[c + 1], &sources.above[knees.cell_end * kStride],
-                  sums);
-      polynomial.expand(kNoSums, sums, half, nullptr, 0);
+  void expand_wide(int64_t span) {
+    const int64_t stop = Smooth ? 0 : std::max<int64_t>(0, span - series_.far);
+    const double* below = &sources_.below[span * kStride];
+    if (stop > 0) {
+      decays_.join(below, -1, grid_.span_edge(span) - grid_.span_edge(stop), &sources_.below[stop * kStride], sums_);
+      below = sums_;
+    }
+    of_span_.expand(below, &sources_.above[(span + 1) * kStride], series_.half[0], moments_of(sources_, grid_, span),
+                    0);
+    if constexpr (!Smooth) add_lines(of_span_, stop);
+  }
+
+  void expand(int64_t c) {
+    const double* const half = series_.half[grid_.span_level(c)];
+    if (knees_.merged) {
+      decays_.join(kNoSums, 1, grid_.edge[knees_.cell_end] - grid_.edge[c + 1],
+                   &sources_.above[knees_.cell_end * kStride], sums_);
+      polynomial_.expand(kNoSums, sums_, half, nullptr, 0);
     } else {
-      const int64_t stop = knees.flat ? knees.cell : knees.cell_end;
-      const double* below = &sources.below[c * kStride];
-      if (stop > 0) {
-        decays.join(below, -1, grid.edge[c] - grid.edge[stop], &sources.below[stop * kStride], sums);
-        below = sums;
+      const double* below = &sources_.below[c * kStride];
+      if (knees_.cell_end > 0) {
+        decays_.join(below, -1, grid_.edge[c] - grid_.edge[knees_.cell_end], &sources_.below[knees_.cell_end * kStride],
+                     sums_);
+        below = sums_;
       }
-      polynomial.expand(below, &sources.above[(c + 1) * kStride], half, &sources.moment[c * Cells::kMomentStride], 0);
+      polynomial_.expand(below, &sources_.above[(c + 1) * kStride], half, moments_of(sources_, grid_, c), 0);
     }
-    const V centre = X::set(static_cast<float>(middle));
-    const float* const u = sources.value.data();
-    const float* const w = sources.weight.data();
-    int64_t loaded = -1;  // where the block of sources begins whose exponentials are in the scratch
-    const auto load = [&](int64_t first, int64_t last) {
-      if (loaded == first) return;
-      loaded = first;
-      for (int64_t j = first; j < last; j += kLanes) {
-        X::store(scratch.band_exponential + (j - first), difference_exponential<float>(X::load(u + j), centre, s));
-      }
-    };
-    const double tail = Smooth ? 0 : s.exact_rho * s.tau * sources.tail[knees.cell];
-    for (int64_t i = t_begin; i < t_end; i += kVectors * kLanes) {
-      alignas(64) double slope[kVectors * kLanes];
-      V x[kVectors], ex[kVectors];
-      for (int r = 0; r < kVectors; ++r) {
-        // Beyond the cell: whatever comes next.
-        x[r] = X::load(targets.value.data() + std::min(i + r * kLanes, t_end - 1));
-        ex[r] = cell_exponential(centre - x[r], s);
-        alignas(64) double lanes[kLanes];
-        std::fill_n(lanes, kLanes, 0.0);
-        X::accumulate(lanes, x[r]);
-        for (int k = 0; k < kLanes; k += D::kWidth) {
-          D::store(slope + r * kLanes + k,
-                   polynomial.slope((D::load(lanes + k) - D::set(middle)) * D::set(rate)) + D::set(tail));
-        }
-      }
-      for (int64_t run = knees.begin; run < knees.end; run += kRun) {
-        const int64_t block = run - (run - knees.begin) % kBlock, last = std::min(knees.end, run + kRun);
-        if (!knees.flat) load(block, std::min(knees.end, block + kBlock));
-        V sum[kVectors];
-        for (V& v : sum) v = X::set(0);
-        for (int64_t j = run; j < last; ++j) {
-          const V own = X::set(u[j]), weight = X::set(w[j]);
-          if (knees.flat) {
-            for (int r = 0; r < kVectors; ++r) {
-              const V t = x[r] - own, d = t - origin;
-              const V value = X::mul_add(X::mul_add(X::mul_add(flat[3], d, flat[2]), d, flat[1]), d, flat[0]);
-              sum[r] = X::add_where(X::greater(t, delta), sum[r], weight * value);
-            }
-          } else {
-            const V exponential = X::set(scratch.band_exponential[j - block]);
-            for (int r = 0; r < kVectors; ++r) {
-              const V pair = pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau);
-              sum[r] = X::mul_add(weight, pair, sum[r]);
-            }
-          }
-        }
-        for (int r = 0; r < kVectors; ++r) X::accumulate(slope + r * kLanes, sum[r]);
-      }
-      const int count = static_cast<int>(std::min<int64_t>(kVectors * kLanes, t_end - i));
-      for (int k = 0; k < count; ++k) out[column[i + k]] = static_cast<float>(slope[k] * scale);
+    if constexpr (!Smooth) add_lines(polynomial_, knees_.cell);
+  }
+
+  // What the sources of spans below `stop` add, whose knees are all lower.
+  void add_lines(SpanPolynomial<false, true>& polynomial, int64_t stop) const {
+    polynomial.add_line(0, s_.exact_rho * s_.tau * sources_.tail[stop]);
+  }
+
+  // And what those between these lines and the sources around the knees do.
+  void add_past(int64_t span) {
+    for (int64_t k = series_.near; k <= series_.far && k <= span; ++k) {
+      const int64_t first = grid_.cell[span - k], to = std::min<int64_t>(grid_.cell[span - k + 1], knees_.cell);
+      if (to <= first || first_[first] == first_[to]) continue;
+      const CellSeries::Shifted& shifted = series_.shifted[k - series_.near];
+      polynomial_.add_past(&sources_.moment[(to - 1) * kMoments], shifted.curve, shifted.mirrored);
     }
   }
+
+  // The exponentials of the block of sources at `begin`; most cells have one block, which serves all their targets.
+  void load(int64_t begin) {
+    if (loaded_ == begin) return;
+    loaded_ = begin;
+    const int64_t end = std::min(knees_.end, begin + kBlock);
+    const V centre = X::set(static_cast<float>(middle_));
+    for (int64_t j = begin; j < end; j += kLanes) {
+      X::store(scratch_.band_exponential + (j - begin), difference_exponential<float>(X::load(u_ + j), centre, s_));
+    }
+  }
+
+  // Fills slope_ for the party.
+  template <int Vectors>
+  void meet() {
+    const double rate = 1 / s_.tau;
+    V x[Vectors];
+    for (int r = 0; r < Vectors; ++r) {
+      // Beyond the party: whatever comes next.
+      const float* const own = targets_.value.data() + party_.begin + r * kLanes;
+      x[r] = X::load(own);
+      for (int k = 0; k < kLanes; k += D::kWidth) {
+        D::store(slope_ + r * kLanes + k, polynomial_.slope((widened(own + k) - D::set(middle_)) * D::set(rate)));
+      }
+    }
+    if (knees_.begin == knees_.end) return;
+    if (!grid_.wide) {
+      meet_pairs<Vectors>(x);
+    } else if (knees_.close) {
+      meet_flat<CellSeries::kCloseTerms, Vectors>(x, series_.close);
+    } else {
+      meet_flat<CellSeries::kKneeTerms, Vectors>(x, series_.past);
+    }
+  }
+
+  template <int Terms, int Vectors>
+  void meet_flat(const V* x, const CellSeries::Past& past) {
+    const V delta = X::set(s_.delta), origin = X::set(s_.origin), rate = X::set(s_.rate_hi);
+    V slope_of[Terms];
+    for (int m = 0; m < Terms; ++m) slope_of[m] = X::set(past.slope[m]);
+    for (int64_t run = knees_.begin; run < knees_.end; run += kRun) {
+      V sum[Vectors];
+      for (V& v : sum) v = X::set(0);
+      for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
+        const V own = X::set(u_[j]), weight = X::set(w_[j]);
+        for (int r = 0; r < Vectors; ++r) {
+          const V t = x[r] - own, z = (t - origin) * rate;
+          sum[r] = X::add_where(X::greater(t, delta), sum[r], weight * polynomial_of<Terms>(slope_of, z));
+        }
+      }
+      for (int r = 0; r < Vectors; ++r) X::accumulate(slope_ + r * kLanes, sum[r]);
+    }
+  }
+
+  template <int Vectors>
+  void meet_pairs(const V* x) {
+    const V delta = X::set(s_.delta), rho_tau = X::set(s_.rho_tau), centre = X::set(static_cast<float>(middle_));
+    V ex[Vectors];
+    for (int r = 0; r < Vectors; ++r) ex[r] = cell_exponential(centre - x[r], s_);
+    for (int64_t run = knees_.begin; run < knees_.end; run += kRun) {
+      const int64_t block = run - (run - knees_.begin) % kBlock;
+      load(block);
+      V sum[Vectors];
+      for (V& v : sum) v = X::set(0);
+      for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
+        const V own = X::set(u_[j]), weight = X::set(w_[j]);
+        const V exponential = X::set(scratch_.band_exponential[j - block]);
+        for (int r = 0; r < Vectors; ++r) {
+          const V pair = pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau);
+          sum[r] = X::mul_add(weight, pair, sum[r]);
+        }
+      }
+      for (int r = 0; r < Vectors; ++r) X::accumulate(slope_ + r * kLanes, sum[r]);
+    }
+  }
+
+  const Cells &sources_, &targets_;
+  const Grid& grid_;
+  const CellSeries& series_;
+  const Settings<float>& s_;
+  Scratch<float>& scratch_;
+  const float *const u_, *const w_;
+  const uint32_t* const first_;
+  Decays decays_;
+  SpanPolynomial<false, true> of_span_, polynomial_;  // of a wide span, and as a cell has it
+  alignas(64) double sums_[kStride];
+  double middle_;  // of the span that is read
+  Party party_;
+  Knees knees_;
+  int64_t loaded_;  // where the block of sources begins whose exponentials are in the scratch
+  alignas(64) double slope_[kVectors * kLanes];  // of the targets that read together
+};
+
+template <bool Smooth>
+void slope_cells_as(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series,
+                    int64_t begin, int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale,
+                    float* out) {
+  CellSlopes<Smooth> slopes(sources, targets, grid, series, s, scratch);
+  for (int64_t span = begin; span < end; ++span) slopes.read(span, scale, out);
 }
 
 void slope_cells(const Cells& sources, const Cells& targets, const Grid& grid, const CellSeries& series, int64_t begin,
-                 int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale, const uint32_t* column,
-                 float* out) {
+                 int64_t end, const Settings<float>& s, Scratch<float>& scratch, double scale, float* out) {
   const auto run = s.surrogate == Surrogate::kSmooth ? slope_cells_as<true> : slope_cells_as<false>;
-  run(sources, targets, grid, series, begin, end, s, scratch, scale, column, out);
+  run(sources, targets, grid, series, begin, end, s, scratch, scale, out);
 }
 
-constexpr CellKernels kCellKernels = {place_units,      split_buckets, sum_cells,  join_cells_below,
-                                      join_cells_above, rank_cells,    slope_cells};
+constexpr CellKernels kCellKernels = {split_buckets,    sum_spans,  join_spans_below,
+                                      join_spans_above, rank_cells, slope_cells};
 
 template <typename T>
 constexpr Sorting<T> make_sorting() {

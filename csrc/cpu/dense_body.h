@@ -12,9 +12,9 @@
 
 namespace {
 
-// In units of tau: how far targets that read together may span, how far past a knee sources have the cubic, and how
-// high the knee has to be for that: all kDenseSources together are then off by no more than float's last bit of 1.
-constexpr double kDenseSpan = 0.1, kDenseKnee = 0.1, kHighKnee = 4;
+// In units of tau: how far targets that read together may span, and how far past a high knee sources have the cubic:
+// all kDenseSources together are then off by no more than float's last bit of 1.
+constexpr double kDenseSpan = 0.1, kDenseKnee = 0.1;
 constexpr int kDenseTargets = 64, kDenseLeast = 16;  // how many of them, at the most and at the least
 // Sources that may be met one by one, and how many are worth it.
 constexpr int64_t kDenseSources = 256, kSparseSources = 8;
@@ -37,45 +37,6 @@ struct Terms {
   }
 };
 
-// sigma from the knee to kDenseKnee past it, and its slope: the cubics that meet them at Chebyshev's four points, of
-// the distance from Settings::origin in units of tau.
-struct KneeCubic {
-  static constexpr int kPoints = 4;
-  double sigma[kPoints] = {}, slope[kPoints] = {};
-
-  // knee: where the origin lies; begin: of the knee from there.
-  KneeCubic(double knee, double begin) {
-    double at[kPoints], curve[kPoints], slopes[kPoints];
-    for (int k = 0; k < kPoints; ++k) {
-      at[k] = kDenseKnee / 2 * (1 - std::cos((2 * k + 1) * 3.141592653589793 / (2 * kPoints)));
-      curve[k] = 1 / (1 + std::exp(-(knee + begin + at[k])));
-      slopes[k] = curve[k] * (1 - curve[k]);
-    }
-    interpolate(at, begin, curve, sigma);
-    interpolate(at, begin, slopes, slope);
-  }
-
- private:
-  // Newton's divided differences, and from these the coefficients of the powers.
-  static void interpolate(const double* at, double begin, double* value, double* coefficient) {
-    for (int order = 1; order < kPoints; ++order) {
-      for (int k = kPoints - 1; k >= order; --k) value[k] = (value[k] - value[k - 1]) / (at[k] - at[k - order]);
-    }
-    for (int k = kPoints - 1; k >= 0; --k) {
-      const double root = begin + at[k];
-      for (int m = kPoints - 1; m > 0; --m) coefficient[m] = coefficient[m - 1] - root * coefficient[m];
-      coefficient[0] = value[k] - root * coefficient[0];
-    }
-  }
-};
-
-template <typename T>
-KneeCubic cubic_of(const Settings<T>& s) {
-  // Where the origin is far off, the knee is so high that sigma is 1.
-  const double rate = 1 / s.tau, origin = static_cast<double>(s.origin);
-  return {std::min(origin * rate, 1e3), std::max(-1.0, std::min((s.exact_delta - origin) * rate, 1.0))};
-}
-
 // Targets in ascending order that read by polynomials, as many at a time as fit.
 template <bool Smooth, bool Weighted, typename T>
 class Dense {
@@ -90,7 +51,7 @@ class Dense {
         s_(s),
         rate_(1 / s.tau),
         high_knee_(s.exact_delta >= kHighKnee * s.tau),
-        knee_(cubic_of(s)) {}
+        knee_(s, kDenseKnee) {}
 
   // Makes the polynomials that the ascending targets from target[0] on read. Returns how many of them do: 0 where the
   // first cannot. `walk` must not be past it.
@@ -375,7 +336,7 @@ class Dense {
   const Settings<T>& s_;
   const double rate_;
   const bool high_knee_;
-  const KneeCubic knee_;
+  const KneePolynomial<4> knee_;
   // Leaves. The sources before near_ and those in [far_, stop_) are in the polynomials, those in [near_, far_) go pair
   // by pair. So do those in [stop_, end_), knee_pairs_ of them, or stop_ is end_ and the cubic takes out what lies past
   // the knees. Sources from end_ on lie past the knees of all targets.

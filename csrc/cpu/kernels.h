@@ -10,6 +10,7 @@
 
 #include "../series.h"
 #include "../smooth_rank.h"
+#include "knee.h"
 
 namespace roadmap {
 
@@ -241,6 +242,9 @@ struct Buckets {
 // Cells over the range of a row's scores, narrow where these are many: equal buckets, each cut into 2^level equal
 // cells. A score lies in unit (v - low) * scale, rounded down, of which a bucket has kUnits: see Bucketing. In real
 // numbers it is in [at(unit), at(unit + 1)), but for `guard`, which bounds all rounding.
+//
+// Scores meet each other by cells. What is smooth they read by spans: the buckets, or, where knees are too low for
+// that, the cells again.
 struct Grid {
   static constexpr int kLevels = 6, kUnits = 1 << kLevels;
 
@@ -249,78 +253,103 @@ struct Grid {
   std::vector<uint8_t> level;        // [buckets]
   std::vector<uint32_t> first_cell;  // [buckets + 1]
   std::vector<int32_t> edge;         // [cells + 1]  the units where they begin
+  bool wide = false;                 // spans are buckets
+  std::vector<uint32_t> cell;        // [spans + 1]  where the cells of each span begin
 
   int64_t units() const { return buckets.all; }
   int64_t cells() const { return static_cast<int64_t>(edge.size()) - 1; }
   double at(int64_t unit_edge) const {
     return static_cast<double>(buckets.low) + static_cast<double>(unit_edge) * unit;
   }
-  double middle(int64_t cell) const { return (at(edge[cell]) + at(edge[cell + 1])) / 2; }
   // The cell of a unit; the first and the last reach to infinity.
   int64_t cell_of(int64_t of_unit) const {
     const int64_t u = std::max<int64_t>(0, std::min(of_unit, units() - 1)), bucket = u >> kLevels;
     return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
   }
-  int level_of(int64_t cell) const {
-    return kLevels - __builtin_ctz(static_cast<uint32_t>(edge[cell + 1] - edge[cell]));
+
+  int64_t spans() const { return static_cast<int64_t>(cell.size()) - 1; }
+  int32_t span_edge(int64_t span) const { return edge[cell[span]]; }
+  double span_at(int64_t span) const { return at(span_edge(span)); }
+  double middle(int64_t span) const { return (span_at(span) + span_at(span + 1)) / 2; }
+  // In halvings of a bucket.
+  int span_level(int64_t span) const {
+    return kLevels - __builtin_ctz(static_cast<uint32_t>(span_edge(span + 1) - span_edge(span)));
   }
 };
 
-// Scores of one row by cell, and the exponential sums of all below and above the edges of cells:
+// Scores of one row by cell, and the exponential sums of all below and above the edges of spans:
 //
-//     below[c][k - 1] = sum over cells < c of w_j e^(-k (edge(c) - value[j]) / tau)
-//     above[c][k - 1] = sum over cells >= c of w_j e^(-k (value[j] - edge(c)) / tau)
+//     below[s][k - 1] = sum over spans < s of w_j e^(-k (edge(s) - value[j]) / tau)
+//     above[s][k - 1] = sum over spans >= s of w_j e^(-k (value[j] - edge(s)) / tau)
 struct Cells {
-  static constexpr int kStride = Sources<float>::kStride, kMoments = 12, kMomentStride = 16;
+  static constexpr int kStride = Sources<float>::kStride, kMoments = 8;
 
   int64_t n = 0;
-  std::vector<float> value;     // [n + kPad]  in any order within a cell
-  std::vector<float> weight;    // [n + kPad]  empty: 1
-  std::vector<uint32_t> first;  // [cells + 1]  where each cell begins
-  std::vector<double> moment;   // [cells, kMomentStride]  sum of w_j ((value[j] - middle) / tau)^m
-  std::vector<double> below;    // [cells + 1, kStride]
-  std::vector<double> above;    // [cells + 1, kStride]
-  std::vector<double> tail;     // [cells + 1]  sum of value[j] - edge(c) from cell c on; weighted: of w_j below it
+  std::vector<float> value;      // [n + kPad]  in any order within a cell
+  std::vector<float> weight;     // [n + kPad]  empty: 1
+  std::vector<uint32_t> column;  // [n]  where each comes from
+  std::vector<uint32_t> first;   // [cells + 1]  where each cell begins
+  // [cells, kMoments]  sum of w_j ((value[j] - middle of the span) / tau)^m, of a cell and all before it in its span
+  std::vector<double> moment;
+  std::vector<double> below;  // [spans + 1, kStride]
+  std::vector<double> above;  // [spans + 1, kStride]
+  std::vector<double> tail;   // [spans + 1]  sum of value[j] - edge(s) from span s on; weighted: of w_j below it
 
   // Allocates the sums.
-  void resize(int64_t cells) {
-    moment.resize(cells * kMomentStride);
-    below.resize((cells + 1) * kStride);
-    above.resize((cells + 1) * kStride);
-    tail.resize(cells + 1);
+  void resize(int64_t cells, int64_t spans) {
+    moment.resize(cells * kMoments);
+    below.resize((spans + 1) * kStride);
+    above.resize((spans + 1) * kStride);
+    tail.resize(spans + 1);
   }
 };
 
 // What is the same for all cells of a row.
 struct CellSeries {
   static constexpr int kTerms = 8, kStride = Cells::kStride, kDegree = Sources<float>::kDegree;
+  // Of the polynomial of sigma past a knee.
+  static constexpr int kKneeTerms = 6;
 
-  // The knee of a target in unit U lies in units [U + knee, U + knee_last].
-  int64_t knee = 0, knee_last = 0;
-  // e^(-k d / tau) for half a cell and a cell of each level.
+  // The knee of a target in unit U lies in units [U + knee, U + knee_last]; that of one in the wide span S in spans
+  // [S + near, S + far], three at the most.
+  int64_t knee = 0, knee_last = 0, near = 0, far = 0;
+  // e^(-k d / tau) for half a span and a span of each level.
   alignas(64) double half[Grid::kLevels + 1][kStride], whole[Grid::kLevels + 1][kStride];
+
+  // What a pair past its knee adds to what sigma alone gives, of z, its distance from Settings::origin in units of tau;
+  // the curve as for a pair that is no step. `close`: of fewer terms, up to kClose past the knee.
+  static constexpr double kClose = 0.1;
+  static constexpr int kCloseTerms = 4;
+  struct Past {
+    float curve[kKneeTerms], slope[kKneeTerms];
+  } past, close;
+  // The same for target x and source y, each from the middle of its own wide span: of y^r x^i, for the spans of knees.
+  // `mirrored`: the slope, where the source is the lower one.
+  struct Shifted {
+    alignas(64) double curve[kKneeTerms][kTerms] = {}, slope[kKneeTerms][kTerms] = {},
+                       mirrored[kKneeTerms][kTerms] = {};
+  } shifted[3];
 
   CellSeries(const Grid&, const Settings<float>&);
 };
 
 // The kernels of the sorted scan by cells. All may be called for parts at once where they take a range.
 struct CellKernels {
-  // The units of n values.
-  void (*place)(const float* value, int64_t n, const Grid&, int32_t* unit);
   // Deals the entries of buckets [begin, end), entry[edge[b]] being the first of bucket b, to their cells, whose
   // `first` it sets.
   void (*split)(const Entry<float>* entry, const uint32_t* edge, int64_t begin, int64_t end, const Grid&, float* value,
                 uint32_t* column, uint32_t* first);
-  // The sums of each cell in [begin, end) alone; join_below() and join_above() make them those of all.
+  // The sums of each span in [begin, end) alone; join_below() and join_above() make them those of all.
   void (*sum)(Cells&, const Grid&, const CellSeries&, double tau, int64_t begin, int64_t end);
   void (*join_below)(Cells&, const Grid&, const CellSeries&);
   void (*join_above)(Cells&, const Grid&, const CellSeries&, double tau);
-  // As Sorting::rank_targets, for targets in cells [begin, end).
+  // As Sorting::rank_targets, for targets in spans [begin, end). rank_target[i] = how many targets are at least x_i,
+  // itself included; not touched for smooth ranks.
   void (*rank)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
-               const Settings<float>&, Scratch<float>&, double* rank, double* slope);
-  // As Sorting::slope_targets; here the targets are the v of H-'(v - u), and out[column] = slope times scale.
+               const Settings<float>&, Scratch<float>&, double* rank, double* slope, double* rank_target);
+  // As Sorting::slope_targets; here the targets are the v of H-'(v - u), and out[column of each] = slope times scale.
   void (*slope)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
-                const Settings<float>&, Scratch<float>&, double scale, const uint32_t* column, float* out);
+                const Settings<float>&, Scratch<float>&, double scale, float* out);
 };
 
 // The kernels of the sorted scan. All may be called for parts at once where they take a range.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "half.h"
@@ -25,6 +26,8 @@ constexpr int64_t kPartialSums = 1 << 18;
 constexpr int64_t kPiece = 512;
 // Bound on the positives of a group, which have to share its classes.
 constexpr int64_t kGroup = 64;
+// Blocks with a positive among so many columns, or more, are searched in vectors.
+constexpr int64_t kSparseBlock = 32;
 // Rows with up to so many positives have groups twice as wide.
 constexpr int64_t kSparse = 8;
 
@@ -34,7 +37,7 @@ template <typename T>
 struct Row {
   int64_t index = 0;
   Positives<T> p;
-  std::vector<int64_t> column;                   // [at least P]  ascending
+  std::vector<int64_t> column;                   // [P]  ascending
   std::vector<typename Entry<T>::Index> source;  // [P]  the column of each in p
   // [P]  Where the columns of p stand in `column`, and the inverse; for who goes by columns: see place().
   std::vector<int64_t> ordinal, position;
@@ -85,8 +88,7 @@ class Pass {
 
   // Positives of a span of columns.
   struct Found {
-    std::vector<Entry<T>> entry;  // [at least part.count]  score, column
-    std::vector<int64_t> column;  // [at least part.count]  ascending
+    std::vector<Entry<T>> entry;  // [at least part.count]  score and column, these ascending
     typename Sorter<T>::Part part;
   };
 
@@ -102,17 +104,18 @@ class Pass {
       const int words = static_cast<int>(divide_up(count, 64));
       int64_t k = part.count;
       for (int w = 0; w < words; ++w) part.count += __builtin_popcountll(scratch.roles.positive[w]);
-      const auto room = static_cast<size_t>(std::max(2 * k, part.count));
-      if (found.entry.size() < static_cast<size_t>(part.count)) found.entry.resize(room);
-      if (found.column.size() < static_cast<size_t>(part.count)) found.column.resize(room);
+      if (found.entry.size() < static_cast<size_t>(part.count)) found.entry.resize(std::max(2 * k, part.count));
       Entry<T>* const entry = found.entry.data();
-      int64_t* const columns = found.column.data();
+      if (plain && (part.count - k) * kSparseBlock > count) {
+        sorting_.keep_entries({scores + at, scratch.roles.positive, count}, -std::numeric_limits<T>::infinity(), at,
+                              settings_, scratch, entry + k, part.low, part.high, part.nan);
+        continue;
+      }
       for (int w = 0; w < words; ++w) {
         for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1, ++k) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
           const T value = plain ? scores[column] : score(row, column);
           entry[k] = {value, static_cast<typename Entry<T>::Index>(column)};
-          columns[k] = column;
           part.nan |= value != value;
           part.low = value < part.low ? value : part.low;
           part.high = value > part.high ? value : part.high;
@@ -122,9 +125,9 @@ class Pass {
     found.part = part;
   }
 
-  // Sorts what collect() found in the spans of a row.
+  // Takes what collect() found in the spans of a row. Its positives have no order yet: order() or a scan gives it.
   void arrange(int64_t index, std::vector<Found>& spans, Row<T>& row, const Parallel& parallel) const {
-    const int64_t size = row.sorter.gather(spans, row.column, parallel);
+    const int64_t size = row.sorter.gather(spans, parallel);
     // The buffers stay from row to row and from call to call, and nothing else does.
     row.index = index;
     row.scale = 1;
@@ -133,6 +136,7 @@ class Pass {
     row.sorted = nullptr;
     row.nan = row.sorter.nan();
     row.hinges.clear();
+    row.column.clear();
     Positives<T>& p = row.p;
     p.score.resize(size);
     p.weight.resize(size);
@@ -144,25 +148,36 @@ class Pass {
     row.rank_negative.resize(size);
     row.slope.resize(size);
     row.gradient.resize(size);
+    if (smooth_) std::fill_n(row.rank_positive.begin(), size, 1.0);
+  }
+
+  // Fills `column`; before order(), or after a scan has dealt them to cells.
+  void list_columns(Row<T>& row) const {
+    const Entry<T>* const entry = row.sorter.room(0);
+    row.column.resize(row.size());
+    for (int64_t k = 0; k < row.size(); ++k) row.column[k] = static_cast<int64_t>(entry[k].index);
+  }
+
+  // Sorts them.
+  void order(Row<T>& row, const Parallel& parallel) const {
+    list_columns(row);
+    const int64_t size = row.size();
+    T* const score = row.p.score.data();
     // A NaN has no place in an order; such a row is not computed at all.
     if (row.nan || !objective_.ap) {
       const Entry<T>* const entry = row.sorter.room(0);
       for (int64_t i = 0; i < size; ++i) {
-        p.score[i] = entry[i].value;
+        score[i] = entry[i].value;
         row.source[i] = entry[i].index;
       }
       return;
     }
-    row.sorter.sort(sorting_, parallel, p.score.data(), row.source.data());
-    double* const rank = row.rank_positive.data();
-    if (smooth_) {
-      std::fill_n(rank, size, 1.0);
-    } else {  // positives at least as high, ties included
-      const T* const score = p.score.data();
-      for (int64_t i = 0, tied = 0; i < size; ++i) {
-        tied = i > 0 && score[i] == score[i - 1] ? tied : i;
-        rank[i] = static_cast<double>(size - tied);
-      }
+    row.sorter.sort(sorting_, parallel, score, row.source.data());
+    if (smooth_) return;
+    double* const rank = row.rank_positive.data();  // positives at least as high, ties included
+    for (int64_t i = 0, tied = 0; i < size; ++i) {
+      tied = i > 0 && score[i] == score[i - 1] ? tied : i;
+      rank[i] = static_cast<double>(size - tied);
     }
   }
 
@@ -172,7 +187,7 @@ class Pass {
     row.ordinal.resize(size);
     row.position.resize(size);
     if (size < m_.columns / 16) {
-      const auto begin = row.column.begin(), end = begin + size;
+      const auto begin = row.column.begin(), end = row.column.end();
       for (int64_t i = 0; i < size; ++i) {
         row.ordinal[i] = std::lower_bound(begin, end, static_cast<int64_t>(row.source[i])) - begin;
       }
@@ -184,7 +199,7 @@ class Pass {
     for (int64_t i = 0; i < size; ++i) row.position[row.ordinal[i]] = i;
   }
 
-  // Groups neighbouring positives, for the tiled kernels.
+  // Groups neighbours of the ascending positives, for the tiled kernels.
   void group(Row<T>& row) const {
     if (row.nan || !objective_.ap) return;
     Positives<T>& p = row.p;
@@ -204,11 +219,10 @@ class Pass {
     kernels_.exponentials(p, settings_);
   }
 
-  // Whether the sorted scan takes a row whose positives are arranged, as far as these can tell.
+  // Whether the sorted scan takes a row, as far as its positives can tell.
   bool scans(const Row<T>& row) const {
-    const std::vector<T>& score = row.p.score;
-    if (row.nan || !objective_.ap || score.empty() || method_ == Method::kTiled) return false;
-    if (!(std::fabs(score.front()) <= kLargestSorted<T> && std::fabs(score.back()) <= kLargestSorted<T>)) return false;
+    if (row.nan || !objective_.ap || !row.size() || method_ == Method::kTiled) return false;
+    if (!row.sorter.finite()) return false;
     if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
     return method_ == Method::kSorted || pays(row);
   }
@@ -219,33 +233,35 @@ class Pass {
   // columns.
   bool pays(const Row<T>& row) const {
     constexpr int64_t kFewest = 32;  // below, tiled is as fast whatever the scores
-    const std::vector<T>& u = row.p.score;
+    constexpr int64_t kSeen = 256;   // positives; more are alike
     const int64_t size = row.size();
     if (size < kFewest) return false;
+    const T low = row.sorter.low(), high = row.sorter.high();
+    T u[kSeen];
+    const int64_t seen = std::min(size, kSeen);
+    for (int64_t k = 0; k < seen; ++k) u[k] = row.sorter.room(0)[(2 * k + 1) * size / (2 * seen)].value;
+    std::sort(u, u + seen);
     const int64_t samples = std::min<int64_t>(64, std::max<int64_t>(8, m_.columns / 64));
     const T above = smooth_ ? settings_.cut : settings_.delta;
     int64_t kept = 0, curve = 0;
-    T top = u.front();  // of what is seen
+    T top = high;  // of what is seen
     for (int64_t k = 0; k < samples; ++k) {
       const int64_t column = (2 * k + 1) * m_.columns / (2 * samples);
       const T v = score(row.index, column);
-      if (!(v - u.front() >= -settings_.cut) ||
-          std::binary_search(row.column.begin(), row.column.begin() + size, column))
-        continue;
+      if (!(v - low >= -settings_.cut) || is_positive(row, column)) continue;
       ++kept;
       top = std::max(top, v);
-      curve +=
-          std::upper_bound(u.begin(), u.end(), v + settings_.cut) - std::lower_bound(u.begin(), u.end(), v - above);
+      curve += std::upper_bound(u, u + seen, v + settings_.cut) - std::lower_bound(u, u + seen, v - above);
     }
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
-    const double positives = static_cast<double>(size);
+    const double positives = static_cast<double>(size), of_seen = positives / static_cast<double>(seen);
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
     // Cells cost half of what leaves of sorted scores do, where they are to be had, and something each (cells.h).
-    const double range = static_cast<double>(std::max(top, u.back())) - static_cast<double>(u.front());
+    const double range = static_cast<double>(top) - static_cast<double>(low);
     const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
     double scan = cells ? 5000 + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
                         : 1500 + 14 * negatives + 36 * positives;
-    double tiled = 0.3 * static_cast<double>(curve) * of_all + 0.12 * negatives * positives;
+    double tiled = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which also meets positives with positives
       scan += 40 * positives;
       tiled += 0.3 * positives * positives;
@@ -259,8 +275,8 @@ class Pass {
     part.begin = begin;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
-      part.count += sorting_.keep_entries(block, row.p.score.front(), at, settings_, scratch, out + part.count,
-                                          part.low, part.high, part.nan);
+      part.count += sorting_.keep_entries(block, row.sorter.low(), at, settings_, scratch, out + part.count, part.low,
+                                          part.high, part.nan);
       if (hinges && block.top > static_cast<T>(objective_.negative_margin))
         kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
@@ -279,6 +295,15 @@ class Pass {
         kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
     return nan;
+  }
+
+  bool is_positive(const Row<T>& row, int64_t column) const {
+    const Entry<T>* const begin = row.sorter.room(0);
+    const Entry<T>* const end = begin + row.size();
+    const auto index = static_cast<typename Entry<T>::Index>(column);
+    const Entry<T>* const at =
+        std::lower_bound(begin, end, index, [](const Entry<T>& e, auto of) { return e.index < of; });
+    return at != end && at->index == index;
   }
 
   void rank_positives(Row<T>& row, int64_t first, int64_t last, Scratch<T>& scratch) const {
@@ -332,7 +357,7 @@ class Pass {
         kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinged, column_scales,
                                 scratch, out, trace);
       }
-      auto k = std::lower_bound(row.column.begin(), row.column.begin() + row.size(), begin) - row.column.begin();
+      auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
         out[row.column[k] - begin] = own_gradient(row, row.position[k], by) * column_scale(row.column[k]);
       }
@@ -349,10 +374,9 @@ class Pass {
 
   // Where the scan may write the gradient of a row at once: nothing is to be added to it, narrowed or scaled by column.
   T* direct(const Row<T>& row, void* gradient) const {
-    const bool whole = m_.type == ScoreType::kFloat || m_.type == ScoreType::kDouble;
-    return whole && !m_.column_scale && !row.negative_hinges ? static_cast<T*>(gradient) + row.index * m_.columns
-                                                             : nullptr;
+    return whole() && !row.negative_hinges ? static_cast<T*>(gradient) + row.index * m_.columns : nullptr;
   }
+  bool whole() const { return (m_.type == ScoreType::kFloat || m_.type == ScoreType::kDouble) && !m_.column_scale; }
   // What the gradient of the AP loss by the ranked scores is multiplied with.
   double factor(const Row<T>& row) const { return row.scale * row_scale(row.index); }
 
@@ -419,6 +443,29 @@ void weigh_groups(Positives<T>& p) {
     for (int64_t i = g.begin; i < g.end; ++i) sum.add(p.weight[i]);
     g.weight = sum.sum;
   }
+}
+
+// Sorts positives, and all that is known of each, that a scan has left in another order.
+template <typename T>
+void sort_positives(Row<T>& row) {
+  Positives<T>& p = row.p;
+  std::vector<int64_t> order(row.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    return p.score[i] < p.score[j] || (p.score[i] == p.score[j] && row.source[i] < row.source[j]);
+  });
+  const auto sort = [&](auto& values) {
+    const auto before = values;
+    for (size_t i = 0; i < std::min(order.size(), values.size()); ++i) values[i] = before[order[i]];
+  };
+  sort(p.score);
+  sort(p.weight);
+  sort(p.weight_negative);
+  sort(p.weight_positive);
+  sort(row.source);
+  sort(row.rank_positive);
+  sort(row.rank_negative);
+  sort(row.slope);
 }
 
 // What kernels take of the weights p.weight, dloss/drank-, and `second`, dloss/drank+ (smooth), of which none is larger
@@ -563,6 +610,9 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     return std::min(m.columns, divide_up(m.columns, kBlock) * span / spans * kBlock);
   };
   const bool reads = pass.ranks() || pass.objective().calibration;
+  // Whether anyone may ask for the positives by column: not where ranks alone become gradients that are written at
+  // once.
+  const bool by_columns = !gradient || !pass.ranks() || !pass.whole() || pass.objective().calibration;
   const auto clear_spans = [&](Row<T>& row, int64_t spans) {
     std::fill(row.rank_negative.begin(), row.rank_negative.end(), 0.0);
     std::fill(row.slope.begin(), row.slope.end(), 0.0);
@@ -595,13 +645,17 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
                 sorted.negatives().room(span * kSpan), hinges_of(row, span, 0));
     });
     row.nan = sorted.negatives().nan();
-    if (row.nan) return true;
-    if (!sorted.finite()) return false;
-    sorted.sort(row.p.score, pass.settings(), pass.sorting(), parallel);
+    if (row.nan || !sorted.negatives().finite()) return false;
     row.sorted = &sorted;
+    if (sorted.deal(row.sorter, pass.settings(), pass.sorting(), parallel, row.p.score.data(), row.source.data())) {
+      if (by_columns) pass.list_columns(row);
+    } else {
+      pass.order(row, parallel);
+      sorted.sort(row.size(), pass.sorting(), parallel);
+    }
     if (!pass.ranks()) return true;
     sorted.rank(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>, row.rank_negative.data(),
-                pass.wants_slope() ? row.slope.data() : nullptr);
+                pass.wants_slope() ? row.slope.data() : nullptr, row.rank_positive.data());
     if (pass.smooth()) {
       sorted.rank_positives(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>,
                             row.rank_positive.data());
@@ -615,6 +669,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     if (!std::all_of(p.weight.begin(), p.weight.end(), finite) ||
         !std::all_of(p.weight_positive.begin(), p.weight_positive.end(), finite)) {
       row.sorted = nullptr;  // sums would carry them to all
+      if (row.column.empty()) pass.list_columns(row);
+      sort_positives(row);
       pass.group(row);
       weigh_groups(p);
       return nullptr;
@@ -640,7 +696,10 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       pass.collect(index, 0, m.columns, own, space.found[0]);
       pass.arrange(index, space.found, row, serial());
       const bool scanned = scan(row, serial());
-      if (!scanned) pass.group(row);
+      if (!scanned) {
+        pass.order(row, serial());
+        pass.group(row);
+      }
       const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
       const int64_t groups = pieces.back();
       Trace<T>& trace = own.trace;
@@ -688,7 +747,10 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     });
     pass.arrange(index, space.found, row, parallel);
     const bool scanned = scan(row, parallel);
-    if (!scanned) pass.group(row);
+    if (!scanned) {
+      pass.order(row, parallel);
+      pass.group(row);
+    }
     const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
     const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
     if (reads && !row.nan && !scanned) {

@@ -42,10 +42,9 @@ class Sorter {
     parts_.assign(parts, {});
     if (from_.size() < static_cast<size_t>(entries + kPad)) from_.resize(entries + kPad);
   }
-  // Takes over what was found in spans, {entry, column, part} each, and joins their columns. Returns how many there
-  // are.
+  // Takes over what was found in spans, {entry, part} each. Returns how many there are.
   template <typename Found>
-  int64_t gather(std::vector<Found>& spans, std::vector<int64_t>& column, const Parallel& parallel) {
+  int64_t gather(std::vector<Found>& spans, const Parallel& parallel) {
     parts_.clear();
     int64_t n = 0;
     for (Found& found : spans) {
@@ -55,25 +54,28 @@ class Sorter {
     }
     if (spans.size() == 1) {
       from_.swap(spans[0].entry);
-      column.swap(spans[0].column);
     } else {
       if (from_.size() < static_cast<size_t>(n)) from_.resize(n);
-      if (column.size() < static_cast<size_t>(n)) column.resize(n);
       parallel.run(static_cast<int64_t>(spans.size()), [&](int64_t k, int) {
         std::copy_n(spans[k].entry.data(), parts_[k].count, from_.data() + parts_[k].begin);
-        std::copy_n(spans[k].column.data(), parts_[k].count, column.data() + parts_[k].begin);
       });
     }
     return n;
   }
   // Where the entries of a part that begins here go.
   Entry<T>* room(int64_t begin) { return from_.data() + begin; }
+  const Entry<T>* room(int64_t begin) const { return from_.data() + begin; }
   Part& part(int64_t index) { return parts_[index]; }
-  const std::vector<Part>& parts() const { return parts_; }
   size_t bytes() const { return (from_.capacity() + to_.capacity()) * sizeof(Entry<T>); }
 
   bool nan() const {
     return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.nan; });
+  }
+  // Whether the scan can take them all; false for infinities.
+  bool finite() const {
+    return std::all_of(parts_.begin(), parts_.end(), [](const Part& part) {
+      return !part.count || (std::fabs(part.low) <= kLargestSorted<T> && std::fabs(part.high) <= kLargestSorted<T>);
+    });
   }
   int64_t count() const {
     int64_t n = 0;
@@ -81,28 +83,24 @@ class Sorter {
     return n;
   }
 
-  // Deals them to the cells of a row, whose buckets are laid. Returns false, and moves nothing, where cells would be
-  // crowded.
-  bool deal(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
-            CellRow& row) {
-    const int64_t n = count();
-    Grid& grid = row.grid();
-    const int64_t buckets = grid.units() >> Grid::kLevels;
-    count_buckets(grid.buckets, buckets, kernels, parallel);
-    if (!CellPlan::cut(grid, edges_, row.begin(positive, *kernels.cells), s)) return false;
-    row.place();
+  // Where those of each bucket of a grid begin.
+  const std::vector<uint32_t>& count(const Grid& grid, const Sorting<T>& kernels, const Parallel& parallel) {
+    count_buckets(grid.buckets, grid.units() >> Grid::kLevels, kernels, parallel);
+    return edges_;
+  }
+  // Deals them to cells, once they are counted and the buckets are cut.
+  void deal(const Grid& grid, const Sorting<T>& kernels, const Parallel& parallel, Cells& cells) {
+    const int64_t n = count(), buckets = grid.units() >> Grid::kLevels;
     deal_buckets(grid.buckets, buckets, kernels, parallel);
-    Cells& cells = row.negatives();
     cells.n = n;
     cells.value.resize(n + kPad);
-    row.column().resize(n);
+    cells.column.resize(n);
     cells.first.resize(grid.cells() + 1);
     cells.first[grid.cells()] = static_cast<uint32_t>(n);
     parallel.run((buckets + kTogether - 1) / kTogether, [&](int64_t task, int) {
       kernels.cells->split(to_.data(), edges_.data(), task * kTogether, std::min(buckets, (task + 1) * kTogether), grid,
-                           cells.value.data(), row.column().data(), cells.first.data());
+                           cells.value.data(), cells.column.data(), cells.first.data());
     });
-    return true;
   }
 
   T low() const {
@@ -192,15 +190,6 @@ class SortedRow {
   // The negatives, which the caller collects: by column, a part a span, so that several threads may.
   Sorter<T>& negatives() { return sorter_; }
 
-  // Whether all that was collected can be sorted; false for infinities.
-  bool finite() const {
-    for (const auto& part : sorter_.parts()) {
-      if (part.count && !(std::fabs(part.low) <= kLargestSorted<T> && std::fabs(part.high) <= kLargestSorted<T>))
-        return false;
-    }
-    return true;
-  }
-
   int64_t size() const { return n_; }
 
   // Gives back what a very long row has taken.
@@ -208,30 +197,46 @@ class SortedRow {
     if (sorter_.bytes() > size_t(32) << 20) *this = {};
   }
 
-  // Sorts what was collected, or deals it to cells.
-  void sort(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel) {
-    const int64_t n = n_ = sorter_.count();
+  // Deals what was collected, and the positives, to cells, if these are worth it: whether they are. The positives then
+  // are in the order of their cells: ascending where ranks are smooth, else in any order within a cell. `positive` and
+  // `column` [P] become theirs.
+  bool deal(Sorter<T>& positives, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
+            T* positive, typename Entry<T>::Index* column) {
+    n_ = sorter_.count();
     by_cells_ = false;
     if constexpr (sizeof(T) == 4) {
+      Grid& grid = cells_.grid();
       by_cells_ =
-          CellPlan::lay(cells_.grid(), n + static_cast<int64_t>(positive.size()),
-                        std::min(sorter_.low(), positive.front()), std::max(sorter_.high(), positive.back()), s) &&
-          sorter_.deal(positive, s, kernels, parallel, cells_);
-      if (by_cells_) return;
+          CellPlan::lay(grid, n_ + positives.count(), std::min(sorter_.low(), positives.low()),
+                        std::max(sorter_.high(), positives.high()), s) &&
+          CellPlan::cut(grid, sorter_.count(grid, kernels, parallel), positives.count(grid, kernels, parallel), s);
+      if (!by_cells_) return false;
+      sorter_.deal(grid, kernels, parallel, cells_.negatives());
+      positives.deal(grid, kernels, parallel, cells_.positives());
+      if (s.surrogate == Surrogate::kSmooth) cells_.order_positives(parallel);
+      const Cells& dealt = cells_.positives();
+      std::copy_n(dealt.value.begin(), dealt.n, positive);
+      std::copy_n(dealt.column.begin(), dealt.n, column);
     }
+    return by_cells_;
+  }
+
+  // Sorts what was collected, where cells are not worth it.
+  void sort(int64_t positives, const Sorting<T>& kernels, const Parallel& parallel) {
     negatives_.weight.clear();
-    negatives_.resize(n, leaf_for(n, static_cast<int64_t>(positive.size())));
-    column_.resize(n);
+    negatives_.resize(n_, leaf_for(n_, positives));
+    column_.resize(n_);
     sorter_.sort(kernels, parallel, negatives_.value.data(), column_.data());
   }
 
   // ---- reading ----
 
-  // Ranks of the ascending positives among the negatives, and their slopes if `slope` is not null.
+  // Ranks of the positives among the negatives, and their slopes if `slope` is not null; where they are in cells, but
+  // for smooth ranks, those among themselves as well.
   void rank(const std::vector<T>& positive, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
-            Scratch<T>& (*scratch)(), double* rank, double* slope) {
+            Scratch<T>& (*scratch)(), double* rank, double* slope, double* rank_positive) {
     if constexpr (sizeof(T) == 4) {
-      if (by_cells_) return cells_.rank(s, *kernels.cells, parallel, scratch, rank, slope);
+      if (by_cells_) return cells_.rank(s, *kernels.cells, parallel, scratch, rank, slope, rank_positive);
     }
     read(negatives_, positive, s, kernels, parallel, scratch, rank, slope);
   }
