@@ -25,7 +25,7 @@ struct CellPlan {
   static constexpr int64_t kFewest = 8, kUsualWide = 512, kUsual = 128;
   // A cell costs as much as so many pairs around steps and knees, of which there are the fewer the narrower cells are.
   // What crowds even in the narrowest is too much where scores would meet more than kMostPairs each.
-  static constexpr double kPairs = 250, kMostPairs = 256;
+  static constexpr double kPairs = 400, kMostPairs = 256;
   static constexpr int64_t kFewestScores = 256;
 
   // Whether spans may be wide: where there are no knees, or where sigma is so flat past them that a polynomial takes it

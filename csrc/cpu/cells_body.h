@@ -76,8 +76,16 @@ void split_bucket(const Entry<float>* entry, int64_t n, const Grid& grid, int64_
   cells.shift = Grid::kLevels - level;
   cells.first = static_cast<uint32_t>(bucket) << level;
   const Bucketing<float> cell(cells);
+  // Most buckets are small enough to be told apart once.
+  constexpr int64_t kMany = 1024;
+  uint8_t of[kMany];
+  const auto for_cells = [&](const auto& body) {
+    if (n > kMany) return for_buckets(entry, n, cell, body);
+    for (int64_t j = 0; j < n; ++j) body(j, of[j]);
+  };
+  for (int64_t j = 0; n <= kMany && j < n; ++j) of[j] = static_cast<uint8_t>(cell.of(entry[j].value));
   uint32_t place[Grid::kUnits] = {};
-  for_buckets(entry, n, cell, [&](int64_t, uint16_t of) { ++place[of]; });
+  for_cells([&](int64_t, unsigned own) { ++place[own]; });
   first += grid.first_cell[bucket];
   uint32_t at = begin;
   for (int c = 0; c < 1 << level; ++c) {
@@ -85,8 +93,8 @@ void split_bucket(const Entry<float>* entry, int64_t n, const Grid& grid, int64_
     at += place[c];
     place[c] = first[c];
   }
-  for_buckets(entry, n, cell, [&](int64_t j, uint16_t of) {
-    const uint32_t to = place[of]++;
+  for_cells([&](int64_t j, unsigned own) {
+    const uint32_t to = place[own]++;
     value[to] = entry[j].value;
     column[to] = entry[j].index;
   });
@@ -125,14 +133,15 @@ void sum_spans_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
   for (int64_t span = begin; span < end; ++span) {
     const X::V middle = X::set(grid.middle(span));
     alignas(64) double moment[kMoments] = {};
-    for (int64_t c = grid.cell[span]; c < grid.cell[span + 1]; ++c) {
-      const int64_t from = cells.first[c], count = cells.first[c + 1] - from;
+    for (int64_t c = grid.cell[span]; c < grid.cell[span + 1]; c += Grid::kShared) {
+      const int64_t end = std::min<int64_t>(c + Grid::kShared, grid.cell[span + 1]);
+      const int64_t from = cells.first[c], count = cells.first[end] - from;
       const float* const v = cells.value.data() + from;
       const float* const w = Weighted ? cells.weight.data() + from : nullptr;
       X::V sum[kMoments];
       for (X::V& m : sum) m = X::set(0);
       for (int64_t j = 0; j < count; j += X::kWidth) {
-        // Lanes beyond the cell hold what comes next, and weigh nothing.
+        // Lanes beyond these cells hold what comes next, and weigh nothing.
         X::V power = Weighted ? widened(w + j) : X::set(1);
         if (count - j < X::kWidth) power = X::select(X::lanes((1u << (count - j)) - 1), power, X::set(0));
         const X::V y = (widened(v + j) - middle) * X::set(rate);
@@ -146,7 +155,7 @@ void sum_spans_as(Cells& cells, const Grid& grid, const CellSeries& series, doub
         X::sums(sum + m, own);
         X::store(moment + m, X::load(moment + m) + X::load(own));
       }
-      std::copy_n(moment, kMoments, &cells.moment[c * kMoments]);
+      std::copy_n(moment, kMoments, &cells.moment[(end - 1) * kMoments]);
     }
     const double* const half = series.half[grid.span_level(span)];
     double* const below = &cells.below[(span + 1) * kStride];
@@ -376,6 +385,13 @@ struct Party {
   }
 };
 
+// A party and its knees, found for several parties before any reads: each would wait for these steps.
+struct Planned {
+  Party party;
+  Knees knees;
+};
+constexpr int kPlan = 16;
+
 // The polynomial of a pair past its flat knee.
 template <int Terms>
 Vec<float>::V polynomial_of(const Vec<float>::V* coefficient, Vec<float>::V z) {
@@ -417,12 +433,16 @@ class CellRanks {
     if (targets_.first[first] == targets_.first[last]) return;
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
-    while (party_.end < targets_.first[last]) {
-      const Party party = party_.next(targets_, sources_, last, kLanes);
-      const bool same = party.same_cells(party_);
-      party_ = party;
+    int planned = 0;
+    for (int at = 0; at < planned || party_.end < targets_.first[last]; ++at) {
+      if (at == planned) {
+        planned = plan(last);
+        at = 0;
+      }
+      const bool same = plan_[at].party.same_cells(party_);
+      party_ = plan_[at].party;
+      knees_ = plan_[at].knees;
       if (!same) {
-        find_knees();
         if (grid_.wide) {
           polynomial_ = of_span_;
           if constexpr (!Smooth) add_past(span);
@@ -434,7 +454,8 @@ class CellRanks {
       }
       load();
       if constexpr (!Smooth) {
-        count_reached(targets_, targets_.n - targets_.first[party_.cell_end], rank_target + party_.begin);
+        count_reached(targets_, targets_.n - targets_.first[party_.cell_end], reached_);
+        put(reached_, rank_target + party_.begin);
         if (!knees_.merged) count_reached(sources_, 0, readers_.steps);
         if (knees_.begin < knees_.end) meet_knees();
       }
@@ -443,17 +464,29 @@ class CellRanks {
   }
 
  private:
-  void find_knees() {
+  // Plans the parties after this one. Returns how many.
+  int plan(int64_t last) {
+    Party party = party_;
+    int count = 0;
+    while (count < kPlan && party.end < targets_.first[last]) {
+      party = party.next(targets_, sources_, last, kLanes);
+      plan_[count++] = {party, knees_of(party)};
+    }
+    return count;
+  }
+
+  Knees knees_of(const Party& party) const {
     const int64_t cells = grid_.cells(), units = grid_.units();
-    const int32_t low = grid_.edge[party_.cell], high = grid_.edge[party_.cell_end];
+    const int32_t low = grid_.edge[party.cell], high = grid_.edge[party.cell_end];
     const int64_t from = low + series_.knee, to = high - 1 + series_.knee_last;
-    Knees& k = knees_;
+    Knees k;
     k.cell = Smooth || from >= units ? cells : grid_.cell_of(from);
-    k.cell_end = Smooth || to >= units ? cells : grid_.cell_of(to) + 1;
+    k.cell_end = Smooth || to >= units ? cells : grid_.wide ? grid_.shared_end(to) : grid_.cell_of(to) + 1;
     k.begin = first_[k.cell];
     k.end = first_[k.cell_end];
-    k.merged = k.cell < party_.cell_end;
+    k.merged = k.cell < party.cell_end;
     k.close = is_close(grid_.edge[k.cell_end] - low, grid_, s_);
+    return k;
   }
 
   // The polynomial of a wide span: sigma of all up to the spans of its knees, and the lines of those above.
@@ -534,18 +567,22 @@ class CellRanks {
     readers_.count = count;
     x_ = X::load(target);  // the first one stands where there are no more
     if (count < kLanes) x_ = X::select(X::lanes((1u << count) - 1), x_, X::set(target[0]));
-    widen(x_, u_);
+    X::widen(x_, u_);
     for (int k = 0; k < kLanes; k += D::kWidth) {
       const D::V distance = (D::load(u_ + k) - D::set(middle_)) * D::set(1 / s_.tau);
       D::store(readers_.curve + k, polynomial_.curve(distance));
       if constexpr (Slope) D::store(readers_.slope + k, polynomial_.slope(distance));
     }
-    for (double* lanes : {readers_.steps, readers_.tails, readers_.past}) std::fill_n(lanes, kLanes, 0.0);
+    if (!grid_.wide) {
+      for (double* lanes : {readers_.steps, readers_.tails, readers_.past}) std::fill_n(lanes, kLanes, 0.0);
+    }
   }
 
-  static void widen(V v, double* out) {
-    std::fill_n(out, kLanes, 0.0);
-    X::accumulate(out, v);
+  // The lanes that hold targets.
+  void put(const double* lanes, double* out) const {
+    int k = 0;
+    for (; k + D::kWidth <= count_; k += D::kWidth) D::store(out + k, D::load(lanes + k));
+    if (k < count_) D::store_first(out + k, count_ - k, D::load(lanes + k));
   }
   // The lanes that hold sources, of those from j on that end at `end`.
   static unsigned lanes_of(int64_t j, int64_t end) {
@@ -573,16 +610,18 @@ class CellRanks {
     const V one = X::set(1);
     V counts[kCounts];
     for (V& v : counts) v = X::set(0);
+    // A few more are higher ones, each of which all count: cheaper than an odd number of rounds.
+    const int64_t more = std::min(-(end - begin) & (kCounts - 1), cells.n - end), stop = end + more;
     int64_t j = begin;
-    for (; j + kCounts <= end; j += kCounts) {
+    for (; j + kCounts <= stop; j += kCounts) {
       for (int k = 0; k < kCounts; ++k) {
         counts[k] = X::add_where(X::greater_equal(X::set(v[j + k]), x_), counts[k], one);
       }
     }
-    for (; j < end; ++j) counts[0] = X::add_where(X::greater_equal(X::set(v[j]), x_), counts[0], one);
-    alignas(64) double count[kLanes];
-    widen((counts[0] + counts[1]) + (counts[2] + counts[3]), count);
-    for (int k = 0; k < count_; ++k) reached[k] = higher + count[k];
+    for (; j < stop; ++j) counts[0] = X::add_where(X::greater_equal(X::set(v[j]), x_), counts[0], one);
+    X::widen((counts[0] + counts[1]) + (counts[2] + counts[3]), reached);
+    for (int k = 0; k < kLanes; k += D::kWidth)
+      D::store(reached + k, D::load(reached + k) + D::set(higher - static_cast<double>(more)));
   }
 
   void meet_knees() {
@@ -695,7 +734,9 @@ class CellRanks {
     for (int k = 0; k < kLanes; k += D::kWidth) {
       D::V sum = D::load(readers_.curve + k), gradient = D::set(0);
       if constexpr (Slope) gradient = D::load(readers_.slope + k) * D::set(1 / s_.tau);
-      if constexpr (!Smooth) {
+      if (!Smooth && grid_.wide) {  // the curve has the rest
+        sum = sum + start * (D::load(readers_.steps + k) + D::set(higher));
+      } else if (!Smooth) {
         const D::V tails = D::load(readers_.tails + k);
         const D::V past = D::load(readers_.past + k) + tails * D::set(static_cast<double>(s_.origin) - s_.exact_delta);
         sum = sum + start * (D::load(readers_.steps + k) + D::set(higher) - tails) + rho * past + offset * tails;
@@ -704,8 +745,8 @@ class CellRanks {
       D::store(value + k, sum);
       if constexpr (Slope) D::store(slopes + k, gradient);
     }
-    for (int k = 0; k < count_; ++k) rank[k] = value[k];
-    for (int k = 0; Slope && k < count_; ++k) slope[k] = slopes[k];
+    put(value, rank);
+    if constexpr (Slope) put(slopes, slope);
   }
 
   // Sums of up to kLanes targets, each of which met a vector of sources at a time: a vector of lanes each, in float64.
@@ -744,10 +785,11 @@ class CellRanks {
   double middle_;  // of the span that is read
   float lowest_;
   int64_t loaded_;  // where the block begins that is in the scratch
+  Planned plan_[kPlan];
   Party party_;
   int count_;
   V x_;
-  alignas(64) double u_[kLanes];
+  alignas(64) double u_[kLanes], reached_[kLanes];
   Readers<float> readers_;
   LaneSums lanes_;
 };
@@ -801,12 +843,16 @@ class CellSlopes {
     middle_ = grid_.middle(span);
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
-    while (party_.end < targets_.first[last]) {
-      const Party party = party_.next(targets_, sources_, last, kVectors * kLanes);
-      const bool same = party.same_cells(party_);
-      party_ = party;
+    int planned = 0;
+    for (int at = 0; at < planned || party_.end < targets_.first[last]; ++at) {
+      if (at == planned) {
+        planned = plan(last);
+        at = 0;
+      }
+      const bool same = plan_[at].party.same_cells(party_);
+      party_ = plan_[at].party;
+      knees_ = plan_[at].knees;
       if (!same) {
-        find_knees();
         if (grid_.wide) {
           polynomial_ = of_span_;
           if constexpr (!Smooth) add_past(span);
@@ -822,17 +868,29 @@ class CellSlopes {
   }
 
  private:
+  // Plans the parties after this one. Returns how many.
+  int plan(int64_t last) {
+    Party party = party_;
+    int count = 0;
+    while (count < kPlan && party.end < targets_.first[last]) {
+      party = party.next(targets_, sources_, last, kVectors * kLanes);
+      plan_[count++] = {party, knees_of(party)};
+    }
+    return count;
+  }
+
   // Sources u whose knees u + delta lie around the cells of the party.
-  void find_knees() {
-    const int32_t low = grid_.edge[party_.cell], high = grid_.edge[party_.cell_end];
+  Knees knees_of(const Party& party) const {
+    const int32_t low = grid_.edge[party.cell], high = grid_.edge[party.cell_end];
     const int64_t from = low - series_.knee_last, to = high - 1 - series_.knee;
-    Knees& k = knees_;
-    k.cell = Smooth || from < 0 ? 0 : grid_.cell_of(from);
+    Knees k;
+    k.cell = Smooth || from < 0 ? 0 : grid_.wide ? grid_.shared_begin(from) : grid_.cell_of(from);
     k.cell_end = Smooth || to < 0 ? 0 : grid_.cell_of(to) + 1;
     k.begin = first_[k.cell];
     k.end = first_[k.cell_end];
-    k.merged = k.cell_end > party_.cell;
+    k.merged = k.cell_end > party.cell;
     k.close = is_close(high - grid_.edge[k.cell], grid_, s_);
+    return k;
   }
 
   void expand_wide(int64_t span) {
@@ -926,7 +984,7 @@ class CellSlopes {
         const V own = X::set(u_[j]), weight = X::set(w_[j]);
         for (int r = 0; r < Vectors; ++r) {
           const V t = x[r] - own, z = (t - origin) * rate;
-          sum[r] = X::add_where(X::greater(t, delta), sum[r], weight * polynomial_of<Terms>(slope_of, z));
+          sum[r] = X::add_product_where(X::greater(t, delta), sum[r], weight, polynomial_of<Terms>(slope_of, z));
         }
       }
       for (int r = 0; r < Vectors; ++r) X::accumulate(slope_ + r * kLanes, sum[r]);
@@ -966,6 +1024,7 @@ class CellSlopes {
   SpanPolynomial<false, true> of_span_, polynomial_;  // of a wide span, and as a cell has it
   alignas(64) double sums_[kStride];
   double middle_;  // of the span that is read
+  Planned plan_[kPlan];
   Party party_;
   Knees knees_;
   int64_t loaded_;  // where the block of sources begins whose exponentials are in the scratch

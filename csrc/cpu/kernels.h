@@ -247,6 +247,7 @@ struct Buckets {
 // that, the cells again.
 struct Grid {
   static constexpr int kLevels = 6, kUnits = 1 << kLevels;
+  static constexpr int64_t kShared = 2;
 
   Buckets<float> buckets = {};  // the units; a bucket's number lies past its shift
   double unit = 0, guard = 0;
@@ -261,10 +262,20 @@ struct Grid {
   double at(int64_t unit_edge) const {
     return static_cast<double>(buckets.low) + static_cast<double>(unit_edge) * unit;
   }
-  // The cell of a unit; the first and the last reach to infinity.
+  // The bucket of a unit, and the cell; the first and the last reach to infinity.
+  int64_t clamped(int64_t of_unit) const { return std::max<int64_t>(0, std::min(of_unit, units() - 1)); }
+  int64_t bucket_of(int64_t of_unit) const { return clamped(of_unit) >> kLevels; }
   int64_t cell_of(int64_t of_unit) const {
-    const int64_t u = std::max<int64_t>(0, std::min(of_unit, units() - 1)), bucket = u >> kLevels;
+    const int64_t u = clamped(of_unit), bucket = u >> kLevels;
     return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
+  }
+  // Where the party of cells begins, and ends, that share the moments of a wide span with this one: see Cells::moment.
+  int64_t shared_begin(int64_t of_unit) const {
+    const int64_t first = first_cell[bucket_of(of_unit)];
+    return first + ((cell_of(of_unit) - first) & -kShared);
+  }
+  int64_t shared_end(int64_t of_unit) const {
+    return std::min<int64_t>(shared_begin(of_unit) + kShared, first_cell[bucket_of(of_unit) + 1]);
   }
 
   int64_t spans() const { return static_cast<int64_t>(cell.size()) - 1; }
@@ -289,7 +300,8 @@ struct Cells {
   std::vector<float> weight;     // [n + kPad]  empty: 1
   std::vector<uint32_t> column;  // [n]  where each comes from
   std::vector<uint32_t> first;   // [cells + 1]  where each cell begins
-  // [cells, kMoments]  sum of w_j ((value[j] - middle of the span) / tau)^m, of a cell and all before it in its span
+  // [cells, kMoments]  sum of w_j ((value[j] - middle of the span) / tau)^m, of a cell and all before it in its span.
+  // Only the last of a span has them, and every Grid::kShared-th: cells hold a few scores each.
   std::vector<double> moment;
   std::vector<double> below;  // [spans + 1, kStride]
   std::vector<double> above;  // [spans + 1, kStride]

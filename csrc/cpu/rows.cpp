@@ -313,6 +313,18 @@ class Pass {
   // Gradients of the positives in [begin, end) from the weights; whatever kernels have no part in. They stay in `row`,
   // or go where they belong if the row is written at once: `direct` is that of direct(), or null.
   void gradient_positives(Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, T* direct) const {
+    const double by = row_scale(row.index);
+    if (direct && !smooth_) {  // then no one else asks for them
+      constexpr int64_t kMany = 512;
+      T own[kMany];
+      for (; begin < end; begin += kMany) {
+        const int64_t count = std::min(end - begin, kMany);
+        const double *const weight = row.p.weight.data() + begin, *const slope = row.slope.data() + begin;
+        for (int64_t k = 0; k < count; ++k) own[k] = own_gradient(row, begin + k, 0 - weight[k] * slope[k], by);
+        for (int64_t k = 0; k < count; ++k) direct[row.source[begin + k]] = own[k];
+      }
+      return;
+    }
     double* const gradient = row.gradient.data();
     if (row.sorted && smooth_) {
       // The scan has them.
@@ -325,9 +337,7 @@ class Pass {
       // A pair without slope carries nothing back, whatever arrives.
       if (objective_.ap && row.slope[i] != 0) gradient[i] -= row.p.weight[i] * row.slope[i];
     }
-    if (!direct) return;
-    const double by = row_scale(row.index);
-    for (int64_t i = begin; i < end; ++i) direct[row.source[i]] = own_gradient(row, i, by);
+    for (int64_t i = begin; direct && i < end; ++i) direct[row.source[i]] = own_gradient(row, i, gradient[i], by);
   }
 
   // The gradient of one block of columns, in the type of the scores.
@@ -359,7 +369,8 @@ class Pass {
       }
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
-        out[row.column[k] - begin] = own_gradient(row, row.position[k], by) * column_scale(row.column[k]);
+        const int64_t i = row.position[k];
+        out[row.column[k] - begin] = own_gradient(row, i, row.gradient[i], by) * column_scale(row.column[k]);
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -394,10 +405,10 @@ class Pass {
     return m_.row_scale ? value * column_scale(column) * row_scale(row) : value;
   }
 
-  // Of positive i by its own score, hinge and all.
-  T own_gradient(const Row<T>& row, int64_t i, double by) const {
+  // Of positive i by its own score: `gradient` is that of the AP loss; hinge and all.
+  T own_gradient(const Row<T>& row, int64_t i, double gradient, double by) const {
     const bool below = objective_.calibration && row.p.score[i] < static_cast<T>(objective_.positive_margin);
-    return static_cast<T>((row.gradient[i] * row.scale - (below ? row.positive_weight : 0.0)) * by);
+    return static_cast<T>((gradient * row.scale - (below ? row.positive_weight : 0.0)) * by);
   }
 
   T row_scale(int64_t row) const { return m_.row_scale ? static_cast<const T*>(m_.row_scale)[row] : T(1); }
@@ -466,6 +477,13 @@ void sort_positives(Row<T>& row) {
   sort(row.rank_positive);
   sort(row.rank_negative);
   sort(row.slope);
+}
+
+template <typename T>
+bool all_finite(const std::vector<T>& values) {
+  unsigned other = 0;  // looked at to the end: in vectors
+  for (const T value : values) other |= std::fabs(value) <= std::numeric_limits<T>::max() ? 0 : 1;
+  return !other;
 }
 
 // What kernels take of the weights p.weight, dloss/drank-, and `second`, dloss/drank+ (smooth), of which none is larger
@@ -665,9 +683,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   // The gradients of a sorted row, once it has weights. Returns where they went, if that is where they belong.
   const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) -> T* {
     Positives<T>& p = row.p;
-    const auto finite = [](double weight) { return std::isfinite(weight); };
-    if (!std::all_of(p.weight.begin(), p.weight.end(), finite) ||
-        !std::all_of(p.weight_positive.begin(), p.weight_positive.end(), finite)) {
+    if (!all_finite(p.weight) || !all_finite(p.weight_positive)) {
       row.sorted = nullptr;  // sums would carry them to all
       if (row.column.empty()) pass.list_columns(row);
       sort_positives(row);

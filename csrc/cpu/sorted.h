@@ -88,6 +88,8 @@ class Sorter {
     count_buckets(grid.buckets, grid.units() >> Grid::kLevels, kernels, parallel);
     return edges_;
   }
+  // Takes over the room that another has done with: it is in a cache.
+  void borrow(Sorter& other) { to_.swap(other.to_); }
   // Deals them to cells, once they are counted and the buckets are cut.
   void deal(const Grid& grid, const Sorting<T>& kernels, const Parallel& parallel, Cells& cells) {
     const int64_t n = count(), buckets = grid.units() >> Grid::kLevels;
@@ -212,6 +214,7 @@ class SortedRow {
           CellPlan::cut(grid, sorter_.count(grid, kernels, parallel), positives.count(grid, kernels, parallel), s);
       if (!by_cells_) return false;
       sorter_.deal(grid, kernels, parallel, cells_.negatives());
+      positives.borrow(sorter_);
       positives.deal(grid, kernels, parallel, cells_.positives());
       if (s.surrogate == Surrogate::kSmooth) cells_.order_positives(parallel);
       const Cells& dealt = cells_.positives();

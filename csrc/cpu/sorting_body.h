@@ -55,6 +55,38 @@ struct Bucketing {
   }
 };
 
+// Of n values and some +inf.
+template <typename T>
+T lowest_of(const T* values, int n) {
+  using X = Vec<T>;
+  auto top = X::set(-infinity<T>());
+  for (int j = 0; j < n; j += X::kWidth) top = X::max(top, X::set(0) - X::load(values + j));
+  T lanes[X::kWidth];
+  X::store(lanes, top);
+  return -*std::max_element(lanes, lanes + X::kWidth);
+}
+
+// Entries from values and the bits of their columns.
+template <typename T>
+void join_entries(const T* value, const T* column, int n, Entry<T>* out) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if constexpr (sizeof(T) == 4) {  // a word each: in vectors
+    for (int j = 0; j < n; ++j) {
+      uint32_t low, high;
+      std::memcpy(&low, value + j, sizeof low);
+      std::memcpy(&high, column + j, sizeof high);
+      const uint64_t entry = low | static_cast<uint64_t>(high) << 32;
+      std::memcpy(static_cast<void*>(out + j), &entry, sizeof entry);
+    }
+    return;
+  }
+#endif
+  for (int j = 0; j < n; ++j) {
+    out[j].value = value[j];
+    std::memcpy(&out[j].index, &column[j], sizeof(T));
+  }
+}
+
 template <typename T>
 int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<T>& s, Scratch<T>& scratch,
                  Entry<T>* out, T& low, T& high, bool& nan) {
@@ -74,15 +106,11 @@ int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<
     X::compress(scratch.band + front, packed, bits);
     front += __builtin_popcount(bits);
   }
-  for (int j = 0; j < kept; ++j) {
-    out[j].value = scratch.kept[j];
-    std::memcpy(&out[j].index, &scratch.band[j], sizeof(Index));
-  }
+  join_entries(scratch.kept, scratch.band, kept, out);
   if (kept && !nan) {
     high = std::max(high, highest(scratch.kept, kept));
-    for (int j = 0; j < kept; ++j) scratch.band[j] = -scratch.kept[j];
-    X::store(scratch.band + kept, X::set(-infinity<T>()));
-    low = std::min(low, -highest(scratch.band, kept));
+    X::store(scratch.kept + kept, X::set(infinity<T>()));
+    low = std::min(low, lowest_of(scratch.kept, kept));
   }
   return kept;
 }

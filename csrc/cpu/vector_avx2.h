@@ -57,12 +57,19 @@ struct Vec<float> {
   }
   static V select(Bits m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
   static V add_where(Bits m, V a, V b) { return a + _mm256_and_ps(m, b); }
+  static V add_product_where(Bits m, V a, V b, V c) {
+    return mul_add(_mm256_and_ps(m, b), c, a);
+  }  // a + b * c, c finite
   static V add_unless(Bits m, V a, V b) { return a + _mm256_andnot_ps(m, b); }
   static void compress(T* out, V v, unsigned bits) {
     store(out, _mm256_permutevar8x32_ps(v, permutation(kPermute.compress[bits])));
   }
   static V expand(V in, unsigned bits) {
     return _mm256_and_ps(lanes(bits), _mm256_permutevar8x32_ps(in, permutation(kPermute.expand[bits])));
+  }
+  static void widen(V v, double* out) {
+    _mm256_storeu_pd(out, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+    _mm256_storeu_pd(out + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
   }
   static void accumulate(double* sum, V v) {
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));

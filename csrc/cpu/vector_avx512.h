@@ -35,11 +35,16 @@ struct Vec<float> {
   static Bits lanes(unsigned bits) { return static_cast<Bits>(bits); }
   static V select(Bits m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
   static V add_where(Bits m, V a, V b) { return _mm512_mask_add_ps(a, m, a, b); }
+  static V add_product_where(Bits m, V a, V b, V c) { return _mm512_mask3_fmadd_ps(b, c, a, m); }  // a + b * c
   static V add_unless(Bits m, V a, V b) { return _mm512_mask_add_ps(a, static_cast<Bits>(~m), a, b); }
   // The lanes of v in bits, packed to the front; writes a whole vector.
   static void compress(T* out, V v, unsigned bits) { store(out, _mm512_maskz_compress_ps(static_cast<Bits>(bits), v)); }
   // The inverse: the front of `in` spread over the lanes in bits, zero elsewhere.
   static V expand(V in, unsigned bits) { return _mm512_maskz_expand_ps(static_cast<Bits>(bits), in); }
+  static void widen(V v, double* out) {
+    _mm512_storeu_pd(out, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+    _mm512_storeu_pd(out + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+  }
   static void accumulate(double* sum, V v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));

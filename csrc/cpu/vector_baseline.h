@@ -57,6 +57,7 @@ struct Vec {
     return reinterpret_cast<V>((reinterpret_cast<Bits>(a) & m) | (reinterpret_cast<Bits>(b) & ~m));
   }
   static V add_where(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & m); }
+  static V add_product_where(Bits m, V a, V b, V c) { return add_where(m, a, b * c); }  // a + b * c
   static V add_unless(Bits m, V a, V b) { return a + reinterpret_cast<V>(reinterpret_cast<Bits>(b) & ~m); }
   static void compress(T* out, V v, unsigned bits) {
     for (int lane = 0, front = 0; lane < kWidth; ++lane) {
@@ -70,6 +71,9 @@ struct Vec {
       if (bits >> lane & 1) v[lane] = in[front++];
     }
     return v;
+  }
+  static void widen(V v, double* out) {
+    for (int lane = 0; lane < kWidth; ++lane) out[lane] = v[lane];
   }
   static void accumulate(double* sum, V v) {
     for (int lane = 0; lane < kWidth; ++lane) sum[lane] += v[lane];
