@@ -203,15 +203,15 @@ class CellRow {
   }
 
   // out[column] = scale times the slope of each negative.
-  void gradient(const std::vector<float>& weight, double scale, const Settings<float>& s, const CellKernels& kernels,
+  void gradient(std::vector<float>& weight, double scale, const Settings<float>& s, const CellKernels& kernels,
                 const Parallel& parallel, Scratch<float>& (*scratch)(), float* out) {
     const CellSeries series(grid_, s);
-    positives_.weight.resize(positives_.n + kPad);
-    std::copy(weight.begin(), weight.end(), positives_.weight.begin());
+    positives_.weight.swap(weight);  // lent
     sum(positives_, series, s, kernels, parallel);
     for_spans(parallel, [&](int64_t begin, int64_t end) {
       kernels.slope(positives_, negatives_, grid_, series, begin, end, s, scratch(), scale, out);
     });
+    positives_.weight.swap(weight);
   }
 
  private:

@@ -140,7 +140,7 @@ class Pass {
     Positives<T>& p = row.p;
     p.score.resize(size);
     p.weight.resize(size);
-    p.weight_negative.resize(size);
+    p.weight_negative.resize(size + kPad);
     p.weight_positive.resize(smooth_ ? size : 0);
     p.groups.clear();
     row.source.resize(size);
@@ -628,6 +628,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     return std::min(m.columns, divide_up(m.columns, kBlock) * span / spans * kBlock);
   };
   const bool reads = pass.ranks() || pass.objective().calibration;
+  // Whether anyone may ask for the scores of positives that are in cells.
+  const bool by_scores = pass.smooth() || pass.objective().calibration;
   // Whether anyone may ask for the positives by column: not where ranks alone become gradients that are written at
   // once.
   const bool by_columns = !gradient || !pass.ranks() || !pass.whole() || pass.objective().calibration;
@@ -665,8 +667,9 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     row.nan = sorted.negatives().nan();
     if (row.nan || !sorted.negatives().finite()) return false;
     row.sorted = &sorted;
-    if (sorted.deal(row.sorter, pass.settings(), pass.sorting(), parallel, row.p.score.data(), row.source.data())) {
+    if (sorted.deal(row.sorter, pass.settings(), pass.sorting(), parallel, row.source)) {
       if (by_columns) pass.list_columns(row);
+      if (by_scores) sorted.positive_scores(row.p.score);
     } else {
       pass.order(row, parallel);
       sorted.sort(row.size(), pass.sorting(), parallel);
@@ -684,8 +687,10 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) -> T* {
     Positives<T>& p = row.p;
     if (!all_finite(p.weight) || !all_finite(p.weight_positive)) {
+      SortedRow<T>& sorted = *row.sorted;
       row.sorted = nullptr;  // sums would carry them to all
       if (row.column.empty()) pass.list_columns(row);
+      if (sorted.by_cells()) sorted.positive_scores(row.p.score);
       sort_positives(row);
       pass.group(row);
       weigh_groups(p);

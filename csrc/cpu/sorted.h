@@ -200,10 +200,10 @@ class SortedRow {
   }
 
   // Deals what was collected, and the positives, to cells, if these are worth it: whether they are. The positives then
-  // are in the order of their cells: ascending where ranks are smooth, else in any order within a cell. `positive` and
-  // `column` [P] become theirs.
+  // are in the order of their cells: ascending where ranks are smooth, else in any order within a cell. `column` [P]
+  // becomes theirs; positive_scores() has the rest.
   bool deal(Sorter<T>& positives, const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel,
-            T* positive, typename Entry<T>::Index* column) {
+            std::vector<typename Entry<T>::Index>& column) {
     n_ = sorter_.count();
     by_cells_ = false;
     if constexpr (sizeof(T) == 4) {
@@ -217,11 +217,13 @@ class SortedRow {
       positives.borrow(sorter_);
       positives.deal(grid, kernels, parallel, cells_.positives());
       if (s.surrogate == Surrogate::kSmooth) cells_.order_positives(parallel);
-      const Cells& dealt = cells_.positives();
-      std::copy_n(dealt.value.begin(), dealt.n, positive);
-      std::copy_n(dealt.column.begin(), dealt.n, column);
+      column.swap(cells_.positives().column);
     }
     return by_cells_;
+  }
+  bool by_cells() const { return by_cells_; }
+  void positive_scores(std::vector<T>& score) {
+    std::copy_n(cells_.positives().value.begin(), score.size(), score.begin());
   }
 
   // Sorts what was collected, where cells are not worth it.
@@ -254,10 +256,10 @@ class SortedRow {
     for (size_t i = 0; i < positive.size(); ++i) rank[i] += 0.5;  // less sigma(0) of itself, plus 1
   }
 
-  // What each negative gets, by column: scale times its slope, weight being that of the positives' ranks; 0 for columns
-  // that were not collected, and nothing for positives where these are all others. It goes to `out` [columns], or is
-  // kept for gradient() where that is null.
-  void gradient(const std::vector<T>& positive, const std::vector<T>& weight, int64_t columns, double scale, T* out,
+  // What each negative gets, by column: scale times its slope, weight [P + kPad] being that of the positives' ranks; 0
+  // for columns that were not collected, and nothing for positives where these are all others. It goes to `out`
+  // [columns], or is kept for gradient() where that is null.
+  void gradient(const std::vector<T>& positive, std::vector<T>& weight, int64_t columns, double scale, T* out,
                 const Settings<T>& s, const Sorting<T>& kernels, const Parallel& parallel, Scratch<T>& (*scratch)()) {
     const int64_t n = size();
     direct_ = out != nullptr;
