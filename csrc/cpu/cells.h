@@ -31,7 +31,8 @@ struct CellPlan {
   // Whether spans may be wide: where there are no knees, or where sigma is so flat past them that a polynomial takes it
   // off again (knee.h). What is left of it is a part in 10^8 or so: it must not show, whatever the number of sources,
   // in what the pairs past a knee add themselves.
-  static bool wide(const Settings<float>& s) {
+  template <typename T>
+  static bool wide(const Settings<T>& s) {
     constexpr double kLeast = 0.1;  // of rho tau and of offset, where sigma' is 0.018 at the most, and sigma 1
     return s.surrogate == Surrogate::kSmooth ||
            (s.exact_delta >= kHighKnee * s.tau && s.exact_rho * s.tau >= kLeast && s.exact_offset >= kLeast);

@@ -233,14 +233,13 @@ class Pass {
   // columns.
   bool pays(const Row<T>& row) const {
     constexpr int64_t kFewest = 32;  // below, tiled is as fast whatever the scores
-    constexpr int64_t kSeen = 256;   // positives; more are alike
+    constexpr int64_t kSeen = 128;   // positives; more are alike
     const int64_t size = row.size();
     if (size < kFewest) return false;
     const T low = row.sorter.low(), high = row.sorter.high();
     T u[kSeen];
     const int64_t seen = std::min(size, kSeen);
     for (int64_t k = 0; k < seen; ++k) u[k] = row.sorter.room(0)[(2 * k + 1) * size / (2 * seen)].value;
-    std::sort(u, u + seen);
     const int64_t samples = std::min<int64_t>(64, std::max<int64_t>(8, m_.columns / 64));
     const T above = smooth_ ? settings_.cut : settings_.delta;
     int64_t kept = 0, curve = 0;
@@ -251,7 +250,10 @@ class Pass {
       if (!(v - low >= -settings_.cut) || is_positive(row, column)) continue;
       ++kept;
       top = std::max(top, v);
-      curve += std::upper_bound(u, u + seen, v + settings_.cut) - std::lower_bound(u, u + seen, v - above);
+      const T from = v - above, to = v + settings_.cut;
+      int within = 0;
+      for (int64_t i = 0; i < seen; ++i) within += (u[i] >= from) & (u[i] <= to);
+      curve += within;
     }
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
     const double positives = static_cast<double>(size), of_seen = positives / static_cast<double>(seen);
@@ -259,7 +261,8 @@ class Pass {
     // Cells cost half of what leaves of sorted scores do, where they are to be had, and something each (cells.h).
     const double range = static_cast<double>(top) - static_cast<double>(low);
     const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
-    double scan = cells ? 5000 + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
+    const double fixed = CellPlan::wide(settings_) ? 5000 : 7000;
+    double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
                         : 1500 + 14 * negatives + 36 * positives;
     double tiled = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which also meets positives with positives
