@@ -1,15 +1,16 @@
 // The sorted scan by cells, in the vectors of whichever instruction set includes this file (after sorted_body.h).
 //
-// Where scores spread over their range, dealing them to narrow cells is as good as sorting them. Over a cell of
+// Where scores spread over their range, dealing them to narrow cells is as good as sorting them. Over a span of
 // CellPlan::kWidth tau everything smooth is a short polynomial around its middle: of the sources below and above, by
-// the series; of those in the cell, by the Taylor series of sigma and their moments. So a target reads
+// the series; of those in the span, by the Taylor series of sigma and their moments. Neighbouring targets, a party,
+// read together
 //
-//     the polynomials of its cell     all sources whose sigma counts
-//     the sources of its cell         how many are at least as high: the steps
-//     the cells of the knees          one by one, decided exactly as by the tiled kernels
-//     the cells above that            a count and a sum
+//     the polynomials of their span   all sources whose sigma counts, and the lines of those far past the knees
+//     the sources of their own cells  how many are at least as high: the steps
+//     the cells of their knees        one by one, decided exactly as by the tiled kernels
+//     the moments of what lies between these and the lines
 //
-// and nothing depends on an order within cells. Cells of a level being alike, what the sums have to be multiplied with
+// and nothing depends on an order within cells. Spans of a level being alike, what the sums have to be multiplied with
 // from one to the next is a table.
 //
 // For float alone: double would need twice the terms, and is there for gradient checks.
@@ -18,12 +19,12 @@ namespace {
 
 constexpr int kOwnTerms = 10;
 
-// What a source of the target's own cell gives, by the Taylor series of sigma at 0.
-struct OwnCell {
+// What a source of the target's own span gives, by the Taylor series of sigma at 0.
+struct OwnSpan {
   // Of x^i y^r in sigma(y - x) and in its slope, x the target, y the source.
   alignas(64) double sigmoid[kOwnTerms][CellSeries::kTerms] = {}, slope[kOwnTerms][CellSeries::kTerms] = {};
 
-  constexpr OwnCell() {
+  constexpr OwnSpan() {
     double a[kOwnTerms + 1] = {0.5};
     for (int m = 0; m < kOwnTerms; ++m) {  // sigma' = sigma - sigma^2
       double square = 0;
@@ -233,7 +234,7 @@ class SpanPolynomial {
  public:
   // below, above: sums at the lower and upper edge. half: of the span. own: moments, or null. count: the sources above.
   void expand(const double* below, const double* above, const double* half, const double* own, double count) {
-    static constexpr OwnCell own_cell;
+    static constexpr OwnSpan own_span;
     static constexpr CellTerms terms;
     alignas(64) double at_middle[2][Cells::kStride];
     for (int k = 0; k < Cells::kStride; k += X::kWidth) {
@@ -258,8 +259,8 @@ class SpanPolynomial {
       }
       for (int r = 0; own && r < Cells::kMoments; ++r) {
         const X::V moment = X::set(own[r]);
-        if constexpr (Curve) curve = X::mul_add(moment, X::load(own_cell.sigmoid[r] + m), curve);
-        if constexpr (Slope) slope = X::mul_add(moment, X::load(own_cell.slope[r] + m), slope);
+        if constexpr (Curve) curve = X::mul_add(moment, X::load(own_span.sigmoid[r] + m), curve);
+        if constexpr (Slope) slope = X::mul_add(moment, X::load(own_span.slope[r] + m), slope);
       }
       // A source below the target: e^(-k x); one above: 1 less the series, e^(k x).
       alignas(64) static constexpr double kSigns[kTerms] = {1, -1, 1, -1, 1, -1, 1, -1};
@@ -356,7 +357,7 @@ struct Knees {
 };
 
 bool is_close(int64_t units, const Grid& grid, const Settings<float>& s) {
-  return static_cast<double>(units) * grid.unit + grid.guard - s.exact_delta <= CellSeries::kClose * s.tau;
+  return static_cast<double>(units) * grid.unit + 2 * grid.guard - s.exact_delta <= CellSeries::kClose * s.tau;
 }
 
 // Targets that read together, and the cells of a span that they come from.
@@ -433,37 +434,37 @@ class CellRanks {
     if (targets_.first[first] == targets_.first[last]) return;
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
-    int planned = 0;
-    for (int at = 0; at < planned || party_.end < targets_.first[last]; ++at) {
-      if (at == planned) {
-        planned = plan(last);
-        at = 0;
-      }
-      const bool same = plan_[at].party.same_cells(party_);
-      party_ = plan_[at].party;
-      knees_ = plan_[at].knees;
-      if (!same) {
-        if (grid_.wide) {
-          polynomial_ = of_span_;
-          if constexpr (!Smooth) add_past(span);
-        } else {
-          expand(span);
-        }
-        lowest_ = targets_.value[party_.begin];
-        loaded_ = -1;
-      }
-      load();
-      if constexpr (!Smooth) {
-        count_reached(targets_, targets_.n - targets_.first[party_.cell_end], reached_);
-        put(reached_, rank_target + party_.begin);
-        if (!knees_.merged) count_reached(sources_, 0, readers_.steps);
-        if (knees_.begin < knees_.end) meet_knees();
-      }
-      finish(rank + party_.begin, Slope ? slope + party_.begin : nullptr);
+    while (party_.end < targets_.first[last]) {
+      const int planned = plan(last);
+      for (int at = 0; at < planned; ++at) read(span, plan_[at], rank, slope, rank_target);
     }
   }
 
  private:
+  void read(int64_t span, const Planned& planned, double* rank, double* slope, double* rank_target) {
+    const bool same = planned.party.same_cells(party_);
+    party_ = planned.party;
+    knees_ = planned.knees;
+    if (!same) {
+      if (grid_.wide) {
+        polynomial_ = of_span_;
+        if constexpr (!Smooth) add_past(span);
+      } else {
+        expand(span);
+      }
+      lowest_ = targets_.value[party_.begin];
+      loaded_ = -1;
+    }
+    load();
+    if constexpr (!Smooth) {
+      count_reached(targets_, targets_.n - targets_.first[party_.cell_end], reached_);
+      put(reached_, rank_target + party_.begin);
+      if (!knees_.merged) count_reached(sources_, 0, readers_.steps);
+      if (knees_.begin < knees_.end) meet_knees();
+    }
+    finish(rank + party_.begin, Slope ? slope + party_.begin : nullptr);
+  }
+
   // Plans the parties after this one. Returns how many.
   int plan(int64_t last) {
     Party party = party_;
@@ -843,31 +844,31 @@ class CellSlopes {
     middle_ = grid_.middle(span);
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
-    int planned = 0;
-    for (int at = 0; at < planned || party_.end < targets_.first[last]; ++at) {
-      if (at == planned) {
-        planned = plan(last);
-        at = 0;
-      }
-      const bool same = plan_[at].party.same_cells(party_);
-      party_ = plan_[at].party;
-      knees_ = plan_[at].knees;
-      if (!same) {
-        if (grid_.wide) {
-          polynomial_ = of_span_;
-          if constexpr (!Smooth) add_past(span);
-        } else {
-          expand(span);
-        }
-        loaded_ = -1;
-      }
-      party_.count() > kLanes ? meet<kVectors>() : meet<1>();
-      const uint32_t* const column = targets_.column.data() + party_.begin;
-      for (int k = 0; k < party_.count(); ++k) out[column[k]] = static_cast<float>(slope_[k] * scale);
+    while (party_.end < targets_.first[last]) {
+      const int planned = plan(last);
+      for (int at = 0; at < planned; ++at) read(span, plan_[at], scale, out);
     }
   }
 
  private:
+  void read(int64_t span, const Planned& planned, double scale, float* out) {
+    const bool same = planned.party.same_cells(party_);
+    party_ = planned.party;
+    knees_ = planned.knees;
+    if (!same) {
+      if (grid_.wide) {
+        polynomial_ = of_span_;
+        if constexpr (!Smooth) add_past(span);
+      } else {
+        expand(span);
+      }
+      loaded_ = -1;
+    }
+    party_.count() > kLanes ? meet<kVectors>() : meet<1>();
+    const uint32_t* const column = targets_.column.data() + party_.begin;
+    for (int k = 0; k < party_.count(); ++k) out[column[k]] = static_cast<float>(slope_[k] * scale);
+  }
+
   // Plans the parties after this one. Returns how many.
   int plan(int64_t last) {
     Party party = party_;
