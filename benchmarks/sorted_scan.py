@@ -570,14 +570,14 @@ def print_goals(rows: list[Row], about: dict[str, str]) -> None:
             print(f"  (b) {row.shape}, noise {row.noise:g}: {text}")
     for (data, noise), found in series_of(rows).items():
         line, ends = exponents(found)
-        met = verdict(max(line, ends) <= EXPONENT_GOAL)
+        met = verdict(max(line, ends) <= EXPONENT_GOAL) if noise == 2 else "no goal"
         text = f"exponent {line:.3f} by least squares, {ends:.3f} by the ends, at most {EXPONENT_GOAL}: {met}"
         shares = f"{found[0].shape.positives:,} to {found[-1].shape.positives:,} positives"
         print(f"  (c) {data}, noise {noise:g}, {shares}: {text}")
     for row in of(rows, "length"):
         if row.ratio and row.other:
             sides = f"{duration(row.value.median)} to {duration(row.other.median)}"
-            met = verdict(row.ratio.median <= LENGTH_GOAL)
+            met = verdict(row.ratio.median <= LENGTH_GOAL) if row.noise == 2 else "no goal"
             text = f"{row.ratio.median:.1f} times {row.against} ({sides}), at most {LENGTH_GOAL:g}: {met}"
             print(f"  (d) {row.shape}, noise {row.noise:g}: {text}")
     autos = [row for row in rows if row.method == AUTO and row.ratio]
