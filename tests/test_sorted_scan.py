@@ -648,6 +648,16 @@ def test_infinities_and_nan(value, surrogate, shape, dtype):
         assert torch.equal(left_out.gradient, same.gradient)
 
 
+def test_no_slope_in_cells_is_exactly_none():
+    """Every negative past the knee, at rho = 0: what arrives at such ranks, were it infinite, moves nothing."""
+    scores, target = torch.rand(1, 6000) * 0.5 + 0.2, torch.arange(6000)[None] < 600
+    scores[0, :300] = torch.rand(300) * 0.02
+    weights = torch.ones(2, 600)
+    weights[1, :300] = INF
+    _, gradient = ranks_and_gradient(scores, target, weights, "sorted", rho=0.0, delta=0.05)
+    assert (gradient[0, :300] == 0).all()
+
+
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize(

@@ -345,6 +345,8 @@ class Decays {
   X::V by_[kVectors];
 };
 
+// What targets read where no source lies between them and their knees: a difference of sums would leave a residue, and
+// no slope has to be exactly none.
 alignas(64) constexpr double kNoSums[Cells::kStride] = {};
 
 // Where the sources around the knees of a cell's targets lie. Where spans are wide the polynomials have all of them,
@@ -393,6 +395,18 @@ struct Planned {
 };
 constexpr int kPlan = 16;
 
+// Plans the parties of up to `most` after this one, in cells that end at `last`. Returns how many.
+template <typename Find>
+int plan_parties(Party party, const Cells& targets, const Cells& sources, int64_t last, int most, const Find& knees_of,
+                 Planned* plan) {
+  int count = 0;
+  while (count < kPlan && party.end < targets.first[last]) {
+    party = party.next(targets, sources, last, most);
+    plan[count++] = {party, knees_of(party)};
+  }
+  return count;
+}
+
 // The polynomial of a pair past its flat knee.
 template <int Terms>
 Vec<float>::V polynomial_of(const Vec<float>::V* coefficient, Vec<float>::V z) {
@@ -435,7 +449,8 @@ class CellRanks {
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
     while (party_.end < targets_.first[last]) {
-      const int planned = plan(last);
+      const auto find = [&](const Party& party) { return knees_of(party); };
+      const int planned = plan_parties(party_, targets_, sources_, last, kLanes, find, plan_);
       for (int at = 0; at < planned; ++at) read(span, plan_[at], rank, slope, rank_target);
     }
   }
@@ -465,17 +480,6 @@ class CellRanks {
     finish(rank + party_.begin, Slope ? slope + party_.begin : nullptr);
   }
 
-  // Plans the parties after this one. Returns how many.
-  int plan(int64_t last) {
-    Party party = party_;
-    int count = 0;
-    while (count < kPlan && party.end < targets_.first[last]) {
-      party = party.next(targets_, sources_, last, kLanes);
-      plan_[count++] = {party, knees_of(party)};
-    }
-    return count;
-  }
-
   Knees knees_of(const Party& party) const {
     const int64_t cells = grid_.cells(), units = grid_.units();
     const int32_t low = grid_.edge[party.cell], high = grid_.edge[party.cell_end];
@@ -495,13 +499,16 @@ class CellRanks {
     const int64_t spans = grid_.spans(), stop = Smooth ? spans : std::min(spans, span + series_.far + 1);
     const double* above = &sources_.above[(span + 1) * kStride];
     middle_ = grid_.middle(span);
-    if (stop < spans) {
+    const uint32_t between = first_[grid_.cell[stop]] - first_[grid_.cell[span + 1]];
+    if (!between) {
+      above = kNoSums;
+    } else if (stop < spans) {
       decays_.join(above, -1, grid_.span_edge(stop) - grid_.span_edge(span + 1), &sources_.above[stop * kStride],
                    sums_);
       above = sums_;
     }
     of_span_.expand(&sources_.below[span * kStride], above, series_.half[0], moments_of(sources_, grid_, span),
-                    static_cast<double>(first_[grid_.cell[stop]] - first_[grid_.cell[span + 1]]));
+                    static_cast<double>(between));
     if constexpr (!Smooth) add_lines(of_span_, stop);
   }
 
@@ -514,13 +521,16 @@ class CellRanks {
       polynomial_.expand(sums_, kNoSums, half, nullptr, 0);
     } else {
       const double* above = &sources_.above[(c + 1) * kStride];
-      if (knees_.cell < grid_.cells()) {
+      const uint32_t between = first_[knees_.cell] - first_[c + 1];
+      if (!between) {
+        above = kNoSums;
+      } else if (knees_.cell < grid_.cells()) {
         decays_.join(above, -1, grid_.edge[knees_.cell] - grid_.edge[c + 1], &sources_.above[knees_.cell * kStride],
                      sums_);
         above = sums_;
       }
       polynomial_.expand(&sources_.below[c * kStride], above, half, moments_of(sources_, grid_, c),
-                         static_cast<double>(first_[knees_.cell] - first_[c + 1]));
+                         static_cast<double>(between));
     }
     if constexpr (!Smooth) add_lines(polynomial_, knees_.cell_end);
   }
@@ -845,7 +855,8 @@ class CellSlopes {
     if (grid_.wide) expand_wide(span);
     party_ = {targets_.first[first], targets_.first[first], first, first};
     while (party_.end < targets_.first[last]) {
-      const int planned = plan(last);
+      const auto find = [&](const Party& party) { return knees_of(party); };
+      const int planned = plan_parties(party_, targets_, sources_, last, kVectors * kLanes, find, plan_);
       for (int at = 0; at < planned; ++at) read(span, plan_[at], scale, out);
     }
   }
@@ -869,17 +880,6 @@ class CellSlopes {
     for (int k = 0; k < party_.count(); ++k) out[column[k]] = static_cast<float>(slope_[k] * scale);
   }
 
-  // Plans the parties after this one. Returns how many.
-  int plan(int64_t last) {
-    Party party = party_;
-    int count = 0;
-    while (count < kPlan && party.end < targets_.first[last]) {
-      party = party.next(targets_, sources_, last, kVectors * kLanes);
-      plan_[count++] = {party, knees_of(party)};
-    }
-    return count;
-  }
-
   // Sources u whose knees u + delta lie around the cells of the party.
   Knees knees_of(const Party& party) const {
     const int32_t low = grid_.edge[party.cell], high = grid_.edge[party.cell_end];
@@ -897,7 +897,9 @@ class CellSlopes {
   void expand_wide(int64_t span) {
     const int64_t stop = Smooth ? 0 : std::max<int64_t>(0, span - series_.far);
     const double* below = &sources_.below[span * kStride];
-    if (stop > 0) {
+    if (first_[grid_.cell[stop]] == first_[grid_.cell[span]]) {
+      below = kNoSums;
+    } else if (stop > 0) {
       decays_.join(below, -1, grid_.span_edge(span) - grid_.span_edge(stop), &sources_.below[stop * kStride], sums_);
       below = sums_;
     }
@@ -914,7 +916,9 @@ class CellSlopes {
       polynomial_.expand(kNoSums, sums_, half, nullptr, 0);
     } else {
       const double* below = &sources_.below[c * kStride];
-      if (knees_.cell_end > 0) {
+      if (first_[knees_.cell_end] == first_[c]) {
+        below = kNoSums;
+      } else if (knees_.cell_end > 0) {
         decays_.join(below, -1, grid_.edge[c] - grid_.edge[knees_.cell_end], &sources_.below[knees_.cell_end * kStride],
                      sums_);
         below = sums_;

@@ -269,7 +269,7 @@ struct Grid {
     const int64_t u = clamped(of_unit), bucket = u >> kLevels;
     return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
   }
-  // Where the party of cells begins, and ends, that share the moments of a wide span with this one: see Cells::moment.
+  // Where the cells begin, and end, that share moments with this one in a wide span: see Cells::moment.
   int64_t shared_begin(int64_t of_unit) const {
     const int64_t first = first_cell[bucket_of(of_unit)];
     return first + ((cell_of(of_unit) - first) & -kShared);
