@@ -105,7 +105,7 @@ lint: $(MADE)/lint
 
 # Needs a compiler alone: the core knows nothing of torch.
 asan:
-	@bash tests/native/run.sh
+	@bash tests/sanitizers/run.sh
 
 # The table that it prints last says how each step went.
 gpu-check:
@@ -174,7 +174,7 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_TORCH_VERSION := 2.11.0
 CUDA_TREE := build/cuda-tree
 CUDA_COPIED := Makefile README.md LICENSE constraints.txt pyproject.toml setup.py csrc roadmap_ext tests tools benchmarks
-CUDA_TESTS := $(foreach name,ap_loss accuracy smooth_rank roadmap_loss metrics,tests/test_$(name).py)
+CUDA_TESTS := tests/kernels/test_accuracy.py tests/kernels/test_smooth_rank.py tests/losses/test_ap_loss.py tests/losses/test_roadmap_loss.py tests/metrics/test_metrics.py
 CUDA_SETTINGS := $(abspath $(CUDA_VENV)) $(CXX) $(CUDA_HOME) $(CUDA_PATH) $(TORCH_CUDA_ARCH_LIST)
 CUDA_TESTED := $(CUDA_TREE)/tested-$(firstword $(shell echo '$(CUDA_SETTINGS)' | cksum))
 
@@ -212,7 +212,7 @@ $(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools be
 RECIPES_MADE := $(CUDA_VENV)/.made/recipes
 
 recipes-check: $(BUILT) $(RECIPES_MADE)
-	@RECIPES_WITH_TIMM=1 $(CUDA_PY) -m pytest tests/test_recipes.py -k networks_of_timm $(ARGS)
+	@RECIPES_WITH_TIMM=1 $(CUDA_PY) -m pytest tests/training/test_recipes.py -k networks_of_timm $(ARGS)
 	@$(CUDA_PY) -m benchmarks.recipes
 
 $(RECIPES_MADE): $(CUDA_TORCH)

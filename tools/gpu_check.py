@@ -59,7 +59,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
     """What is run, in this order."""
     python, cores = sys.executable, str(os.cpu_count() or 1)
     build = [python, "setup.py", "build_ext", "--inplace", "--force"]
-    tests = [python, "-m", "pytest", "-m", "cuda", "tests/test_cuda.py", "-q", "-rfE", "--tb=short", "--durations=5"]
+    tests = [python, "-m", "pytest", "-m", "cuda", "tests/cuda/test_cuda.py", "-q", "-rfE", "--tb=short", "--durations=5"]
     tests += ["-p", "no:cacheprovider", "--show-capture=no"]
     small = [python, "-m", "tools.gpu_check", "--small-cases"]
     bench = [python, "-m", "benchmarks.cuda", "--out", str(out), *(["--quick"] if quick else [])]

@@ -18,7 +18,7 @@ namespace roadmap {
 // What cells are worth having, and how they are laid.
 struct CellPlan {
   // In units of tau: over this width the polynomials and moments are as exact as the series
-  // (tests/test_sorted_scan.py).
+  // (tests/kernels/test_sorted_scan.py).
   static constexpr double kWidth = 0.3;
   // Scores of a bucket on average: at the least, for a cell costs as much as several; and where buckets may be narrower
   // than they have to be, wide spans or not.

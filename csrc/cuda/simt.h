@@ -1,6 +1,6 @@
 // The words that kernel bodies are written in: memory, barriers, shuffles, votes and fast functions of a GPU. Bodies
 // use nothing else of CUDA, so that the same text runs on the CPU, in the test suite, where every access and every
-// barrier is checked (tests/simt/emulator.h defines all of this once more, for ROADMAP_EMULATED).
+// barrier is checked (tests/emulated/emulator.h defines all of this once more, for ROADMAP_EMULATED).
 //
 // Global<T> is memory of the device, Shared<T> that of a block: plain pointers here, checked ones there. A body reads
 // `const T x = p[i];` and writes `p[i] = x;`, no references kept. All shared memory comes from the launcher.

@@ -17,8 +17,8 @@ INFO = roadmap_ext.build_info()
 def test_accuracy(name):
     if name is None:
         pytest.skip(f"this processor runs {INFO['cpu']} alone")
-    modules = ("test_accuracy", "test_smooth_rank", "test_ap_loss", "test_embedding_accuracy")
-    files = [HERE / f"{module}.py" for module in modules]
+    modules = ("kernels/test_accuracy", "kernels/test_smooth_rank", "losses/test_ap_loss", "kernels/test_embedding_accuracy")
+    files = [HERE.parent / f"{module}.py" for module in modules]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
     # What torch.compile makes of the ops has nothing to do with the instruction set, nor have splits and reductions.
     left_out = "not compile and not opcheck and not split_over and not (combinations and (mean or sum))"
@@ -26,7 +26,7 @@ def test_accuracy(name):
     left_out += " and not long_rows and not many_positives and not cluster_of_thousands"
     command += ["-k", left_out]
     result = subprocess.run(
-        command, env=os.environ | {"ROADMAP_EXT_CPU": name}, capture_output=True, text=True, cwd=HERE.parent
+        command, env=os.environ | {"ROADMAP_EXT_CPU": name}, capture_output=True, text=True, cwd=HERE.parents[1]
     )
     assert result.returncode == 0, result.stdout[-3000:]
 

@@ -17,7 +17,7 @@ from tools import cuda, toolkit
 
 pytestmark = pytest.mark.xdist_group("build")  # trees and archives are made once
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["csrc/cuda/rows.cu"]
 
 

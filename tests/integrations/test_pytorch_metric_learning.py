@@ -36,7 +36,7 @@ from roadmap_ext.integrations.pytorch_metric_learning import (
 pytestmark = pytest.mark.xdist_group("pytorch_metric_learning")  # ranks run once for all cases
 
 LOSSES = [RoadmapLoss, SupAPLoss, SmoothAPLoss, CalibrationLoss]
-PAGE = Path(__file__).parents[1] / "docs/pytorch-metric-learning.md"
+PAGE = Path(__file__).parents[2] / "docs/pytorch-metric-learning.md"
 
 
 def make_batch(items=12, classes=4, dimension=6):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "native" / "run.sh"
+RUN = Path(__file__).parent / "run.sh"
 
 
 def test_sanitizers_find_nothing(tmp_path):

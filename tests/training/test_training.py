@@ -32,7 +32,7 @@ from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Run, Table, replace
 from retrieval.training import Training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # A net and batches as small as they may be, 8 steps, an evaluation every 4.
 TINY = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "20", "--per-class", "4", "--steps", "8"]
 TINY += ["--evaluate-every", "4", "--checkpoint-every", "2", "--lr", "0.01", "--warmup", "2", "--k", "1", "5"]

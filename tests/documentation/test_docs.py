@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import roadmap_ext
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def blocks(page):

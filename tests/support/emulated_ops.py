@@ -1,6 +1,6 @@
 """A pytest plugin: the ops of this run are the CUDA ones, emulated on the CPU.
 
-`python -m pytest -p plugin` with ROADMAP_EMULATED naming the library that tests/test_emulated.py builds. Tests then
+`python -m pytest -p emulated_ops` with ROADMAP_EMULATED naming the library that tests/emulated/test_emulated.py builds. Tests then
 call the package as ever; each test plays one of several devices, so that every schedule meets every kind of input.
 """
 

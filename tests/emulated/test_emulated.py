@@ -1,6 +1,6 @@
 """The CUDA kernels and ops, emulated on the CPU: the tests of the ops once more, and what CUDA alone promises.
 
-The emulator (tests/simt/emulator.h) checks every access and every barrier; the tests check the results. Two processes
+The emulator (tests/emulated/emulator.h) checks every access and every barrier; the tests check the results. Two processes
 share the work; what they print is shown where one fails.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent
-SIMT = TESTS / "simt"
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
 # Long rows and many calls are for the real kernels: emulated, they would take minutes and show nothing more. Fake
 # tensors are known to the real ops only, and the threads of torch have no part in this.
 LEFT_OUT = " and ".join(
@@ -36,12 +36,12 @@ LEFT_OUT = " and ".join(
 )
 HALVES = {
     "the row op": (
-        ["simt/scan_checks.py", "test_accuracy.py", "test_ap_loss.py", "test_smooth_rank.py"],
+        ["emulated/test_cuda_scan.py", "kernels/test_accuracy.py", "losses/test_ap_loss.py", "kernels/test_smooth_rank.py"],
         # The longest rows; two of the four dtypes will do.
         " and not (4128 and (bfloat16 or float64))",
     ),
     "embeddings": (
-        ["simt/checks.py", "test_embedding_accuracy.py", "test_roadmap_loss.py"],
+        ["emulated/test_cuda_ops.py", "kernels/test_embedding_accuracy.py", "losses/test_roadmap_loss.py"],
         # These take as long as all others.
         " and not gradcheck and not (combinations and (75 or mean or sum))"
         " and not (published and (float16 or bfloat16))",
@@ -57,13 +57,13 @@ def library(tmp_path_factory):
         pytest.skip("needs a C++ compiler on Linux")
     root = Path(torch.__file__).parent
     out = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    include = [SIMT, root / "include", root / "include/torch/csrc/api/include"]
+    include = [HERE, root / "include", root / "include/torch/csrc/api/include"]
     command = [
         *compiler.split(),
         *("-std=c++17", "-O1", "-g0", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"),
         *("-U_FORTIFY_SOURCE", "-DROADMAP_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         *(f"-I{path}" for path in include),
-        *(str(SIMT / "emulated_ops.cpp"), "-o", str(out)),
+        *(str(HERE / "emulated_ops.cpp"), "-o", str(out)),
         *(f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -74,10 +74,10 @@ def library(tmp_path_factory):
 def test_the_emulated_kernels_pass(library):
     environment = os.environ | {
         "ROADMAP_EMULATED": str(library),
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(SIMT)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS / "support")]),
         "OMP_NUM_THREADS": "1",
     }
-    options = ["-p", "plugin", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-W", "ignore"]
+    options = ["-p", "emulated_ops", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-W", "ignore"]
     runs = {}
     for name, (files, more) in HALVES.items():
         command = [

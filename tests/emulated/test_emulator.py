@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("simt")  # the emulator is compiled once
+pytestmark = pytest.mark.xdist_group("emulator")  # the emulator is compiled once
 
 HERE = Path(__file__).parent
 SEEDS = 20
@@ -83,10 +83,10 @@ def self_test(tmp_path_factory):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler or os.uname().sysname != "Linux":
         pytest.skip("needs a C++ compiler on Linux")
-    program = tmp_path_factory.mktemp("simt") / "self_test"
+    program = tmp_path_factory.mktemp("emulator") / "self_test"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-DROADMAP_EMULATED"]
-    folders = [f"-I{HERE / 'simt'}", f"-I{HERE.parent / 'csrc' / 'cuda'}"]
-    source = str(HERE / "simt" / "self_test.cpp")
+    folders = [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc' / 'cuda'}"]
+    source = str(HERE / "self_test.cpp")
     result = subprocess.run([compiler, *flags, *folders, source, "-o", str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr

@@ -1,16 +1,16 @@
-"""Rows that are scanned (csrc/cuda/scan.cuh): run under the emulator beside checks.py, never by themselves."""
+"""Rows that are scanned (csrc/cuda/scan.cuh), under the emulator."""
 
 import math
 
 import pytest
 import torch
-from checks import expected, lists_of, objective
+from test_cuda_ops import expected, lists_of, objective
 from oracle import assert_accurate, row_error, run
-from plugin import NEVER
+from emulated_ops import NEVER
 
 from roadmap_ext import ap_loss, reference, smooth_rank
 
-# As in plugin.DEVICES, all rows scanned: by blocks that own a row, and by 2, 3 and 5 that share it.
+# As in emulated_ops.DEVICES, all rows scanned: by blocks that own a row, and by 2, 3 and 5 that share it.
 OWNING = [
     (2, 64 << 20, 96, 1, 1, 0),  # a slot a row
     (1, 1 << 14, 32, 1, 0, 0),  # one slot, one warp

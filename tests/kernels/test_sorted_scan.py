@@ -916,7 +916,7 @@ def test_series_keep_their_bounds(name, power, title):
 
 def pytest_run(*arguments, **environment):
     """A pytest of its own, on one thread but where tests say otherwise: several run side by side."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "support")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *arguments]
     return subprocess.Popen(
         command,
@@ -924,7 +924,7 @@ def pytest_run(*arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
     )
 
 
@@ -934,8 +934,8 @@ RERUN = "not compile and not opcheck and not (split_over and float64-sup)"
 
 def test_the_other_suites_pass_by_the_scan():
     """The tests of the row op and of roadmap_loss once more, "auto" and "tiled" meaning sorted: every_row_sorted.py."""
-    halves = (["test_accuracy.py"], ["test_ap_loss.py", "test_smooth_rank.py", "test_roadmap_loss.py"])
-    runs = [pytest_run("-p", "every_row_sorted", "-k", RERUN, *(str(HERE / f) for f in half)) for half in halves]
+    halves = (["kernels/test_accuracy.py"], ["losses/test_ap_loss.py", "kernels/test_smooth_rank.py", "losses/test_roadmap_loss.py"])
+    runs = [pytest_run("-p", "every_row_sorted", "-k", RERUN, *(str(HERE.parent / f) for f in half)) for half in halves]
     outputs = [one.communicate(timeout=600)[0] for one in runs]
     for one, output in zip(runs, outputs, strict=True):
         assert one.returncode == 0, output[-6000:]

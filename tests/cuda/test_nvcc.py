@@ -14,7 +14,7 @@ from tools.cuda import is_toolkit, toolkit_candidates
 
 pytestmark = pytest.mark.xdist_group("nvcc")  # all kernels are compiled once
 
-SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).resolve().parents[2] / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (80, 90)
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"]
 HOT = ("row_kernel", "scan_kernel", "scale_kernel")

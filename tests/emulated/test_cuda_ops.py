@@ -1,10 +1,10 @@
-"""What the CUDA ops promise beyond the CPU's: run under the emulator by tests/test_emulated.py, never by themselves."""
+"""What the CUDA ops promise beyond the CPU's: run under the emulator by tests/emulated/test_emulated.py, never by themselves."""
 
 import ctypes
 
 import pytest
 import torch
-from plugin import DEVICES
+from emulated_ops import DEVICES
 
 from roadmap_ext import RoadmapLoss, _chunks, ap_loss, reference, smooth_rank
 
