@@ -1,8 +1,11 @@
 // The tiled kernels, one row against its positives, in the vectors of whichever instruction set includes this file.
 //
-// For a group of positives that share a centre c, sigma((v - u) / tau) = 1 / (1 + e^((c - v)/tau) e^((u - c)/tau)): one
-// exponential an element instead of one a pair leaves a multiply-add and a reciprocal in the pair loops. Before those,
-// each negative of a block falls into one of three classes for the group:
+// For a group of positives that share a centre c,
+//
+//     sigma((v - u) / tau) = 1 / (1 + e^((c - v) / tau) e^((u - c) / tau)):
+//
+// one exponential an element instead of one a pair leaves a multiply-add and a reciprocal in the pair loops. Before
+// those, each negative of a block falls into one of three classes for the group:
 //
 //     skipped   fl(v - min u) < -cut     all of them together stay below half an ulp of the rank
 //     tail      fl(v - max u) > delta    linear for every positive of the group: a count and a sum do
@@ -172,8 +175,8 @@ void band_exponentials(const T* values, int count, T centre, const Settings<T>& 
   X::store(scratch.band_exponential + count, X::set(kVanish<T>));
 }
 
-// rho (t - delta) + offset over `count` pairs whose distances above the knee, as rounded to T, add up to `past`. rho =
-// 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
+// rho (t - delta) + offset over `count` pairs whose distances above the knee, as rounded to T, add up to `past`.
+// rho = 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
 template <typename T>
 double tail_value(double past, double count, const Settings<T>& s) {
   const double shift = static_cast<double>(s.origin) - s.exact_delta;

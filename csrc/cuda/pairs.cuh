@@ -1,9 +1,12 @@
-// One pair of a reference and a positive: sigma and the surrogate H- of smooth_rank.h, with its slope in units of 1 /
-// tau.
+// One pair of a reference and a positive: sigma and the surrogate H- of smooth_rank.h, with its slope in units of
+// 1 / tau.
 //
-// float32 takes one exponential an element, not a pair: sigma((v - u) / tau) = 1 / (1 + e^((c - v) / tau) e^((u - c) /
-// tau)) with c, the centre, the score of a positive near u. That leaves a multiply-add and a reciprocal a pair. float64
-// takes the exponential of each pair: it is for gradient checks.
+// float32 takes one exponential an element, not a pair: with c, the centre, the score of a positive near u,
+//
+//     sigma((v - u) / tau) = 1 / (1 + e^((c - v) / tau) e^((u - c) / tau)).
+//
+// That leaves a multiply-add and a reciprocal a pair. float64 takes the exponential of each pair: it is for gradient
+// checks.
 #pragma once
 
 #include <cmath>

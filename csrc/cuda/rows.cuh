@@ -2,11 +2,14 @@
 //
 //   roles      masks or lists become two bits a column: negative, positive
 //   collect    the columns of the positives, ascending
-//   sort       the positives of a piece by score: neighbours share a centre, and far tiles are skipped for all that
-//   follow positives  rank+ of each, among the positives negatives  rank- of each, and its slope: the row streams past
-//   a few positives at a time weights    what a rank weighs in the loss; the loss own        smooth alone: the gradient
-//   between positives gradient   the row streams past all positives once more; every negative gets its gradient scatter
-//   every positive gets its own
+//   sort       the positives of a piece by score: neighbours share a centre, and a tile too low for one is too low for
+//              all that follow
+//   positives  rank+ of each, among the positives
+//   negatives  rank- of each, and its slope: the row streams past a few positives at a time
+//   weights    what a rank weighs in the loss; the loss
+//   own        smooth alone: the gradient between positives
+//   gradient   the row streams past all positives once more; every negative gets its gradient
+//   scatter    every positive gets its own
 //
 // A block works on a piece of the positives at a time, which lies in shared memory. Where all positives of a row fit,
 // nothing but the bits leaves the chip, and a block takes all steps of its rows in one launch ("on chip"). A longer

@@ -1,12 +1,14 @@
 // The sorted scan: rows of many positives, whose ranks and gradients it reads off sums instead of meeting every pair.
 // docs/sorted-scan.md has the derivation. The steps of such a row, after its roles and the columns of its positives:
 //
-//   keys       every column with its score; infinities and NaN leave the row to the steps of rows.cuh
-//   count, deal   a stable radix sort, four digits of 8 bits: columns become items
-//   split, places   which items are positives, and where each positive lies
-//   sums, join    where leaves of 32 items meet: the exponential sums of all negatives below, and of all above
-//   read       rank+, rank- and slope of each positive: its own leaf and that of the knee pair by pair, series for the
-//   rest (weights)  by rows.cuh the same once more: sums of the weighted positives, which the negatives read
+//   keys           every column with its score; infinities and NaN leave the row to the steps of rows.cuh
+//   count, deal    a stable radix sort, four digits of 8 bits: columns become items
+//   split, places  which items are positives, and where each positive lies
+//   sums, join     where leaves of 32 items meet: the exponential sums of all negatives below, and of all above
+//   read           rank+, rank- and slope of each positive: its own leaf and that of the knee pair by pair, series for
+//                  the rest
+//   (weights)      by rows.cuh
+//   sums, join, read once more: sums of the weighted positives, which the negatives read
 //
 // and for smooth twice again, among the positives. Blocks share the columns, items, leaves or positives of a row; what
 // one writes the others read a launch later. The only atomics are none: counts of digits are each warp's own.

@@ -1,5 +1,5 @@
 // The CUDA ops on the CPU, as torch.ops.roadmap_ext_emulated: csrc/cuda/ops.cpp as it is, with launchers that run the
-// kernel bodies under the emulator. tests/emulated/test_emulated.py builds this and holds it to the tests of the real ops.
+// kernel bodies under the emulator. tests/emulated/test_emulated.py builds this and runs the real ops' tests on it.
 #include <cstring>
 #include <stdexcept>
 #include <string>
