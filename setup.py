@@ -73,7 +73,7 @@ def extension():
     # No contraction: error-free transformations are written out, and every product rounds where the code says so.
     flags = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     arguments = {
-        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True)),
         "include_dirs": [pybind11.get_include()],  # first: torch 2.11's own copy does not compile with a target version
         "define_macros": macros,
         "extra_compile_args": {"cxx": flags},

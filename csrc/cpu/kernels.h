@@ -2,6 +2,8 @@
 // kernels (the files named _body.h), which are compiled once for each instruction set.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>

@@ -1,4 +1,4 @@
-// Steps of a row and their schedule: see rows.h. The work on the pairs themselves is in tiled_body.h.
+// Steps of a row and their schedule: see rows.h. The work on the pairs themselves is in pairwise_body.h.
 #include "rows.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file (after tiled_body.h).
+// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file.
 //
 // On a half line the sigmoid is a short sum of exponentials (series.h), and a sum of e^(-k |v - u| / tau) over all v on
 // one side of u is the sum at any other point times a power of a decay. So the sources v are sorted and cut into leaves

@@ -15,7 +15,7 @@ flags+=(-fno-sanitize=float-divide-by-zero,float-cast-overflow)
 
 build() { "$compiler" "${flags[@]}" -c "$1" -o "$out/$(basename "$1" .cpp).o"; }
 pids=()
-for source in "$here"/../../csrc/cpu/*.cpp "$here/rows_test.cpp"; do
+for source in "$here"/../../csrc/cpu/{,simd/}*.cpp "$here/rows_test.cpp"; do
   build "$source" & pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done

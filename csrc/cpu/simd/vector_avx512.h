@@ -1,5 +1,4 @@
-// Vectors of 64 bytes for AVX-512 (F, BW, DQ, VL). Included inside a namespace and a target region: see
-// tiled_avx512.cpp.
+// Vectors of 64 bytes for AVX-512 (F, BW, DQ, VL). Included inside a namespace and a target region: see avx512.cpp.
 
 template <typename T>
 struct Vec;

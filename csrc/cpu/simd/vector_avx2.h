@@ -1,4 +1,4 @@
-// Vectors of 32 bytes for AVX2, FMA and F16C. Included inside a namespace and a target region: see tiled_avx2.cpp.
+// Vectors of 32 bytes for AVX2, FMA and F16C. Included inside a namespace and a target region: see avx2.cpp.
 
 // Lane numbers that pack the set bits of a byte to the front, and their inverse. Eight lanes of 32 bits.
 struct PermuteTables {

@@ -1,5 +1,5 @@
 // Vectors of 16 bytes in the compilers' own vector types: SSE2 on x86-64, NEON on arm64, no instruction named.
-// Included inside a namespace: see tiled_baseline.cpp.
+// Included inside a namespace: see baseline.cpp.
 
 template <typename Element>
 struct Vec {

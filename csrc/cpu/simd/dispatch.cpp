@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace roadmap {
 

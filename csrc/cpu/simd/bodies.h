@@ -1,0 +1,27 @@
+// Every kernel, in the vectors of the file that includes this one, within its namespace and target region. For that
+// reason no body includes a header: kernels.h has all that they need.
+
+// clang-format off: each stands on those before it
+#include "../pairwise_body.h"
+#include "../counting_body.h"
+#include "../sorting_body.h"
+#include "../sums_body.h"
+#include "../dense_body.h"
+#include "../sorted_body.h"
+#include "../cells_body.h"
+// clang-format on
+
+namespace {
+
+constexpr InstructionSet make_instruction_set(const char* name) {
+  return {name,
+          make_kernels<float>(),
+          make_kernels<double>(),
+          make_counting<float>(),
+          make_counting<double>(),
+          make_sorting<float>(),
+          make_sorting<double>(),
+          {mask_bits, widen_half, narrow_half}};
+}
+
+}  // namespace
