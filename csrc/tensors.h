@@ -25,7 +25,7 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
                                        std::optional<double> offset, int64_t method = 0) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
-  STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (tiled) or 2 (sorted), got ", method);
+  STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (pairwise) or 2 (sorted), got ", method);
   STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
   STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
                   "rho, rho * tau and delta must be finite in float32 and not negative");

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks import check_method
 from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
 
 _NO_TRANSFORMS = (
@@ -44,7 +45,11 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def resolve_method(method: str, *inputs: Tensor) -> str:
-    """The method to run: what was asked for, but without kernels. Raises RuntimeError where these were not built."""
+    """The method to run, one of METHODS: "auto" becomes "reference" in an installation without kernels.
+
+    Raises ValueError for an unknown method, RuntimeError where the kernels that it needs were not built.
+    """
+    method = check_method(method)
     if method == "reference":
         return method
     if method == "auto" and _REFERENCE_ONLY:

@@ -13,7 +13,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SURROGATES = ("sup", "smooth")  # the ops take their places
 REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
-METHODS = ("auto", "tiled", "sorted", "reference")  # the ops take the places of all but the last
+METHODS = ("auto", "pairwise", "sorted", "reference")  # the ops take the places of all but the last
 CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
 # A vector of smaller norm has no direction: normalised it is 0, with no gradient.
 SMALLEST_NORM = 1e-12
@@ -59,10 +59,16 @@ class Objective(NamedTuple):
         return (*parts, *self.settings.for_op(), self.positive_margin, self.negative_margin)
 
 
-def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of the ``accepted`` words."""
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> str:
+    """Return ``value``, one of the ``accepted`` words. Raises ValueError for anything else."""
     if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+    return value
+
+
+def check_method(value: object) -> str:
+    """Return one of METHODS; "tiled" is an alias of "pairwise". Raises ValueError for anything else."""
+    return one_of("method", "pairwise" if value == "tiled" else value, METHODS)
 
 
 def _number(name: str, value: object) -> float:
@@ -147,7 +153,7 @@ def make_embedding_objective(
     method: str = "auto",
 ) -> Objective:
     """Check every setting of the embedding losses, and return those that say what is computed."""
-    one_of("method", method, METHODS)
+    check_method(method)
     check_flag("include_self", include_self)
     check_chunk_size(chunk_size)
     check_flag("gather_across_devices", gather_across_devices)

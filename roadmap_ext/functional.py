@@ -140,9 +140,9 @@ def ap_loss(
         start: jump at t = 0.
         offset: value just above the knee; None for start + sigma(delta / tau), which makes H- continuous.
         reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"``: [B].
-        method: ``"tiled"`` (fused kernels, |P| x N work, nothing of that size in memory), ``"sorted"`` (the sorted
-            scan: near-linear in N, whatever |P| is; rows with infinite scores, and on CUDA float64, go the tiled
-            way), ``"auto"`` (the faster of the two for each row) or ``"reference"`` (plain PyTorch).
+        method: ``"pairwise"`` (fused kernels, |P| x N work, nothing of that size in memory; ``"tiled"`` is an alias),
+            ``"sorted"`` (the sorted scan: near-linear in N, whatever |P| is; rows with infinite scores, and on CUDA
+            float64, run pairwise), ``"auto"`` (the faster of the two for each row) or ``"reference"`` (plain PyTorch).
 
     Returns:
         A scalar, or [B] with ``reduction="none"``; float64 for float64 scores, float32 for all others. A query without
@@ -160,7 +160,6 @@ def ap_loss(
         >>> print(f"{loss.item():.4f}", [round(x, 3) for x in scores.grad[0].tolist()])
         0.1065 [-8.382, 8.382, 0.0]
     """
-    one_of("method", method, METHODS)
     one_of("reduction", reduction, REDUCTIONS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
@@ -213,7 +212,6 @@ def smooth_rank(
         >>> [round(x, 3) for x in recall.tolist()]
         [0.402, 0.349]
     """
-    one_of("method", method, METHODS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
     method = resolve_method(method, scores)
@@ -293,7 +291,7 @@ def roadmap_loss(
         reduction: ``"mean"``: the AP loss over the queries that have a positive, the calibration loss over all;
             ``"sum"``; or ``"none"``: [B], which costs a fourth matrix product. With ``"violating_pairs"`` a query's
             calibration loss is B times its share of the batch's.
-        method: ``"auto"``, ``"tiled"``, ``"sorted"`` or ``"reference"``, as for :func:`ap_loss`.
+        method: ``"auto"``, ``"pairwise"``, ``"sorted"`` or ``"reference"``, as for :func:`ap_loss`.
 
     Returns:
         A scalar, or [B] with ``reduction="none"``; float64 if either side is, else float32. 0 for an empty batch.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ._checks import METHODS, REDUCTIONS, make_embedding_objective, make_settings, one_of
+from ._checks import REDUCTIONS, check_method, make_embedding_objective, make_settings, one_of
 from .functional import ap_loss, roadmap_loss
 from .memory import EmbeddingMemory
 
@@ -42,7 +42,7 @@ class APLoss(nn.Module):
         method: str = "auto",
     ) -> None:
         super().__init__()
-        one_of("method", method, METHODS)
+        check_method(method)
         one_of("reduction", reduction, REDUCTIONS)
         make_settings(surrogate, tau, rho, delta, start, offset)
         self.surrogate = surrogate

@@ -7,7 +7,7 @@
 //
 //     the polynomials of their span   all sources whose sigma counts, and the lines of those far past the knees
 //     the sources of their own cells  how many are at least as high: the steps
-//     the cells of their knees        one by one, decided exactly as by the tiled kernels
+//     the cells of their knees        one by one, decided exactly as by the pairwise kernels
 //     the moments of what lies between these and the lines
 //
 // and nothing depends on an order within cells. Spans of a level being alike, what the sums have to be multiplied with

@@ -1,4 +1,4 @@
-// The tiled kernels, one row against its positives, in the vectors of whichever instruction set includes this file.
+// The pairwise kernels, one row against its positives, in the vectors of whichever instruction set includes this file.
 //
 // For a group of positives that share a centre c,
 //

@@ -50,7 +50,7 @@ struct Row {
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
   Sorter<T> sorter;                                 // of its positives
-  SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row goes the tiled way
+  SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row runs pairwise
 
   int64_t size() const { return p.size(); }
   int64_t spans(int64_t columns) const {
@@ -199,7 +199,7 @@ class Pass {
     for (int64_t i = 0; i < size; ++i) row.position[row.ordinal[i]] = i;
   }
 
-  // Groups neighbours of the ascending positives, for the tiled kernels.
+  // Groups neighbours of the ascending positives, for the pairwise kernels.
   void group(Row<T>& row) const {
     if (row.nan || !objective_.ap) return;
     Positives<T>& p = row.p;
@@ -221,7 +221,7 @@ class Pass {
 
   // Whether the sorted scan takes a row, as far as its positives can tell.
   bool scans(const Row<T>& row) const {
-    if (row.nan || !objective_.ap || !row.size() || method_ == Method::kTiled) return false;
+    if (row.nan || !objective_.ap || !row.size() || method_ == Method::kPairwise) return false;
     if (!row.sorter.finite()) return false;
     if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
     return method_ == Method::kSorted || pays(row);
@@ -232,7 +232,7 @@ class Pass {
   // to take (benchmarks/sorted_scan.py shows how well that chooses). How many pairs there are is estimated from a few
   // columns.
   bool pays(const Row<T>& row) const {
-    constexpr int64_t kFewest = 32;  // below, tiled is as fast whatever the scores
+    constexpr int64_t kFewest = 32;  // below, pairwise is as fast whatever the scores
     constexpr int64_t kSeen = 128;   // positives; more are alike
     const int64_t size = row.size();
     if (size < kFewest) return false;
@@ -264,12 +264,12 @@ class Pass {
     const double fixed = CellPlan::wide(settings_) ? 5000 : 7000;
     double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
                         : 1500 + 14 * negatives + 36 * positives;
-    double tiled = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
+    double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which also meets positives with positives
       scan += 40 * positives;
-      tiled += 0.3 * positives * positives;
+      pairwise += 0.3 * positives * positives;
     }
-    return scan < tiled;
+    return scan < pairwise;
   }
 
   // The negatives of columns [begin, end) that reach a positive, and the hinges of all.

@@ -45,9 +45,9 @@ struct Matrix {
   const void* column_scale = nullptr;  // [columns]  null if and only if row_scale is
 };
 
-// Which kernels: tiled meets every positive with every negative in reach; sorted sorts these and reads sums instead.
+// Which kernels: pairwise meets every positive with every negative in reach; sorted sorts these and reads sums instead.
 // Both give the same up to rounding. Auto takes the faster for each row.
-enum class Method : int64_t { kAuto = 0, kTiled = 1, kSorted = 2 };
+enum class Method : int64_t { kAuto = 0, kPairwise = 1, kSorted = 2 };
 
 struct SurrogateSettings {
   int64_t surrogate;

@@ -11,7 +11,7 @@
 //     the sources above that                        a count and a sum
 //
 // Neighbouring targets do so together. Series are float64: their coefficients alternate, which would cost float32 two
-// digits where scores lie close. Steps and knees are decided pair by pair, exactly as by the tiled kernels.
+// digits where scores lie close. Steps and knees are decided pair by pair, exactly as by the pairwise kernels.
 
 namespace {
 

@@ -169,7 +169,7 @@ Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, Method meth
   const Resources resources = device_resources();
   const bool count_only = p.op == Op::kCountPairs;
   // float64 is there for gradient checks: it is not scanned.
-  const bool scan = sizeof(T) == 4 && method != Method::kTiled && (steps & kSort);
+  const bool scan = sizeof(T) == 4 && method != Method::kPairwise && (steps & kSort);
   const int scan_above = !scan ? kNever : method == Method::kSorted ? 0 : resources.scan_above;
   const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, scan_above, resources);
   Tensor memory = allocate(like, {std::max<int64_t>(plan.bytes, 1)}, ScalarType::Byte);
@@ -407,7 +407,7 @@ Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<T
   p.columns = columns;
   p.relation = listed.relation;
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, positive_span, kRoles, Method::kTiled, device.stream);
+  run_rows(p, positive_span, kRoles, Method::kPairwise, device.stream);
   return counts;
 }
 
@@ -423,7 +423,7 @@ Tensor first_positives(const Masked& input, void* stream) {
   p.columns = columns;
   input.fill(p.relation);
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, input.scores, kRoles, Method::kTiled, stream);
+  run_rows(p, input.scores, kRoles, Method::kPairwise, stream);
   StartParams s;
   s.rows = rows;
   s.counts = global_of<const int64_t>(counts);

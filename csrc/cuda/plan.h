@@ -18,7 +18,7 @@ struct Resources {
   int parts = 0;    // blocks that share a row; 0: chosen
   int capacity = kPiece;
   // Rows of more positives are scanned. By count: the scan of a row of 65,536 costs as much as some 200 positives of
-  // the tiled kernel; no GPU has measured it.
+  // the pairwise kernel; no GPU has measured it.
   int scan_above = 256;
 };
 
@@ -138,7 +138,7 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
   s.steps = steps;
   if (!count_only) s.scan_above = scan_above < columns ? scan_above : kNever;
   const bool scan = s.scan_above != kNever;
-  if (!scan) steps &= kTiledSteps;
+  if (!scan) steps &= kPairwiseSteps;
   const int64_t resident = int64_t(r.multiprocessors) * std::max(1, kMostThreads / s.threads);
   const int64_t tiles = (columns + s.threads * kThreadColumns - 1) / (s.threads * kThreadColumns);
   const auto add = [&](const Schedule& launch) {
@@ -172,7 +172,7 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
     return plan;
   }
   Schedule chip = s;
-  chip.steps = steps & kTiledSteps;
+  chip.steps = steps & kPairwiseSteps;
   chip.most = std::min(r.capacity, s.scan_above);
   chip.scan_above = kNever;
   chip.slots = fit_slots<T>(chip, std::min(rows, resident), rows, columns, r);
@@ -183,11 +183,11 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
   s.only_longer = true;
   s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
   s.scan = scan;
-  s.steps = steps & (scan ? kScanSteps : kTiledSteps);
+  s.steps = steps & (scan ? kScanSteps : kPairwiseSteps);
   add(s);
   if (!scan) return plan;
   s.scan = false;  // what was left
-  s.steps = steps & kTiledSteps;
+  s.steps = steps & kPairwiseSteps;
   add(s);
   return plan;
 }

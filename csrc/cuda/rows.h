@@ -129,7 +129,7 @@ enum Step : uint32_t {
 constexpr int kDigits = 4;  // of 8 bits
 constexpr uint32_t kSortKeys = ((1u << 2 * kDigits) - 1) * kCount | kKeys | kSplit | kPlaces;
 constexpr uint32_t kScanSteps = ~(kSort | kPositives | kNegatives | kOwn | kGradient);
-constexpr uint32_t kTiledSteps =
+constexpr uint32_t kPairwiseSteps =
     kRoles | kCollect | kSort | kPositives | kNegatives | kWeights | kOwn | kGradient | kScatter;
 constexpr uint32_t kAllSteps = ~0u;
 // More positives than there can be.
@@ -146,7 +146,7 @@ struct Schedule {
   bool only_longer = false;  // off chip: leave out the rows that were done on chip
   int most = kNever;         // positives of a row that is done on chip
   int scan_above = kNever;   // rows of more positives are scanned, off chip: kNever where none is
-  bool scan = false;         // by this launch, which leaves all others to that of the tiled kernel
+  bool scan = false;         // by this launch, which leaves all others to that of the pairwise kernel
 };
 
 // Memory for the rows in flight, [slots] each.

@@ -95,7 +95,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   // Whose sums are taken: of each negative 1, of each positive 1, its weight in rank-, or that in rank+.
   enum class Source { kNegatives, kPositives, kWeighted, kOwn };
 
-  // Says whether the tiled kernel finds the row done, where it follows and one block takes all steps.
+  // Says whether the pairwise kernel finds the row done, where it follows and one block takes all steps.
   ROADMAP_DEVICE void done(uint32_t wanted) {
     if ((wanted & kKeys) && p_.schedule.only_longer && simt::thread() == 0) p_.workspace.done[row_] = scanned_;
   }

@@ -26,7 +26,7 @@ _CHOICES = {
     "surrogate": ("sup", "smooth"),
     "reduction": ("mean", "sum"),
     "calibration_reduction": ("per_query", "violating_pairs"),
-    "method": ("auto", "tiled", "sorted", "reference"),
+    "method": ("auto", "pairwise", "sorted", "reference", "tiled"),  # the last is an alias of "pairwise"
 }
 _ABOUT = {
     "calibration_weight": "share of the calibration loss, 0 to 1",

@@ -178,7 +178,7 @@ void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) 
     SurrogateSettings settings = {surrogate, kTau, 100.0, delta, 0.5, 1.44};
     Guarded<T> loss(rows), tiled_loss(rows), gradient(rows * columns), tiled(rows * columns);
     Guarded<int64_t> positives(rows);
-    settings.method = Method::kTiled;
+    settings.method = Method::kPairwise;
     average_precision_rows<T>(m, settings, threads(3), {tiled_loss.data(), positives.data(), tiled.data(), nullptr});
     settings.method = Method::kSorted;
     std::vector<T> first;
