@@ -291,11 +291,11 @@ void remove_radial(Tensor gradient, Tensor x, Tensor scale) {
   });
 }
 
-void populate(Tensor memory) {
+void prefault(Tensor memory) {
   STD_TORCH_CHECK(memory.is_cpu() && memory.is_contiguous(), "memory must be a contiguous CPU tensor");
   const int64_t bytes = memory.numel() * memory.element_size();
   // Smaller memory comes from the heap, mostly with its pages.
-  if (bytes >= int64_t(1) << 22) roadmap::populate(memory.mutable_data_ptr(), bytes, torch_threads(memory.numel()));
+  if (bytes >= int64_t(1) << 22) roadmap::prefault(memory.mutable_data_ptr(), bytes, torch_threads(memory.numel()));
 }
 
 std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
@@ -425,7 +425,7 @@ STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
   m.impl("equal_lists", TORCH_BOX(&equal_lists));
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));
   m.impl("remove_radial_", TORCH_BOX(&remove_radial));
-  m.impl("populate_", TORCH_BOX(&populate));
+  m.impl("prefault_", TORCH_BOX(&prefault));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows_in_place));

@@ -6,8 +6,9 @@
 //     0 <= t <= delta  start + sigma(t / tau)
 //     t > delta        rho (t - delta) + offset
 //
-// Its slope is sigma (1 - sigma) / tau up to the knee delta and rho above it. The surrogate `smooth` is sigma(t / tau)
-// everywhere (Brown et al., ECCV 2020). All methods decide by fl(t) > delta and fl(t) >= 0 in the accumulation type T.
+// Its slope is sigma (1 - sigma) / tau up to the threshold delta and rho in the linear part above it. The surrogate
+// `smooth` is sigma(t / tau) everywhere (Brown et al., ECCV 2020). All methods decide by fl(t) > delta and fl(t) >= 0 in
+// the accumulation type T.
 #pragma once
 
 #include <cmath>
@@ -20,8 +21,8 @@ enum class Surrogate : int64_t { kSup = 0, kSmooth = 1 };
 template <typename T>
 struct Settings {
   Surrogate surrogate;
-  T delta;    // the knee, rounded to T: decisions are taken on it
-  T origin;   // near the knee: distances in the tail are summed from here
+  T delta;    // the threshold, rounded to T: this value decides
+  T origin;   // near the threshold: distances in the linear part are summed from here
   T rho_tau;  // the same in units of 1 / tau, as the pair loops sum slopes
   T rate_hi;  // 1 / tau in two parts: one rounding of 1 / tau would show in every exponent
   T rate_lo;
@@ -38,7 +39,7 @@ struct Settings {
   Settings(Surrogate surrogate, double tau, double rho, double delta, double start, double offset, int64_t columns)
       : surrogate(surrogate),
         delta(static_cast<T>(delta)),
-        origin(near_knee(delta)),
+        origin(near_threshold(delta)),
         rho_tau(static_cast<T>(rho * tau)),
         rate_hi(static_cast<T>(1 / tau)),
         // The remainder of 1/tau after rate_hi. In double 1/tau has an error of its own, which fma recovers.
@@ -46,7 +47,7 @@ struct Settings {
         // e^-17 = 4e-8 and e^-37 = 9e-17 are below half an ulp of 1, the smallest rank.
         cut(static_cast<T>((kDigits + std::log(static_cast<double>(columns > 1 ? columns : 1))) * tau)),
         group_span(static_cast<T>(40 * tau)),
-        // A band reaches 20 + 17 + ln(2^31) < 60 below its centre (float), and e^(60 + 20) is finite.
+        // An active set reaches 20 + 17 + ln(2^31) < 60 below its centre (float), and e^(60 + 20) is finite.
         exponent_max(static_cast<T>(sizeof(T) == 4 ? 60 : 600)),
         tau(tau),
         exact_rho(rho),
@@ -54,9 +55,9 @@ struct Settings {
         exact_start(start),
         exact_offset(offset) {}
 
-  // The knee with few enough bits that float32 gaps of scores on a grid stay exact when it is taken off them; float64
-  // has bits to spare, and takes off the knee itself.
-  static T near_knee(double delta) {
+  // The threshold in few enough bits that float32 gaps of scores on a grid stay exact when it is subtracted from them;
+  // float64 has bits to spare and subtracts the threshold itself.
+  static T near_threshold(double delta) {
     if (sizeof(T) == 8) return static_cast<T>(delta);
     int exponent;
     const double mantissa = std::frexp(delta, &exponent);

@@ -30,7 +30,7 @@ inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho
   STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
                   "rho, rho * tau and delta must be finite in float32 and not negative");
   STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
-  // By default the surrogate is continuous at the knee.
+  // By default the surrogate is continuous at the threshold.
   const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
   STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
   return {surrogate, tau, rho, delta, start, above, static_cast<Method>(method)};
@@ -92,7 +92,7 @@ void define(Library& m) {
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
-  m.def("populate_(Tensor(a!) memory) -> ()");
+  m.def("prefault_(Tensor(a!) memory) -> ()");
   m.def(
       "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
       "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");

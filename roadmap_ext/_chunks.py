@@ -397,7 +397,7 @@ def _memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor on the device of another, with its pages."""
     memory = like.new_empty(shape, dtype=dtype)
     if memory.device.type == "cpu":
-        torch.ops.roadmap_ext.populate_(memory)
+        torch.ops.roadmap_ext.prefault_(memory)
     return memory
 
 

@@ -71,7 +71,7 @@ if _C is not None:
     torch.library.register_fake("roadmap_ext::equal_lists", _equal_lists)
     torch.library.register_fake("roadmap_ext::symmetrise_", _nothing)
     torch.library.register_fake("roadmap_ext::remove_radial_", _nothing)
-    torch.library.register_fake("roadmap_ext::populate_", _nothing)
+    torch.library.register_fake("roadmap_ext::prefault_", _nothing)
     torch.library.register_fake("roadmap_ext::scale_rows", _like_first)
     torch.library.register_fake("roadmap_ext::scale_rows_", _nothing)
     torch.library.register_fake("roadmap_ext::smooth_rank_backward", _like_first)

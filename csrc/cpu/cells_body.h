@@ -564,9 +564,9 @@ class CellRanks {
     const int count = static_cast<int>(std::min<int64_t>(knees_.end - begin, kBlock));
     if (loaded_ == begin) return count;  // most cells have one block, which serves all their targets
     loaded_ = begin;
-    for (int j = 0; j < count; j += kLanes) X::store(scratch_.band + j, X::load(v_ + begin + j));
-    X::store(scratch_.band + count, X::set(-infinity<float>()));
-    band_exponentials(scratch_.band, count, lowest_, s_, scratch_);
+    for (int j = 0; j < count; j += kLanes) X::store(scratch_.active + j, X::load(v_ + begin + j));
+    X::store(scratch_.active + count, X::set(-infinity<float>()));
+    active_exponentials(scratch_.active, count, lowest_, s_, scratch_);
     return count;
   }
 
@@ -714,7 +714,7 @@ class CellRanks {
       for (int run = 0; run < sources; run += kRun * kLanes) {
         V curve = zero, slopes = zero, past = zero;
         for (int j = run; j < std::min(sources, run + kRun * kLanes); j += kLanes) {
-          const V ev = X::load(scratch_.band_exponential + j), t = X::load(scratch_.band + j) - own;
+          const V ev = X::load(scratch_.active_exponential + j), t = X::load(scratch_.active + j) - own;
           const V value = sigma<float>(ev, own_exponential);
           const auto beyond = X::greater(t, delta);
           steps += __builtin_popcount(X::bits(X::greater_equal(t, zero)));
@@ -950,7 +950,7 @@ class CellSlopes {
     const int64_t end = std::min(knees_.end, begin + kBlock);
     const V centre = X::set(static_cast<float>(middle_));
     for (int64_t j = begin; j < end; j += kLanes) {
-      X::store(scratch_.band_exponential + (j - begin), difference_exponential<float>(X::load(u_ + j), centre, s_));
+      X::store(scratch_.active_exponential + (j - begin), difference_exponential<float>(X::load(u_ + j), centre, s_));
     }
   }
 
@@ -1008,7 +1008,7 @@ class CellSlopes {
       for (V& v : sum) v = X::set(0);
       for (int64_t j = run; j < std::min(knees_.end, run + kRun); ++j) {
         const V own = X::set(u_[j]), weight = X::set(w_[j]);
-        const V exponential = X::set(scratch_.band_exponential[j - block]);
+        const V exponential = X::set(scratch_.active_exponential[j - block]);
         for (int r = 0; r < Vectors; ++r) {
           const V pair = pair_slope<false, float>(x[r], ex[r], own, exponential, delta, rho_tau);
           sum[r] = X::mul_add(weight, pair, sum[r]);
@@ -1055,9 +1055,9 @@ constexpr CellKernels kCellKernels = {split_buckets,    sum_spans,  join_spans_b
 
 template <typename T>
 constexpr Sorting<T> make_sorting() {
-  return {keep_entries<T>,
+  return {prune_entries<T>,
           count_buckets<T>,
-          deal_buckets<T>,
+          scatter_buckets<T>,
           sort<T>,
           sum_leaves<T>,
           join_below<T>,

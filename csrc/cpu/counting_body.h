@@ -59,8 +59,8 @@ void range(const T* score, int64_t n, T& low, T& high) {
 }
 
 template <typename T>
-void place(const T* score, int n, const Ladder<T>& ladder, int32_t* bucket) {
-  const T low = ladder.low, scale = ladder.scale, last = ladder.last;
+void place(const T* score, int n, const LookupTable<T>& table, int32_t* bucket) {
+  const T low = table.low, scale = table.scale, last = table.last;
   for (int j = 0; j < n; ++j) {
     const T x = (score[j] - low) * scale;
     const T from = x > 0 ? x : T(0);  // so is NaN, of infinity minus itself or times 0
@@ -92,10 +92,10 @@ void count_rows(const T* packed, int n, const T* positive, uint32_t* reached) {
 }
 
 template <typename T>
-void count_few(const T* packed, int n, const Ladder<T>& ladder, uint32_t* reached) {
+void count_few(const T* packed, int n, const LookupTable<T>& table, uint32_t* reached) {
   if (!n) return;
-  const T* const positive = ladder.score.data();
-  const int64_t size = ladder.size();
+  const T* const positive = table.score.data();
+  const int64_t size = table.size();
   int64_t i = 0;
   for (; i + 4 <= size; i += 4) count_rows<T, 4>(packed, n, positive + i, reached + i + 1);
   switch (size - i) {
@@ -107,17 +107,17 @@ void count_few(const T* packed, int n, const Ladder<T>& ladder, uint32_t* reache
 }
 
 template <typename T>
-void count_many(const T* packed, int n, const Ladder<T>& ladder, int32_t* at, uint32_t* reached) {
-  place(packed, n, ladder, at);
-  const T* const positive = ladder.score.data();
-  const int32_t* const first = ladder.first.data();
+void count_many(const T* packed, int n, const LookupTable<T>& table, int32_t* at, uint32_t* reached) {
+  place(packed, n, table, at);
+  const T* const positive = table.score.data();
+  const int32_t* const first = table.first.data();
   for (int j = 0; j < n; ++j) {
     const T v = packed[j];
     const int32_t begin = first[at[j]];
     const T* const own = positive + begin;
     // A bucket seldom has more than two positives: up to then there is no branch.
     at[j] = begin + (v >= own[0]) + (v >= own[1]);
-    if (v >= own[2]) at[j] = static_cast<int32_t>(std::upper_bound(own + 2, positive + ladder.size(), v) - positive);
+    if (v >= own[2]) at[j] = static_cast<int32_t>(std::upper_bound(own + 2, positive + table.size(), v) - positive);
   }
   // Apart from the search: a store that may be what the next search reads would hold it up.
   for (int j = 0; j < n; ++j) ++reached[at[j]];

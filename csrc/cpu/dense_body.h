@@ -93,10 +93,10 @@ class Dense {
     near_pairs_ = static_cast<int>(std::min(n, far_ * leaf) - std::min(n, near_ * leaf));
     // Sources that are met pair by pair, with their exponentials around the lowest target.
     if (near_pairs_ + knee_pairs_ > 0) {
-      std::copy_n(v_ + near_ * leaf, near_pairs_, scratch.band);
-      std::copy_n(v_ + std::min(n, stop_ * leaf), knee_pairs_, scratch.band + near_pairs_);
-      X::store(scratch.band + near_pairs_ + knee_pairs_, X::set(-infinity<T>()));
-      band_exponentials(scratch.band, near_pairs_ + knee_pairs_, first, s_, scratch);
+      std::copy_n(v_ + near_ * leaf, near_pairs_, scratch.active);
+      std::copy_n(v_ + std::min(n, stop_ * leaf), knee_pairs_, scratch.active + near_pairs_);
+      X::store(scratch.active + near_pairs_ + knee_pairs_, X::set(-infinity<T>()));
+      active_exponentials(scratch.active, near_pairs_ + knee_pairs_, first, s_, scratch);
     }
     lowest_ = first;
     centre_ = (low + high) / 2;
@@ -123,7 +123,7 @@ class Dense {
       for (int begin = 0; begin < near_pairs_; begin += kRun) {
         V sum = zero, slope_sum = zero;
         for (int j = begin; j < std::min(near_pairs_, begin + kRun); ++j) {
-          const V ev = X::set(scratch.band_exponential[j]), value = sigma<T>(ev, ex);
+          const V ev = X::set(scratch.active_exponential[j]), value = sigma<T>(ev, ex);
           sum = sum + value;
           slope_sum = slope_sum + sigma_slope<T>(ev, ex, value);
         }
@@ -154,7 +154,7 @@ class Dense {
           count_tails = X::add_where(beyond_knee, count_tails, one);
           sum = X::add_where(beyond_knee, sum, d);
           if (knee_pairs_) {
-            const V ev = X::set(scratch.band_exponential[near_pairs_ + (j - around)]), value = sigma<T>(ev, ex);
+            const V ev = X::set(scratch.active_exponential[near_pairs_ + (j - around)]), value = sigma<T>(ev, ex);
             value_sum = X::add_unless(beyond_knee, value_sum, value);
             slope_sum = X::add_unless(beyond_knee, slope_sum, sigma_slope<T>(ev, ex, value));
           } else {
@@ -184,7 +184,7 @@ class Dense {
       for (int k = 0; k < X::kWidth; ++k) {
         const double all = tails[k] + tail;
         curve[k] += s_.exact_start * (base - below[k] - all) +
-                    tail_value(past[k] + (tail_sum + tail * (beyond - u[k])), all, s_);
+                    linear_value(past[k] + (tail_sum + tail * (beyond - u[k])), all, s_);
         slopes[k] = slopes[k] * rate_ + s_.exact_rho * all;
       }
       put(curve, lanes, rank + at);
@@ -209,14 +209,14 @@ class Dense {
       for (int begin = 0; begin < near_pairs_; begin += kRun) {
         V sum = zero;
         for (int j = begin; j < std::min(near_pairs_, begin + kRun); ++j) {
-          const V ev = X::set(scratch.band_exponential[j]);
+          const V ev = X::set(scratch.active_exponential[j]);
           sum = X::mul_add(X::set(w_[near_ * sources_.leaf + j]), sigma_slope<T>(ev, ex, sigma<T>(ev, ex)), sum);
         }
         X::accumulate(slopes, sum);
       }
       if constexpr (!Smooth) {
         if (knee_pairs_) {
-          const T* const exponential = scratch.band_exponential + near_pairs_;
+          const T* const exponential = scratch.active_exponential + near_pairs_;
           const int64_t around = after - knee_pairs_;
           for (int64_t begin = around; begin < after; begin += kRun) {
             V sum = zero;

@@ -51,7 +51,7 @@ void remove_radial(T* gradient, const T* x, int64_t stride, const T* scale, int6
   });
 }
 
-void populate(void* begin, int64_t bytes, const Parallel& parallel) {
+void prefault(void* begin, int64_t bytes, const Parallel& parallel) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14, which older headers lack
   constexpr uintptr_t kPiece = uintptr_t(1) << 21;

@@ -21,6 +21,6 @@ void remove_radial(T* gradient,     // [n, dimension], contiguous
 
 // Asks the system for the pages under new memory all at once: one by one, at the first touch of each, they take three
 // times as long. Contents stay.
-void populate(void* begin, int64_t bytes, const Parallel&);
+void prefault(void* begin, int64_t bytes, const Parallel&);
 
 }  // namespace roadmap

@@ -66,18 +66,18 @@ struct Block {
   T top = std::numeric_limits<T>::infinity();  // no score is above it
 };
 
-// What the rank pass of a row leaves for its gradient pass, when the same thread does both and it fits: the slope of
-// every pair in a band, so that none is computed twice. Rows with few positives, which are most rows in training, fit.
+// What the rank pass of a row leaves for its gradient pass, where one thread does both and it fits: the slope of every
+// active pair, so that none is computed twice. Rows with few positives, which are most rows in training, fit.
 template <typename T>
-struct Trace {
+struct SavedSlopes {
   static constexpr int kSlopes = 1 << 16;
   static constexpr int kBits = 1 << 14;
   static constexpr int kEntries = 1 << 11;
   struct Entry {  // one group that met some of a block's negatives; the first entry of a block has group -1
     int64_t group;
-    int count;        // elements in the band; of a block's first entry, elements kept
-    int slopes;       // where their slopes begin, [positives of the group, padded count]
-    int band, above;  // where their words of bits begin, -1 for all and for none; of a block's first entry, kept_bits
+    int count;          // elements in the active set; of a block's first entry, elements kept
+    int slopes;         // where their slopes begin, [positives of the group, padded count]
+    int active, above;  // where their words of bits begin, -1 for all and for none; of a block's first entry, kept_bits
   };
   alignas(64) T slope[kSlopes + kPad];
   uint16_t bits[kBits];
@@ -90,7 +90,7 @@ struct Trace {
     slopes = words = entries = next = 0;
     whole = true;
   }
-  // Room for one more entry, or null and the trace is of no use any more.
+  // Space for one more entry, or null where there is none: what has been saved is then of no use.
   Entry* add(int64_t group, int count, int64_t new_slopes, int new_words) {
     whole = whole && entries < kEntries && slopes + new_slopes <= kSlopes && words + new_words <= kBits;
     if (!whole) return nullptr;
@@ -98,9 +98,9 @@ struct Trace {
     slopes += static_cast<int>(new_slopes);
     return &entry[entries++];
   }
-  // Whether the block at `next` has one entry more, whose band is all that was kept.
+  // Whether the block at `next` has one entry more, in which all that was kept is active.
   bool single() const {
-    return next < entries && entry[next].group >= 0 && entry[next].band < 0 && entry[next].count > 0 &&
+    return next < entries && entry[next].group >= 0 && entry[next].active < 0 && entry[next].count > 0 &&
            (next + 1 == entries || entry[next + 1].group < 0);
   }
   int add_bits(const uint16_t* from, int count) {
@@ -110,8 +110,8 @@ struct Trace {
   }
 };
 
-// The roles of a block's columns, a bit each: all that kernels see of masks and lists.
-struct RoleBits {
+// What each column of a block is, a bit each: all that kernels see of masks and lists.
+struct BlockMasks {
   uint64_t positive[kWords];
   uint64_t negative[kWords];
   uint64_t ignored[kWords];
@@ -132,21 +132,21 @@ struct HingeSum {
 // Buffers of one thread.
 template <typename T>
 struct Scratch {
-  alignas(64) T kept[kBlock + kPad];  // negatives that reach some positive, packed
-  alignas(64) T band[kBlock + kPad];  // those of them between the skip and the tail of one group, packed
-  alignas(64) T band_exponential[kBlock + kPad];
-  alignas(64) T band_weight[kBlock + kPad];
-  alignas(64) T band_gradient[kBlock + kPad];
-  alignas(64) T tail[kBlock + kPad];           // in the tails of how many groups an element is
-  std::vector<double> tail_slope;              // the slope that so many tails give, scaled
-  alignas(64) double gradient[kBlock + kPad];  // slope from bands, in units of 1 / tau
+  alignas(64) T kept[kBlock + kPad];    // negatives that reach some positive, packed
+  alignas(64) T active[kBlock + kPad];  // the active set of one group, packed
+  alignas(64) T active_exponential[kBlock + kPad];
+  alignas(64) T active_weight[kBlock + kPad];
+  alignas(64) T active_gradient[kBlock + kPad];
+  alignas(64) T linear[kBlock + kPad];         // in the linear parts of how many groups an element is
+  std::vector<double> linear_slope;            // the slope that so many of them give, scaled
+  alignas(64) double gradient[kBlock + kPad];  // slope from active sets, in units of 1 / tau
   alignas(64) T score[kBlock + kPad];          // a block widened from a half type
   alignas(64) T out[kBlock + kPad];            // its gradient before narrowing
   uint16_t kept_bits[kBlock / 2];              // which columns of the block are kept, a word a vector
-  uint16_t band_bits[kBlock / 2];              // which kept elements are in the band
-  uint16_t above_bits[kBlock / 2];             // which are in the tail
-  RoleBits roles;
-  Trace<T> trace;
+  uint16_t active_bits[kBlock / 2];            // which kept elements are active
+  uint16_t above_bits[kBlock / 2];             // which are in the linear part
+  BlockMasks masks;
+  SavedSlopes<T> saved;
 };
 
 // Ranks and slopes are added to [P]; they are sums over the pairs of one span of columns.
@@ -162,14 +162,14 @@ struct Kernels {
   // Fills Positives::exponential.
   void (*exponentials)(Positives<T>&, const Settings<T>&);
   // Adds the shares of a block's negatives to the sums of groups [first, last). Returns whether a negative is NaN.
-  // `trace` may be null; else blocks come in order, all groups at once.
+  // `saved` may be null; else blocks come in order, all groups at once.
   bool (*rank_block)(const Block<T>&, const Positives<T>&, int64_t first, int64_t last, const Settings<T>&, Scratch<T>&,
-                     Sums<T>, Trace<T>* trace);
+                     Sums<T>, SavedSlopes<T>* saved);
   // Gradient of a block's negatives: out[j] = scale * sum_i w_i H'(s_j - s_i), 0 elsewhere. out is [count] and may be
-  // the block itself. Reads a whole `trace`, blocks in order, if there is one. With `hinge`, the gradient of the hinges
+  // the block itself. Reads a whole `saved`, blocks in order, if there is one. With `hinge`, the gradient of the hinges
   // is added; with `column_scale` [count], all is multiplied by it.
   void (*gradient_block)(const Block<T>&, const Positives<T>&, const Settings<T>&, double scale, const Hinge<T>* hinge,
-                         const T* column_scale, Scratch<T>&, T* out, Trace<T>* trace);
+                         const T* column_scale, Scratch<T>&, T* out, SavedSlopes<T>* saved);
   // out[j] = score[j] * column_scale[j] * row_scale. Returns the largest, NaN aside.
   T (*scale_block)(const T* score, const T* column_scale, T row_scale, int count, T* out);
   // gradient -= x (x . gradient) scale^2, each [n].
@@ -371,12 +371,12 @@ template <typename T>
 struct Sorting {
   // The negatives of a block that reach the lowest positive, with their columns, `first` being the block's first.
   // Returns how many; widens [low, high] to hold them; `nan` is set if a negative is NaN.
-  int (*keep_entries)(const Block<T>&, T lowest, int64_t first, const Settings<T>&, Scratch<T>&, Entry<T>* out, T& low,
-                      T& high, bool& nan);
+  int (*prune_entries)(const Block<T>&, T lowest, int64_t first, const Settings<T>&, Scratch<T>&, Entry<T>* out, T& low,
+                       T& high, bool& nan);
   // count[b] += how many of n entries lie in bucket b.
   void (*count_buckets)(const Entry<T>*, int64_t n, const Buckets<T>&, uint32_t* count);
-  // Deals them to `to`, where bucket b goes on at place[b]. Stable.
-  void (*deal_buckets)(const Entry<T>*, int64_t n, const Buckets<T>&, uint32_t* place, Entry<T>* to);
+  // Scatters them to `to`, where place[b] is the next free place of bucket b. Stable.
+  void (*scatter_buckets)(const Entry<T>*, int64_t n, const Buckets<T>&, uint32_t* place, Entry<T>* to);
   // Sorts n entries, values within about [low, high], into `value` and `column` [n]: by value, equal ones by index if
   // they come so. Overwrites `from` and `space` [n].
   void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column);
@@ -398,11 +398,12 @@ struct Sorting {
   const CellKernels* cells;
 };
 
-// The positives of one row in ascending order, and where many, a table that leads any score to its place among them. A
-// score is in bucket floor((score - low) * scale), cut to those there are. This never falls where the score rises, so
-// what lies in lower buckets is lower, and only the positives of its own bucket have to be compared with it.
+// The positives of one row in ascending order, and where they are many, a table that leads any score to its place among
+// them. A score is in bucket floor((score - low) * scale), clamped to the buckets of the table. This never falls where
+// the score rises, so what lies in lower buckets is lower, and only the positives of its own bucket have to be compared
+// with it.
 template <typename T>
-struct Ladder {
+struct LookupTable {
   // Rows with up to so many positives compare each score with each of them.
   static constexpr int64_t kFew = 32;
   // NaN at the end, which no score reaches.
@@ -425,11 +426,11 @@ struct Counting {
   // The lowest and the highest of n packed scores.
   void (*range)(const T* packed, int64_t n, T& low, T& high);
   // The buckets of n scores.
-  void (*place)(const T* score, int n, const Ladder<T>&, int32_t* bucket);
+  void (*place)(const T* score, int n, const LookupTable<T>&, int32_t* bucket);
   // reached[i + 1] += how many packed scores are at least positive i.
-  void (*count_few)(const T* packed, int n, const Ladder<T>&, uint32_t* reached);
+  void (*count_few)(const T* packed, int n, const LookupTable<T>&, uint32_t* reached);
   // reached[i] += how many packed scores are at least i of the positives and no more. `bucket` [n] is workspace.
-  void (*count_many)(const T* packed, int n, const Ladder<T>&, int32_t* bucket, uint32_t* reached);
+  void (*count_many)(const T* packed, int n, const LookupTable<T>&, int32_t* bucket, uint32_t* reached);
 };
 
 struct Conversions {

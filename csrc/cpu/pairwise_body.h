@@ -7,9 +7,9 @@
 // one exponential an element instead of one a pair leaves a multiply-add and a reciprocal in the pair loops. Before
 // those, each negative of a block falls into one of three classes for the group:
 //
-//     skipped   fl(v - min u) < -cut     all of them together stay below half an ulp of the rank
-//     tail      fl(v - max u) > delta    linear for every positive of the group: a count and a sum do
-//     band      the others, packed densely, meet every positive of the group
+//     skipped       fl(v - min u) < -cut     all of them together stay below half an ulp of the rank
+//     linear part   fl(v - max u) > delta    linear for every positive of the group: a count and a sum are enough
+//     active set    the others               packed densely, they meet every positive of the group
 //
 // Lanes hold float32 sums of at most kTile vectors; everything longer is added in float64, always in column order, so
 // that no result depends on the number of threads.
@@ -19,7 +19,7 @@ namespace {
 constexpr int kTile = 16;
 // Positives whose shares of a gradient are summed plainly in T.
 constexpr int64_t kRun = 8;
-// Up to so many positives meet the tail pair by pair: see tail_distance().
+// A group of up to so many positives meets its linear part pair by pair: see linear_distance().
 constexpr int64_t kFew = 4;
 static_assert(kBlock % 64 == 0 && kPad >= 16);
 
@@ -82,10 +82,9 @@ typename Vec<T>::V difference_exponential(typename Vec<T>::V a, typename Vec<T>:
 }
 
 // The negatives of the block that reach the lowest positive of the span: packed into scratch.kept, padded with -inf,
-// and marked in scratch.kept_bits. The test is the group's own (below), so that what is dropped here no group would
-// have kept.
+// and marked in scratch.kept_bits. The test is the groups' own (below), so no group would have kept what is dropped.
 template <typename T>
-int keep(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
+int prune(const Block<T>& block, T lowest, const Settings<T>& s, Scratch<T>& scratch, bool& nan) {
   using X = Vec<T>;
   const auto floor = X::set(-s.cut), low = X::set(lowest);
   constexpr unsigned kLanes = (1u << X::kWidth) - 1;
@@ -125,60 +124,60 @@ constexpr T infinity() {
 // What one group makes of the kept elements of a block.
 template <typename T>
 struct Classes {
-  const T* band;  // values, padded with -inf
-  int count;      // elements in the band
-  int above;      // elements in the tail
-  bool all;       // the band is all of them: no bits were written
+  const T* active;  // values of the active set, padded with -inf
+  int count;        // elements in it
+  int above;        // elements in the linear part
+  bool all;         // all are active: no bits were written
 };
 
 // Distance above the highest positive of the group from which its pairs need no curve: sup is linear there, smooth is 1
-// to half an ulp. A few positives meet the tail pair by pair, which costs less than to separate it. The choice rests on
-// the group alone, so that it is the same however a row is split.
+// to half an ulp. A few positives meet that part pair by pair, which costs less than separating it. The choice depends
+// on the group alone, so that it is the same however a row is split.
 template <bool Smooth, typename T>
-T tail_distance(const Group<T>& g, const Settings<T>& s) {
+T linear_distance(const Group<T>& g, const Settings<T>& s) {
   if (Smooth) return s.cut;
   return g.end - g.begin > kFew || !g.finite ? s.delta : infinity<T>();
 }
 
-// Splits n kept elements, the highest of which is `top`, for one group. `tail(j, bits, v)` is called for each vector
-// with elements in the tail.
-template <typename T, typename Tail>
+// Splits n kept elements, the highest of which is `top`, for one group. Calls linear(j, bits, v) for each vector with
+// elements in the linear part.
+template <typename T, typename Linear>
 Classes<T> classify(T* kept, int n, T top, T lowest, T highest, T distance, bool all_reach, const Settings<T>& s,
-                    Scratch<T>& scratch, Tail tail) {
+                    Scratch<T>& scratch, Linear linear) {
   using X = Vec<T>;
   if (all_reach && !(top - highest > distance)) return {kept, n, 0, true};
-  const auto floor = X::set(-s.cut), low = X::set(lowest), high = X::set(highest), knee = X::set(distance);
-  int band = 0, count = 0;
+  const auto floor = X::set(-s.cut), low = X::set(lowest), high = X::set(highest), threshold = X::set(distance);
+  int active = 0, count = 0;
   for (int j = 0; j < n; j += X::kWidth) {
     const auto v = X::load(kept + j);
     const unsigned valid = n - j >= X::kWidth ? (1u << X::kWidth) - 1 : (1u << (n - j)) - 1;
-    const unsigned above = X::bits(X::greater(v - high, knee)) & valid;
+    const unsigned above = X::bits(X::greater(v - high, threshold)) & valid;
     const unsigned bits = X::bits(X::not_less(v - low, floor)) & valid & ~above;
-    if (above) tail(j, above, v);
+    if (above) linear(j, above, v);
     count += __builtin_popcount(above);
-    X::compress(scratch.band + band, v, bits);
-    scratch.band_bits[j / X::kWidth] = static_cast<uint16_t>(bits);
+    X::compress(scratch.active + active, v, bits);
+    scratch.active_bits[j / X::kWidth] = static_cast<uint16_t>(bits);
     scratch.above_bits[j / X::kWidth] = static_cast<uint16_t>(above);
-    band += __builtin_popcount(bits);
+    active += __builtin_popcount(bits);
   }
-  X::store(scratch.band + band, X::set(-infinity<T>()));
-  return {scratch.band, band, count, false};
+  X::store(scratch.active + active, X::set(-infinity<T>()));
+  return {scratch.active, active, count, false};
 }
 
 template <typename T>
-void band_exponentials(const T* values, int count, T centre, const Settings<T>& s, Scratch<T>& scratch) {
+void active_exponentials(const T* values, int count, T centre, const Settings<T>& s, Scratch<T>& scratch) {
   using X = Vec<T>;
   const auto c = X::set(centre);
   for (int j = 0; j < count; j += X::kWidth) {
-    X::store(scratch.band_exponential + j, difference_exponential<T>(c, X::load(values + j), s));
+    X::store(scratch.active_exponential + j, difference_exponential<T>(c, X::load(values + j), s));
   }
-  X::store(scratch.band_exponential + count, X::set(kVanish<T>));
+  X::store(scratch.active_exponential + count, X::set(kVanish<T>));
 }
 
-// rho (t - delta) + offset over `count` pairs whose distances above the knee, as rounded to T, add up to `past`.
-// rho = 0 stands for a flat tail, whatever the distance: 0 times infinity is not meant.
+// rho (t - delta) + offset over `count` pairs whose distances above the threshold, as rounded to T, add up to `past`.
+// With rho = 0 the linear part is flat, even at an infinite distance: 0 times infinity is not meant.
 template <typename T>
-double tail_value(double past, double count, const Settings<T>& s) {
+double linear_value(double past, double count, const Settings<T>& s) {
   const double shift = static_cast<double>(s.origin) - s.exact_delta;
   return (s.exact_rho == 0 ? 0 : s.exact_rho * (past + count * shift)) + s.exact_offset * count;
 }
@@ -237,15 +236,15 @@ typename Vec<T>::V pair_slope(typename Vec<T>::V v, typename Vec<T>::V ev, typen
   return X::select(X::greater(v - u, delta), rho_tau, curve);
 }
 
-// The sums of one positive over a band. Above the knee only counts and distances are summed, and the steps at 0 are
-// counted: rho, delta, start and offset then multiply exact numbers once, in float64.
+// The sums of one positive over an active set. Above the threshold only counts and distances are summed, and the steps
+// at 0 are counted: rho, delta, start and offset then multiply exact numbers once, in float64.
 template <bool Smooth, bool Slope, typename T>
 struct PairSums {
   using X = Vec<T>;
   using V = typename X::V;
-  V curve, slope, steps, tails, past;
+  V curve, slope, steps, linear, past;
 
-  void clear() { curve = slope = steps = tails = past = X::set(0); }
+  void clear() { curve = slope = steps = linear = past = X::set(0); }
 
   // Adds a vector of pairs. Returns its slopes.
   V add(V v, V ev, V u, V eu, V delta, V origin, V rho_tau) {
@@ -258,44 +257,44 @@ struct PairSums {
       if constexpr (Slope) slope = slope + d;
     } else {
       const V t = v - u;
-      const auto tail = X::greater(t, delta);
-      curve = X::add_unless(tail, curve, r);
+      const auto above = X::greater(t, delta);
+      curve = X::add_unless(above, curve, r);
       steps = X::add_where(X::greater_equal(t, zero), steps, one);
-      tails = X::add_where(tail, tails, one);
-      past = X::add_where(tail, past, t - origin);  // gap and knee may be far larger than what is between them
+      linear = X::add_where(above, linear, one);
+      past = X::add_where(above, past, t - origin);  // gap and threshold may be far larger than their difference
       if constexpr (Slope) {
-        slope = X::add_unless(tail, slope, d);
-        d = X::select(tail, rho_tau, d);
+        slope = X::add_unless(above, slope, d);
+        d = X::select(above, rho_tau, d);
       }
     }
     return d;
   }
 };
 
-// Sums over the band for Rows positives at once, which share the loads of the band. `trace` takes the slopes,
-// [Rows, padded band], if it is not null.
+// Sums over the active set for Rows positives at once, which share its loads. `saved` takes the slopes,
+// [Rows, padded active], if it is not null.
 template <bool Smooth, bool Slope, bool Store, int Rows, typename T>
-void rank_rows(const T* values, const T* exponentials, int band, const T* u, const T* eu, const Settings<T>& s,
-               double* rank, double* slope, T* trace) {
+void rank_rows(const T* values, const T* exponentials, int active, const T* u, const T* eu, const Settings<T>& s,
+               double* rank, double* slope, T* saved) {
   using X = Vec<T>;
   using V = typename X::V;
-  const int stride = padded<T>(band);
+  const int stride = padded<T>(active);
   const V delta = X::set(s.delta), origin = X::set(s.origin), rho_tau = X::set(s.rho_tau);
   V score[Rows], exponential[Rows];
   for (int i = 0; i < Rows; ++i) {
     score[i] = X::set(u[i]);
     exponential[i] = X::set(eu[i]);
   }
-  LaneSum<T> curves[Rows], slopes[Rows], steps[Rows], tails[Rows], past[Rows];
-  for (int tile = 0; tile < band; tile += kTile * X::kWidth) {
-    const int end = std::min(band, tile + kTile * X::kWidth);
+  LaneSum<T> curves[Rows], slopes[Rows], steps[Rows], linear[Rows], past[Rows];
+  for (int tile = 0; tile < active; tile += kTile * X::kWidth) {
+    const int end = std::min(active, tile + kTile * X::kWidth);
     PairSums<Smooth, Slope, T> sums[Rows];
     for (int i = 0; i < Rows; ++i) sums[i].clear();
     for (int j = tile; j < end; j += X::kWidth) {
       const V v = X::load(values + j), ev = X::load(exponentials + j);
       for (int i = 0; i < Rows; ++i) {
         const V d = sums[i].add(v, ev, score[i], exponential[i], delta, origin, rho_tau);
-        if constexpr (Store) X::store(trace + i * stride + j, d);
+        if constexpr (Store) X::store(saved + i * stride + j, d);
       }
     }
     for (int i = 0; i < Rows; ++i) {
@@ -303,7 +302,7 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
       if constexpr (Slope) slopes[i].add(sums[i].slope);
       if constexpr (!Smooth) {
         steps[i].add(sums[i].steps);
-        tails[i].add(sums[i].tails);
+        linear[i].add(sums[i].linear);
         past[i].add(sums[i].past);
       }
     }
@@ -312,10 +311,10 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
     double value = curves[i].total();
     if constexpr (Slope) slope[i] += slopes[i].total() / s.tau;
     if constexpr (!Smooth) {
-      const double count = tails[i].total();
+      const double count = linear[i].total();
       value += s.exact_start * (steps[i].total() - count);
       if (count != 0) {
-        value += tail_value(past[i].total(), count, s);
+        value += linear_value(past[i].total(), count, s);
         if constexpr (Slope) slope[i] += s.exact_rho * count;
       }
     }
@@ -324,17 +323,17 @@ void rank_rows(const T* values, const T* exponentials, int band, const T* u, con
 }
 
 template <bool Smooth, bool Slope, bool Store, typename T>
-void rank_group(const T* values, const T* exponentials, int band, T top, const Positives<T>& p, const Group<T>& g,
-                const Settings<T>& s, Sums<T> sums, T* trace) {
+void rank_group(const T* values, const T* exponentials, int active, T top, const Positives<T>& p, const Group<T>& g,
+                const Settings<T>& s, Sums<T> sums, T* saved) {
   int64_t i = g.begin;
   const auto run = [&](auto rows) {
     constexpr int kCount = decltype(rows)::value;
     for (; i + kCount <= g.end; i += kCount) {
-      // Below 0 both surrogates are the sigmoid: positives above the whole band have no steps and tails to count.
+      // Below 0 both surrogates are the sigmoid: positives above the whole active set have no steps and no linear part.
       const auto rank =
           top < p.score[i] ? rank_rows<true, Slope, Store, kCount, T> : rank_rows<Smooth, Slope, Store, kCount, T>;
-      rank(values, exponentials, band, &p.score[i], &p.exponential[i], s, sums.rank + i,
-           Slope ? sums.slope + i : nullptr, Store ? trace + (i - g.begin) * padded<T>(band) : nullptr);
+      rank(values, exponentials, active, &p.score[i], &p.exponential[i], s, sums.rank + i,
+           Slope ? sums.slope + i : nullptr, Store ? saved + (i - g.begin) * padded<T>(active) : nullptr);
     }
   };
   run(std::integral_constant<int, Vec<T>::kRows>());
@@ -345,60 +344,60 @@ void rank_group(const T* values, const T* exponentials, int band, T top, const P
 
 template <bool Smooth, bool Slope, typename T>
 bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
-                   Scratch<T>& scratch, Sums<T> sums, Trace<T>* trace) {
+                   Scratch<T>& scratch, Sums<T> sums, SavedSlopes<T>* saved) {
   using X = Vec<T>;
   bool nan = false;
-  const int kept = keep(block, p.score[p.groups[first].begin], s, scratch, nan);
+  const int kept = prune(block, p.score[p.groups[first].begin], s, scratch, nan);
   if (nan) return true;
   const int vectors = padded<T>(block.count) / X::kWidth;
-  if (typename Trace<T>::Entry* entry = trace ? trace->add(-1, kept, 0, vectors) : nullptr) {
-    entry->band = trace->add_bits(scratch.kept_bits, vectors);
+  if (typename SavedSlopes<T>::Entry* entry = saved ? saved->add(-1, kept, 0, vectors) : nullptr) {
+    entry->active = saved->add_bits(scratch.kept_bits, vectors);
   } else {
-    trace = nullptr;
+    saved = nullptr;
   }
   const T top = highest(scratch.kept, kept);
   for (int64_t index = first; index < last && kept; ++index) {
     const Group<T>& g = p.groups[index];
     const T low = p.score[g.begin], high = p.score[g.end - 1];
     if (top - low < -s.cut) break;  // nor does it reach any higher group
-    LaneSum<T> tail_sum;
+    LaneSum<T> linear_sum;
     const Classes<T> classes =
-        classify(scratch.kept, kept, top, low, high, tail_distance<Smooth>(g, s), index == first, s, scratch,
+        classify(scratch.kept, kept, top, low, high, linear_distance<Smooth>(g, s), index == first, s, scratch,
                  [&](int, unsigned bits, typename X::V v) {
-                   tail_sum.add(X::select(X::lanes(bits), (v - X::set(high)) - X::set(s.origin), X::set(0)));
+                   linear_sum.add(X::select(X::lanes(bits), (v - X::set(high)) - X::set(s.origin), X::set(0)));
                  });
-    const int band = g.finite ? classes.count : 0;
+    const int active = g.finite ? classes.count : 0;
     const int words = padded<T>(kept) / X::kWidth;
-    typename Trace<T>::Entry* entry = nullptr;
-    if (trace) {
-      entry = trace->add(index, band, (g.end - g.begin) * padded<T>(band), 2 * words);
-      if (!entry) trace = nullptr;
+    typename SavedSlopes<T>::Entry* entry = nullptr;
+    if (saved) {
+      entry = saved->add(index, active, (g.end - g.begin) * padded<T>(active), 2 * words);
+      if (!entry) saved = nullptr;
     }
-    if (entry && !classes.all) entry->band = trace->add_bits(scratch.band_bits, words);
-    if (entry && classes.above) entry->above = trace->add_bits(scratch.above_bits, words);
+    if (entry && !classes.all) entry->active = saved->add_bits(scratch.active_bits, words);
+    if (entry && classes.above) entry->above = saved->add_bits(scratch.above_bits, words);
     if (classes.above) {
-      const double sum = tail_sum.total(), count = classes.above;
+      const double sum = linear_sum.total(), count = classes.above;
       for (int64_t i = g.begin; i < g.end; ++i) {
         if constexpr (Smooth) {
           sums.rank[i] += count;
         } else {
           const double higher = g.finite ? static_cast<double>(high) - static_cast<double>(p.score[i]) : 0;
-          sums.rank[i] += tail_value(sum + count * higher, count, s);
+          sums.rank[i] += linear_value(sum + count * higher, count, s);
           if constexpr (Slope) sums.slope[i] += s.exact_rho * count;
         }
       }
     }
-    if (!g.finite) {  // the band of an infinite positive is its ties
+    if (!g.finite) {  // the active set of an infinite positive is its ties
       const double tie = (Smooth ? 0.5 : 0.5 + s.exact_start) * classes.count;
       for (int64_t i = g.begin; i < g.end; ++i) sums.rank[i] += tie;
     }
-    if (!band) continue;
-    band_exponentials(classes.band, band, g.centre, s, scratch);
+    if (!active) continue;
+    active_exponentials(classes.active, active, g.centre, s, scratch);
     if (Slope && entry) {
-      rank_group<Smooth, Slope, Slope>(classes.band, scratch.band_exponential, band, top, p, g, s, sums,
-                                       trace->slope + entry->slopes);
+      rank_group<Smooth, Slope, Slope>(classes.active, scratch.active_exponential, active, top, p, g, s, sums,
+                                       saved->slope + entry->slopes);
     } else {
-      rank_group<Smooth, Slope, false>(classes.band, scratch.band_exponential, band, top, p, g, s, sums,
+      rank_group<Smooth, Slope, false>(classes.active, scratch.active_exponential, active, top, p, g, s, sums,
                                        static_cast<T*>(nullptr));
     }
   }
@@ -407,14 +406,14 @@ bool rank_block_as(const Block<T>& block, const Positives<T>& p, int64_t first, 
 
 template <typename T>
 bool rank_block(const Block<T>& block, const Positives<T>& p, int64_t first, int64_t last, const Settings<T>& s,
-                Scratch<T>& scratch, Sums<T> sums, Trace<T>* trace) {
+                Scratch<T>& scratch, Sums<T> sums, SavedSlopes<T>* saved) {
   const bool slope = sums.slope != nullptr;
   if (s.surrogate == Surrogate::kSmooth) {
-    return slope ? rank_block_as<true, true>(block, p, first, last, s, scratch, sums, trace)
-                 : rank_block_as<true, false>(block, p, first, last, s, scratch, sums, trace);
+    return slope ? rank_block_as<true, true>(block, p, first, last, s, scratch, sums, saved)
+                 : rank_block_as<true, false>(block, p, first, last, s, scratch, sums, saved);
   }
-  return slope ? rank_block_as<false, true>(block, p, first, last, s, scratch, sums, trace)
-               : rank_block_as<false, false>(block, p, first, last, s, scratch, sums, trace);
+  return slope ? rank_block_as<false, true>(block, p, first, last, s, scratch, sums, saved)
+               : rank_block_as<false, false>(block, p, first, last, s, scratch, sums, saved);
 }
 
 // A sum in T of which the rounding errors are kept, for short partial sums: columns of one score meet the same
@@ -441,7 +440,7 @@ void for_runs(const Group<T>& g, const Body& body) {
   for (int64_t i = g.begin; i < g.end; i += kRun) body(i, std::min(g.end, i + kRun));
 }
 
-// band_gradient[j] = sum over the group of w_i tau H'(s_j - s_i), for Columns vectors of the band at once.
+// active_gradient[j] = sum over the group of w_i tau H'(s_j - s_i), for Columns vectors of the active set at once.
 template <bool Smooth, int Columns, typename T>
 void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positives<T>& p, const Group<T>& g,
                       const Settings<T>& s) {
@@ -452,7 +451,7 @@ void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positiv
   LongSum<T> sums[Columns];
   for (int k = 0; k < Columns; ++k) {
     v[k] = X::load(values + j + k * X::kWidth);
-    ev[k] = X::load(scratch.band_exponential + j + k * X::kWidth);
+    ev[k] = X::load(scratch.active_exponential + j + k * X::kWidth);
   }
   for_runs(g, [&](int64_t begin, int64_t end) {
     V part[Columns];
@@ -465,15 +464,15 @@ void gradient_columns(const T* values, Scratch<T>& scratch, int j, const Positiv
     }
     for (int k = 0; k < Columns; ++k) sums[k].add(part[k]);
   });
-  for (int k = 0; k < Columns; ++k) X::store(scratch.band_gradient + j + k * X::kWidth, sums[k].total());
+  for (int k = 0; k < Columns; ++k) X::store(scratch.active_gradient + j + k * X::kWidth, sums[k].total());
 }
 
-// The same from slopes [positives of the group, padded band] that were kept.
+// The same from saved slopes, [positives of the group, padded active].
 template <typename T>
-void gradient_traced(const T* slopes, int band, Scratch<T>& scratch, const Positives<T>& p, const Group<T>& g) {
+void gradient_from_saved(const T* slopes, int active, Scratch<T>& scratch, const Positives<T>& p, const Group<T>& g) {
   using X = Vec<T>;
-  const int stride = padded<T>(band);
-  for (int j = 0; j < band; j += X::kWidth) {
+  const int stride = padded<T>(active);
+  for (int j = 0; j < active; j += X::kWidth) {
     LongSum<T> sum;
     const T* slope = slopes + j;
     for_runs(g, [&](int64_t begin, int64_t end) {
@@ -483,23 +482,23 @@ void gradient_traced(const T* slopes, int band, Scratch<T>& scratch, const Posit
       }
       sum.add(part);
     });
-    X::store(scratch.band_gradient + j, sum.total());
+    X::store(scratch.active_gradient + j, sum.total());
   }
 }
 
-// Adds band_gradient to the kept elements it belongs to; bits is null when the band is all of them.
+// Adds active_gradient to the kept elements it belongs to; active_bits is null when all of them are active.
 template <typename T>
-void spread_band(int kept, const uint16_t* band_bits, Scratch<T>& scratch) {
+void spread_active(int kept, const uint16_t* active_bits, Scratch<T>& scratch) {
   using X = Vec<T>;
   int front = 0;
   for (int j = 0; j < kept; j += X::kWidth) {
-    if (!band_bits) {
-      X::accumulate(scratch.gradient + j, X::load(scratch.band_gradient + j));
+    if (!active_bits) {
+      X::accumulate(scratch.gradient + j, X::load(scratch.active_gradient + j));
       continue;
     }
-    const unsigned bits = band_bits[j / X::kWidth];
+    const unsigned bits = active_bits[j / X::kWidth];
     if (!bits) continue;
-    X::accumulate(scratch.gradient + j, X::expand(X::load(scratch.band_gradient + front), bits));
+    X::accumulate(scratch.gradient + j, X::expand(X::load(scratch.active_gradient + front), bits));
     front += __builtin_popcount(bits);
   }
 }
@@ -507,77 +506,77 @@ void spread_band(int kept, const uint16_t* band_bits, Scratch<T>& scratch) {
 // scratch.kept becomes the gradient of the kept elements.
 template <bool Smooth, typename T>
 void gradient_kept(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, double scale,
-                   Scratch<T>& scratch, Trace<T>* trace) {
+                   Scratch<T>& scratch, SavedSlopes<T>* saved) {
   using X = Vec<T>;
   using V = typename X::V;
   bool nan = false;
-  const int kept = trace ? trace->entry[trace->next++].count : keep(block, p.score[0], s, scratch, nan);
+  const int kept = saved ? saved->entry[saved->next++].count : prune(block, p.score[0], s, scratch, nan);
   if (!kept) return;
   const int full = padded<T>(kept);
   const double to_slope = scale * p.unit / s.tau;
-  if (trace && trace->single()) {  // one group, all of whose elements met it in the band: the general case, shortened
-    const typename Trace<T>::Entry& entry = trace->entry[trace->next++];
-    gradient_traced(trace->slope + entry.slopes, entry.count, scratch, p, p.groups[entry.group]);
+  if (saved && saved->single()) {  // one group, and all elements active in it: the general case, shortened
+    const typename SavedSlopes<T>::Entry& entry = saved->entry[saved->next++];
+    gradient_from_saved(saved->slope + entry.slopes, entry.count, scratch, p, p.groups[entry.group]);
     for (int j = 0; j < full; ++j) {
-      scratch.kept[j] = static_cast<T>(static_cast<double>(scratch.band_gradient[j]) * to_slope);
+      scratch.kept[j] = static_cast<T>(static_cast<double>(scratch.active_gradient[j]) * to_slope);
     }
     return;
   }
   std::fill(scratch.gradient, scratch.gradient + full, 0.0);
-  std::fill(scratch.tail, scratch.tail + full, T(0));
-  // Groups ascend, so whoever is in the tail of one is in the tails of all before it that have any: a count says it
-  // all.
+  std::fill(scratch.linear, scratch.linear + full, T(0));
+  // Groups ascend, so an element in the linear part of one is in that of every group before it that has one: a count of
+  // groups says it all.
   double weights = 0;
-  V tails = X::set(0);
-  scratch.tail_slope.assign(1, 0.0);
-  const auto in_tail = [&](int j, unsigned bits, V) {
+  V groups = X::set(0);
+  scratch.linear_slope.assign(1, 0.0);
+  const auto in_linear_part = [&](int j, unsigned bits, V) {
     if constexpr (!Smooth) {
-      X::store(scratch.tail + j, X::select(X::lanes(bits), tails, X::load(scratch.tail + j)));
+      X::store(scratch.linear + j, X::select(X::lanes(bits), groups, X::load(scratch.linear + j)));
     }
   };
   const auto weigh = [&](const Group<T>& g) {
     weights += g.weight;
-    tails = X::set(static_cast<T>(scratch.tail_slope.size()));
-    scratch.tail_slope.push_back(s.exact_rho * weights * scale);
+    groups = X::set(static_cast<T>(scratch.linear_slope.size()));
+    scratch.linear_slope.push_back(s.exact_rho * weights * scale);
   };
-  if (trace) {
-    for (; trace->next < trace->entries && trace->entry[trace->next].group >= 0; ++trace->next) {
-      const typename Trace<T>::Entry& entry = trace->entry[trace->next];
+  if (saved) {
+    for (; saved->next < saved->entries && saved->entry[saved->next].group >= 0; ++saved->next) {
+      const typename SavedSlopes<T>::Entry& entry = saved->entry[saved->next];
       const Group<T>& g = p.groups[entry.group];
       if (entry.above >= 0) {
         weigh(g);
         for (int j = 0; j < kept; j += X::kWidth) {
-          const unsigned bits = trace->bits[entry.above + j / X::kWidth];
-          if (bits) in_tail(j, bits, tails);
+          const unsigned bits = saved->bits[entry.above + j / X::kWidth];
+          if (bits) in_linear_part(j, bits, groups);
         }
       }
       if (!entry.count) continue;
-      gradient_traced(trace->slope + entry.slopes, entry.count, scratch, p, g);
-      spread_band(kept, entry.band < 0 ? nullptr : trace->bits + entry.band, scratch);
+      gradient_from_saved(saved->slope + entry.slopes, entry.count, scratch, p, g);
+      spread_active(kept, entry.active < 0 ? nullptr : saved->bits + entry.active, scratch);
     }
   } else {
     const T top = highest(scratch.kept, kept);
     for (const Group<T>& g : p.groups) {
       const T low = p.score[g.begin], high = p.score[g.end - 1];
       if (top - low < -s.cut) break;
-      const T distance = tail_distance<Smooth>(g, s);
+      const T distance = linear_distance<Smooth>(g, s);
       if (distance < infinity<T>()) weigh(g);
       const Classes<T> classes =
-          classify(scratch.kept, kept, top, low, high, distance, g.begin == 0, s, scratch, in_tail);
-      const int band = classes.count;
-      if (!band || !g.finite) continue;
-      band_exponentials(classes.band, band, g.centre, s, scratch);
+          classify(scratch.kept, kept, top, low, high, distance, g.begin == 0, s, scratch, in_linear_part);
+      const int active = classes.count;
+      if (!active || !g.finite) continue;
+      active_exponentials(classes.active, active, g.centre, s, scratch);
       int j = 0;
-      for (; j + 4 * X::kWidth <= band; j += 4 * X::kWidth) {
-        gradient_columns<Smooth, 4>(classes.band, scratch, j, p, g, s);
+      for (; j + 4 * X::kWidth <= active; j += 4 * X::kWidth) {
+        gradient_columns<Smooth, 4>(classes.active, scratch, j, p, g, s);
       }
-      for (; j < band; j += X::kWidth) gradient_columns<Smooth, 1>(classes.band, scratch, j, p, g, s);
-      spread_band(kept, classes.all ? nullptr : scratch.band_bits, scratch);
+      for (; j < active; j += X::kWidth) gradient_columns<Smooth, 1>(classes.active, scratch, j, p, g, s);
+      spread_active(kept, classes.all ? nullptr : scratch.active_bits, scratch);
     }
   }
   for (int j = 0; j < full; ++j) {
     scratch.kept[j] =
-        static_cast<T>(scratch.gradient[j] * to_slope + scratch.tail_slope[static_cast<int64_t>(scratch.tail[j])]);
+        static_cast<T>(scratch.gradient[j] * to_slope + scratch.linear_slope[static_cast<int64_t>(scratch.linear[j])]);
   }
 }
 
@@ -610,14 +609,14 @@ void unpack(const Block<T>& block, const uint16_t* kept_bits, const Hinge<T>* hi
 
 template <typename T>
 void gradient_block(const Block<T>& block, const Positives<T>& p, const Settings<T>& s, double scale,
-                    const Hinge<T>* hinge, const T* column_scale, Scratch<T>& scratch, T* out, Trace<T>* trace) {
-  const uint16_t* const kept_bits = trace ? trace->bits + trace->entry[trace->next].band : scratch.kept_bits;
+                    const Hinge<T>* hinge, const T* column_scale, Scratch<T>& scratch, T* out, SavedSlopes<T>* saved) {
+  const uint16_t* const kept_bits = saved ? saved->bits + saved->entry[saved->next].active : scratch.kept_bits;
   if (p.score.empty()) {
     std::fill(scratch.kept_bits, scratch.kept_bits + padded<T>(block.count) / Vec<T>::kWidth, uint16_t(0));
   } else if (s.surrogate == Surrogate::kSmooth) {
-    gradient_kept<true>(block, p, s, scale, scratch, trace);
+    gradient_kept<true>(block, p, s, scale, scratch, saved);
   } else {
-    gradient_kept<false>(block, p, s, scale, scratch, trace);
+    gradient_kept<false>(block, p, s, scale, scratch, saved);
   }
   if (hinge) {
     unpack<true>(block, kept_bits, hinge, column_scale, scratch, out);
@@ -705,9 +704,9 @@ void rank_positives(const Positives<T>& p, int64_t first, int64_t last, const Se
       const Group<T>& g = p.groups[index];
       const Classes<T> classes = classify(scratch.kept, count, top, p.score[g.begin], p.score[g.end - 1], s.cut, false,
                                           s, scratch, [](int, unsigned, typename Vec<T>::V) {});
-      // The pieces ascend, so what lies before the band was skipped, and self stands at i - before.
+      // The pieces ascend, so what lies before the active set was skipped, and self stands at i - before.
       const int64_t before = piece + count - classes.above - classes.count;
-      if (g.finite && classes.count) band_exponentials(classes.band, classes.count, g.centre, s, scratch);
+      if (g.finite && classes.count) active_exponentials(classes.active, classes.count, g.centre, s, scratch);
       for (int64_t i = g.begin; i < g.end; ++i) {
         rank[i] += classes.above;
         const int64_t self = i - before;
@@ -715,11 +714,11 @@ void rank_positives(const Positives<T>& p, int64_t first, int64_t last, const Se
         if (!g.finite) {
           rank[i] += 0.5 * (classes.count - (here ? 1 : 0));
         } else if (classes.count) {
-          const T own = here ? scratch.band_exponential[self] : T(0);
-          if (here) scratch.band_exponential[self] = kVanish<T>;  // self is left out, not subtracted
-          rank_rows<true, false, false, 1>(classes.band, scratch.band_exponential, classes.count, &p.score[i],
+          const T own = here ? scratch.active_exponential[self] : T(0);
+          if (here) scratch.active_exponential[self] = kVanish<T>;  // self is left out, not subtracted
+          rank_rows<true, false, false, 1>(classes.active, scratch.active_exponential, classes.count, &p.score[i],
                                            &p.exponential[i], s, rank + i, nullptr, static_cast<T*>(nullptr));
-          if (here) scratch.band_exponential[self] = own;
+          if (here) scratch.active_exponential[self] = own;
         }
       }
     }
@@ -741,14 +740,14 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
     if (!g.finite) continue;
     const Classes<T> classes = classify(scratch.kept, count, top, p.score[g.begin], p.score[g.end - 1], s.cut, false, s,
                                         scratch, [](int, unsigned, V) {});
-    const int band = classes.count;
-    if (!band) continue;
-    band_exponentials(classes.band, band, g.centre, s, scratch);
-    const int64_t before = begin + count - classes.above - band;
-    std::copy_n(p.weight_positive.data() + before, band, scratch.band_weight);
-    X::store(scratch.band_weight + band, X::set(0));
-    for (int j = 0; j < band; j += X::kWidth) {
-      const V ev = X::load(scratch.band_exponential + j), own = X::load(scratch.band_weight + j);
+    const int active = classes.count;
+    if (!active) continue;
+    active_exponentials(classes.active, active, g.centre, s, scratch);
+    const int64_t before = begin + count - classes.above - active;
+    std::copy_n(p.weight_positive.data() + before, active, scratch.active_weight);
+    X::store(scratch.active_weight + active, X::set(0));
+    for (int j = 0; j < active; j += X::kWidth) {
+      const V ev = X::load(scratch.active_exponential + j), own = X::load(scratch.active_weight + j);
       LongSum<T> sum;
       for_runs(g, [&](int64_t begin, int64_t end) {
         V part = X::set(0);
@@ -758,9 +757,9 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
         }
         sum.add(part);
       });
-      X::store(scratch.band_gradient + j, sum.total());
+      X::store(scratch.active_gradient + j, sum.total());
     }
-    spread_band(count, scratch.band_bits, scratch);
+    spread_active(count, scratch.active_bits, scratch);
   }
   for (int j = 0; j < count; ++j) out[j] = scratch.gradient[j] * p.unit / s.tau;
 }
@@ -768,7 +767,7 @@ void gradient_positives(const Positives<T>& p, int64_t begin, int64_t end, const
 template <typename T>
 bool any_nan(const Block<T>& block, const Settings<T>& s, Scratch<T>& scratch) {
   bool nan = false;
-  keep(block, std::numeric_limits<T>::infinity(), s, scratch, nan);
+  prune(block, std::numeric_limits<T>::infinity(), s, scratch, nan);
   return nan;
 }
 

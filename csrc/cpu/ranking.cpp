@@ -1,4 +1,4 @@
-// From a row's scores to its metrics, and how rows are dealt to threads: see ranking.h.
+// From a row's scores to its metrics, and how rows are divided among threads: see ranking.h.
 #include "ranking.h"
 
 #include <algorithm>
@@ -19,18 +19,18 @@ constexpr int64_t kShare = 4 * kBlock;
 // takes 199 us with 4, 176 with 8, 179 with 12.
 constexpr int64_t kBuckets = 8;
 constexpr int64_t kMostBuckets = int64_t(1) << 20;  // which float32 still counts one by one
-// So many positives in one bucket are better sorted by comparing.
-constexpr int32_t kCrowd = 32;
+// A bucket of more positives is overfull: comparing sorts them faster.
+constexpr int32_t kMostInBucket = 32;
 
 // What a thread works with.
 template <typename T>
 struct Workspace {
   alignas(64) T packed[kBlock + kPad];
   alignas(64) int32_t bucket[kBlock];
-  RoleBits roles;
+  BlockMasks masks;
   std::vector<T> found;           // [P] and more  positives as they stand in the row
   std::vector<int32_t> found_in;  // [P]  their buckets
-  Ladder<T> ladder;
+  LookupTable<T> table;
   std::vector<uint32_t> reached;  // [P + 1]
 };
 
@@ -38,7 +38,7 @@ template <typename T>
 class Ranking {
  public:
   explicit Ranking(const Matrix& m)
-      : m_(m), set_(instruction_set()), counting_(set_.counting<T>()), roles_(m.relation, set_.conversions) {}
+      : m_(m), set_(instruction_set()), counting_(set_.counting<T>()), masks_(m.relation, set_.conversions) {}
 
   // The positives of a row, sorted. Returns false if one is NaN.
   bool arrange(int64_t row, Workspace<T>& w) const {
@@ -46,55 +46,55 @@ class Ranking {
     bool nan = false;
     for (int64_t at = 0; at < m_.columns; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - at));
-      roles_.fill(row, at, count, w.roles);
-      for (int word = 0; word < divide_up(count, 64); ++word) w.roles.ignored[word] = ~w.roles.positive[word];
+      masks_.fill(row, at, count, w.masks);
+      for (int word = 0; word < divide_up(count, 64); ++word) w.masks.ignored[word] = ~w.masks.positive[word];
       if (w.found.size() < static_cast<size_t>(size + kBlock + kPad)) w.found.resize(2 * (size + kBlock + kPad));
-      size += counting_.pack(scores(row) + at, w.roles.ignored, count, -std::numeric_limits<T>::infinity(),
+      size += counting_.pack(scores(row) + at, w.masks.ignored, count, -std::numeric_limits<T>::infinity(),
                              w.found.data() + size, nan);
     }
     if (nan) return false;
-    Ladder<T>& ladder = w.ladder;
-    ladder.score.assign(size + Ladder<T>::kEnd, std::numeric_limits<T>::quiet_NaN());
-    ladder.many = size > Ladder<T>::kFew;
-    if (ladder.many) {
+    LookupTable<T>& table = w.table;
+    table.score.assign(size + LookupTable<T>::kEnd, std::numeric_limits<T>::quiet_NaN());
+    table.many = size > LookupTable<T>::kFew;
+    if (table.many) {
       sort_by_bucket(w);
     } else {
-      std::copy(w.found.begin(), w.found.begin() + size, ladder.score.begin());
-      std::sort(ladder.score.begin(), ladder.score.begin() + size);
+      std::copy(w.found.begin(), w.found.begin() + size, table.score.begin());
+      std::sort(table.score.begin(), table.score.begin() + size);
     }
     w.reached.assign(size + 1, 0);
     return true;
   }
 
-  // Adds to `reached` the references of columns [begin, end) that count and reach a positive of the ladder. Returns
+  // Adds to `reached` the references of columns [begin, end) that count and reach a positive of the table. Returns
   // false if one that counts is NaN.
-  bool count(int64_t row, int64_t begin, int64_t end, const Ladder<T>& ladder, Workspace<T>& w,
+  bool count(int64_t row, int64_t begin, int64_t end, const LookupTable<T>& table, Workspace<T>& w,
              uint32_t* reached) const {
     bool nan = false;
     for (int64_t at = begin; at < end && !nan; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - at));
-      roles_.fill_ignored(row, at, count, w.roles);
-      const int n = counting_.pack(scores(row) + at, w.roles.ignored, count, ladder.score[0], w.packed, nan);
-      if (ladder.many) {
-        counting_.count_many(w.packed, n, ladder, w.bucket, reached);
+      masks_.fill_ignored(row, at, count, w.masks);
+      const int n = counting_.pack(scores(row) + at, w.masks.ignored, count, table.score[0], w.packed, nan);
+      if (table.many) {
+        counting_.count_many(w.packed, n, table, w.bucket, reached);
       } else {
-        counting_.count_few(w.packed, n, ladder, reached);
+        counting_.count_few(w.packed, n, table, reached);
       }
     }
     return !nan;
   }
 
   // The metrics of a row whose references have all been counted.
-  void finish(const Ladder<T>& ladder, std::vector<uint32_t>& reached, double* values) const {
-    const int64_t size = ladder.size();
-    if (ladder.many) {  // whoever reaches a higher positive reaches the lower ones
+  void finish(const LookupTable<T>& table, std::vector<uint32_t>& reached, double* values) const {
+    const int64_t size = table.size();
+    if (table.many) {  // whoever reaches a higher positive reaches the lower ones
       uint32_t sum = 0;
       for (int64_t i = size; i > 0; --i) reached[i] = sum += reached[i];
     }
     double all = 0, near = 0;
     int64_t hits = 0, tied = 0;  // the first positive of equal score
     for (int64_t i = 0; i < size; ++i) {
-      if (ladder.score[i] != ladder.score[tied]) tied = i;
+      if (table.score[i] != table.score[tied]) tied = i;
       const int64_t rank = reached[i + 1];
       const double precision = static_cast<double>(size - tied) / static_cast<double>(rank);
       all += precision;
@@ -113,32 +113,32 @@ class Ranking {
  private:
   const T* scores(int64_t row) const { return static_cast<const T*>(m_.scores) + row * m_.score_stride; }
 
-  // The table of buckets, and with it the order of the positives: dealt to their buckets they are nearly sorted.
+  // Fills the table, and with it sorts the positives: once scattered to their buckets they are nearly in order.
   void sort_by_bucket(Workspace<T>& w) const {
-    Ladder<T>& ladder = w.ladder;
-    const int64_t size = ladder.size(), buckets = std::min(kBuckets * size, kMostBuckets);
+    LookupTable<T>& table = w.table;
+    const int64_t size = table.size(), buckets = std::min(kBuckets * size, kMostBuckets);
     T low, high;
     counting_.range(w.found.data(), size, low, high);
-    ladder.low = low;
-    ladder.last = static_cast<T>(buckets - 1);
+    table.low = low;
+    table.last = static_cast<T>(buckets - 1);
     // Where there is no span, or an infinite one, NaN leads all to the first bucket, in which they are found by
     // bisection.
-    ladder.scale = static_cast<T>(buckets) / (high - low);
+    table.scale = static_cast<T>(buckets) / (high - low);
     w.found_in.resize(size);
     for (int64_t i = 0; i < size; i += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, size - i));
-      counting_.place(w.found.data() + i, count, ladder, w.found_in.data() + i);
+      counting_.place(w.found.data() + i, count, table, w.found_in.data() + i);
     }
     // A bucket's count goes two places on. Summed, the next place says where the bucket begins, moves on to its end as
     // it is filled, and so comes to say where the next one begins.
-    ladder.first.assign(buckets + 2, 0);
-    int32_t* const first = ladder.first.data();
-    int32_t crowd = 0;
-    for (int64_t i = 0; i < size; ++i) crowd = std::max(crowd, ++first[w.found_in[i] + 2]);
+    table.first.assign(buckets + 2, 0);
+    int32_t* const first = table.first.data();
+    int32_t fullest = 0;
+    for (int64_t i = 0; i < size; ++i) fullest = std::max(fullest, ++first[w.found_in[i] + 2]);
     std::partial_sum(first, first + buckets + 2, first);
-    T* const score = ladder.score.data();
+    T* const score = table.score.data();
     for (int64_t i = 0; i < size; ++i) score[first[w.found_in[i] + 1]++] = w.found[i];
-    if (crowd > kCrowd) {
+    if (fullest > kMostInBucket) {
       std::sort(score, score + size);
     } else {
       for (int64_t i = 1; i < size; ++i) {  // insertion, which stays within a bucket
@@ -153,7 +153,7 @@ class Ranking {
   const Matrix m_;
   const InstructionSet& set_;
   const Counting<T>& counting_;
-  const Roles roles_;
+  const PairMasks masks_;
 };
 
 }  // namespace
@@ -168,10 +168,10 @@ void rank_metrics(const Matrix& m, const Parallel& parallel, double* values) {
     double* const out = values + kRankValues * row;
     if (!good) {
       std::fill(out, out + kRankValues, kNan);
-    } else if (!w.ladder.size()) {
+    } else if (!w.table.size()) {
       std::copy(kNone, kNone + kRankValues, out);
     } else {
-      ranking.finish(w.ladder, w.reached, out);
+      ranking.finish(w.table, w.reached, out);
     }
   };
 
@@ -179,7 +179,7 @@ void rank_metrics(const Matrix& m, const Parallel& parallel, double* values) {
     parallel.run(m.rows, [&](int64_t row, int worker) {
       Workspace<T>& w = work[worker];
       bool good = ranking.arrange(row, w);
-      if (good && w.ladder.size()) good = ranking.count(row, 0, m.columns, w.ladder, w, w.reached.data());
+      if (good && w.table.size()) good = ranking.count(row, 0, m.columns, w.table, w, w.reached.data());
       settle(row, good, w);
     });
     return;
@@ -191,13 +191,13 @@ void rank_metrics(const Matrix& m, const Parallel& parallel, double* values) {
   for (int64_t row = 0; row < m.rows; ++row) {
     Workspace<T>& w = work[0];
     bool good = ranking.arrange(row, w);
-    if (good && w.ladder.size()) {
-      const Ladder<T>& ladder = w.ladder;
+    if (good && w.table.size()) {
+      const LookupTable<T>& table = w.table;
       for (auto& share : shares) share.assign(w.reached.size(), 0);
       std::fill(nan.begin(), nan.end(), 0);
       parallel.run(divide_up(m.columns, kShare), [&](int64_t task, int worker) {
         const int64_t begin = task * kShare, end = std::min(m.columns, begin + kShare);
-        nan[worker] |= !ranking.count(row, begin, end, ladder, work[worker], shares[worker].data());
+        nan[worker] |= !ranking.count(row, begin, end, table, work[worker], shares[worker].data());
       });
       for (const auto& share : shares) {
         for (size_t i = 0; i < share.size(); ++i) w.reached[i] += share[i];

@@ -1,5 +1,4 @@
-// What each pair of a query and a reference is: positive, negative or left out. Masks or lists say so; kernels see
-// bits.
+// What each pair of a query and a reference is: positive, negative or left out. Masks or lists come in, bits go out.
 #pragma once
 
 #include <algorithm>
@@ -20,12 +19,13 @@ void equal_lists(const int64_t* values,      // [rows]
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-class Roles {
+// A relation as bits, a block at a time.
+class PairMasks {
  public:
-  Roles(const Relation& relation, const Conversions& convert) : r_(relation), convert_(convert) {}
+  PairMasks(const Relation& relation, const Conversions& convert) : r_(relation), convert_(convert) {}
 
-  // Roles of columns [begin, begin + count) of a row; ignored beyond.
-  void fill(int64_t row, int64_t begin, int count, RoleBits& bits) const {
+  // The masks of columns [begin, begin + count) of a row; what lies beyond is ignored.
+  void fill(int64_t row, int64_t begin, int count, BlockMasks& bits) const {
     const int words = static_cast<int>(divide_up(count, 64));
     if (r_.target) {
       convert_.mask_bits(r_.target + row * r_.target_stride + begin, count, bits.positive);
@@ -44,8 +44,8 @@ class Roles {
     }
   }
 
-  // The ignored ones alone: all that a pass needs which has met the positives.
-  void fill_ignored(int64_t row, int64_t begin, int count, RoleBits& bits) const {
+  // The ignored columns alone: a pass that has the positives needs no more.
+  void fill_ignored(int64_t row, int64_t begin, int count, BlockMasks& bits) const {
     if (r_.target ? r_.ignore != nullptr : r_.negative.column != nullptr) {
       fill(row, begin, count, bits);
       return;
@@ -57,7 +57,7 @@ class Roles {
   }
 
  private:
-  void fill_listed(int64_t row, int64_t begin, int count, int words, RoleBits& bits) const {
+  void fill_listed(int64_t row, int64_t begin, int count, int words, BlockMasks& bits) const {
     std::fill(bits.positive, bits.positive + words, uint64_t(0));
     mark(r_.positive, row, begin, count, bits.positive);
     if (r_.negative.column) {  // a pair has to be listed to count
@@ -70,7 +70,7 @@ class Roles {
     mark_left_out(row, begin, count, bits);
   }
 
-  void mark_left_out(int64_t row, int64_t begin, int count, RoleBits& bits) const {
+  void mark_left_out(int64_t row, int64_t begin, int count, BlockMasks& bits) const {
     if (r_.left_out.column) mark(r_.left_out, row, begin, count, bits.ignored);
     const int64_t own = r_.own < 0 ? -1 : r_.own + row - begin;
     if (own >= 0 && own < count) bits.ignored[own / 64] |= uint64_t(1) << (own % 64);

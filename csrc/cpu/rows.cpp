@@ -17,8 +17,7 @@
 namespace roadmap {
 namespace {
 
-// Columns whose sums belong together; long rows are split into spans so that threads can share a row with few
-// positives.
+// Columns whose sums belong together: long rows are split into spans, so that threads can share a row of few positives.
 constexpr int64_t kSpan = 16 * kBlock;
 // Bound on spans x positives, which is the workspace of a shared row.
 constexpr int64_t kPartialSums = 1 << 18;
@@ -73,7 +72,7 @@ class Pass {
         sorting_(set_.sorting<T>()),
         method_(s.method),
         settings_(static_cast<Surrogate>(s.surrogate), s.tau, s.rho, s.delta, s.start, s.offset, m.columns),
-        roles_(m.relation, set_.conversions),
+        masks_(m.relation, set_.conversions),
         smooth_(settings_.surrogate == Surrogate::kSmooth),
         ranks_(ranks),
         slope_(slope) {}
@@ -100,19 +99,19 @@ class Pass {
     auto part = found.part = {};
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-      roles_.fill(row, at, count, scratch.roles);
+      masks_.fill(row, at, count, scratch.masks);
       const int words = static_cast<int>(divide_up(count, 64));
       int64_t k = part.count;
-      for (int w = 0; w < words; ++w) part.count += __builtin_popcountll(scratch.roles.positive[w]);
+      for (int w = 0; w < words; ++w) part.count += __builtin_popcountll(scratch.masks.positive[w]);
       if (found.entry.size() < static_cast<size_t>(part.count)) found.entry.resize(std::max(2 * k, part.count));
       Entry<T>* const entry = found.entry.data();
       if (plain && (part.count - k) * kSparseBlock > count) {
-        sorting_.keep_entries({scores + at, scratch.roles.positive, count}, -std::numeric_limits<T>::infinity(), at,
-                              settings_, scratch, entry + k, part.low, part.high, part.nan);
+        sorting_.prune_entries({scores + at, scratch.masks.positive, count}, -std::numeric_limits<T>::infinity(), at,
+                               settings_, scratch, entry + k, part.low, part.high, part.nan);
         continue;
       }
       for (int w = 0; w < words; ++w) {
-        for (uint64_t bits = scratch.roles.positive[w]; bits; bits &= bits - 1, ++k) {
+        for (uint64_t bits = scratch.masks.positive[w]; bits; bits &= bits - 1, ++k) {
           const int64_t column = at + 64 * w + __builtin_ctzll(bits);
           const T value = plain ? scores[column] : score(row, column);
           entry[k] = {value, static_cast<typename Entry<T>::Index>(column)};
@@ -151,7 +150,7 @@ class Pass {
     if (smooth_) std::fill_n(row.rank_positive.begin(), size, 1.0);
   }
 
-  // Fills `column`; before order(), or after a scan has dealt them to cells.
+  // Fills `column`; before order(), or after a scan has scattered them to cells.
   void list_columns(Row<T>& row) const {
     const Entry<T>* const entry = row.sorter.room(0);
     row.column.resize(row.size());
@@ -227,10 +226,9 @@ class Pass {
     return method_ == Method::kSorted || pays(row);
   }
 
-  // Whether the sorted scan is the faster way, in nanoseconds that the two were seen to take for what a row has:
-  // negatives in reach, positives, pairs of both, and of these the pairs up to the knee, where there is an exponential
-  // to take (benchmarks/sorted_scan.py shows how well that chooses). How many pairs there are is estimated from a few
-  // columns.
+  // Whether the sorted scan is the faster way: its nanoseconds against those of the pairwise kernels, as measured for
+  // each negative in reach, each positive, each pair of both and each pair up to the threshold, which takes an
+  // exponential (benchmarks/sorted_scan.py shows how well that chooses). A few columns say how many pairs there are.
   bool pays(const Row<T>& row) const {
     constexpr int64_t kFewest = 32;  // below, pairwise is as fast whatever the scores
     constexpr int64_t kSeen = 128;   // positives; more are alike
@@ -258,14 +256,14 @@ class Pass {
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
     const double positives = static_cast<double>(size), of_seen = positives / static_cast<double>(seen);
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
-    // Cells cost half of what leaves of sorted scores do, where they are to be had, and something each (cells.h).
+    // Where cells can be used (cells.h), they cost half of what leaves of sorted scores do, and something each.
     const double range = static_cast<double>(top) - static_cast<double>(low);
     const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
     const double fixed = CellPlan::wide(settings_) ? 5000 : 7000;
     double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
                         : 1500 + 14 * negatives + 36 * positives;
     double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
-    if (smooth_) {  // which also meets positives with positives
+    if (smooth_) {  // which compares positives with positives, too
       scan += 40 * positives;
       pairwise += 0.3 * positives * positives;
     }
@@ -273,13 +271,13 @@ class Pass {
   }
 
   // The negatives of columns [begin, end) that reach a positive, and the hinges of all.
-  void keep(const Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, typename Sorter<T>::Part& part,
-            Entry<T>* out, HingeSum* hinges) const {
+  void prune(const Row<T>& row, int64_t begin, int64_t end, Scratch<T>& scratch, typename Sorter<T>::Part& part,
+             Entry<T>* out, HingeSum* hinges) const {
     part.begin = begin;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
-      part.count += sorting_.keep_entries(block, row.sorter.low(), at, settings_, scratch, out + part.count, part.low,
-                                          part.high, part.nan);
+      part.count += sorting_.prune_entries(block, row.sorter.low(), at, settings_, scratch, out + part.count, part.low,
+                                           part.high, part.nan);
       if (hinges && block.top > static_cast<T>(objective_.negative_margin))
         kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
     }
@@ -288,11 +286,11 @@ class Pass {
   // Ranks of the positives in groups [first, last) among the negatives of one span of columns, and the hinges of these,
   // if `hinges` is not null. Returns whether one is NaN.
   bool rank(const Row<T>& row, int64_t begin, int64_t end, int64_t first, int64_t last, Scratch<T>& scratch,
-            Sums<T> sums, HingeSum* hinges, Trace<T>* trace) const {
+            Sums<T> sums, HingeSum* hinges, SavedSlopes<T>* saved) const {
     bool nan = false;
     for (int64_t at = begin; at < end; at += kBlock) {
       const Block<T> block = load(row.index, at, std::min<int64_t>(kBlock, end - at), scratch);
-      nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums, trace)
+      nan |= first < last ? kernels_.rank_block(block, row.p, first, last, settings_, scratch, sums, saved)
                           : kernels_.any_nan(block, settings_, scratch);
       if (hinges && block.top > static_cast<T>(objective_.negative_margin))
         kernels_.hinge_block(block, static_cast<T>(objective_.negative_margin), *hinges);
@@ -344,18 +342,18 @@ class Pass {
   }
 
   // The gradient of one block of columns, in the type of the scores.
-  void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, Trace<T>* trace, void* gradient) const {
+  void gradient(const Row<T>& row, int64_t begin, Scratch<T>& scratch, SavedSlopes<T>* saved, void* gradient) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
-    // Slopes that were kept need no scores, nor do hinges that are all 0.
+    // Saved slopes need no scores, nor do hinges that are all 0.
     const bool hinges = row.negative_hinges > 0;
-    const Block<T> block = (trace || row.sorted) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
+    const Block<T> block = (saved || row.sorted) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
                                                                         : load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
     const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
     T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);
     if (row.nan) {
       for (int j = 0; j < count; ++j) {
-        out[j] = scratch.roles.ignored[j / 64] >> (j % 64) & 1 ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        out[j] = scratch.masks.ignored[j / 64] >> (j % 64) & 1 ? T(0) : std::numeric_limits<T>::quiet_NaN();
       }
     } else {
       static const Positives<T> none;
@@ -368,7 +366,7 @@ class Pass {
                               out);
       } else {
         kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinged, column_scales,
-                                scratch, out, trace);
+                                scratch, out, saved);
       }
       auto k = std::lower_bound(row.column.begin(), row.column.end(), begin) - row.column.begin();
       for (; k < row.size() && row.column[k] < begin + count; ++k) {
@@ -418,13 +416,13 @@ class Pass {
   T column_scale(int64_t j) const { return m_.column_scale ? static_cast<const T*>(m_.column_scale)[j] : T(1); }
 
   Block<T> load(int64_t row, int64_t begin, int64_t count, Scratch<T>& scratch) const {
-    roles_.fill(row, begin, static_cast<int>(count), scratch.roles);
+    masks_.fill(row, begin, static_cast<int>(count), scratch.masks);
     const int64_t at = row * m_.score_stride + begin;
     const T* score = static_cast<const T*>(m_.scores) + at;
     if (m_.row_scale) {
       const T top = kernels_.scale_block(score, static_cast<const T*>(m_.column_scale) + begin, row_scale(row),
                                          static_cast<int>(count), scratch.score);
-      return {scratch.score, scratch.roles.negative, static_cast<int>(count), top};
+      return {scratch.score, scratch.masks.negative, static_cast<int>(count), top};
     }
     if constexpr (sizeof(T) == 4) {
       if (m_.type == ScoreType::kHalf) {
@@ -436,7 +434,7 @@ class Pass {
         score = scratch.score;
       }
     }
-    return {score, scratch.roles.negative, static_cast<int>(count)};
+    return {score, scratch.masks.negative, static_cast<int>(count)};
   }
 
   const Matrix m_;
@@ -446,7 +444,7 @@ class Pass {
   const Sorting<T>& sorting_;
   const Method method_;
   const Settings<T> settings_;
-  const Roles roles_;
+  const PairMasks masks_;
   const bool smooth_, ranks_, slope_;
 };
 
@@ -664,8 +662,8 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     sorted.negatives().begin(m.columns, spans);
     row.hinges.assign(pass.objective().calibration ? spans : 0, {});
     parallel.run(spans, [&](int64_t span, int) {
-      pass.keep(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(), sorted.negatives().part(span),
-                sorted.negatives().room(span * kSpan), hinges_of(row, span, 0));
+      pass.prune(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(),
+                 sorted.negatives().part(span), sorted.negatives().room(span * kSpan), hinges_of(row, span, 0));
     });
     row.nan = sorted.negatives().nan();
     if (row.nan || !sorted.negatives().finite()) return false;
@@ -726,9 +724,9 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
       const std::vector<int64_t> pieces = split_groups(pass.ranks() ? row.p.groups : decltype(row.p.groups)());
       const int64_t groups = pieces.back();
-      Trace<T>& trace = own.trace;
-      trace.clear();
-      trace.whole = gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
+      SavedSlopes<T>& saved = own.saved;
+      saved.clear();
+      saved.whole = gradient && groups > 0 && pieces.size() == 2;  // which meets each block once
       if (reads && !row.nan && !scanned) {
         const int64_t spans = row.spans(m.columns);
         clear_spans(row, spans);
@@ -736,7 +734,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
           for (size_t piece = 0; piece + 1 < pieces.size(); ++piece) {
             row.nan |=
                 pass.rank(row, span_begin(span, spans), span_begin(span + 1, spans), pieces[piece], pieces[piece + 1],
-                          own, sums_of(row, span, spans), hinges_of(row, span, piece), trace.whole ? &trace : nullptr);
+                          own, sums_of(row, span, spans), hinges_of(row, span, piece), saved.whole ? &saved : nullptr);
           }
         }
         add_spans(row, spans);
@@ -754,7 +752,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
         scale(row);
         pass.place(row);
         for (int64_t begin = 0; begin < m.columns; begin += kBlock) {
-          pass.gradient(row, begin, own, trace.whole ? &trace : nullptr, gradient);
+          pass.gradient(row, begin, own, saved.whole ? &saved : nullptr, gradient);
         }
       }
       space.trim();
@@ -917,13 +915,13 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
 }
 
 void count_pairs(const Relation& relation, int64_t rows, int64_t columns, const Parallel& parallel, int64_t* counts) {
-  const Roles roles(relation, instruction_set().conversions);
+  const PairMasks masks(relation, instruction_set().conversions);
   parallel.run(rows, [&](int64_t row, int) {
-    RoleBits bits;
+    BlockMasks bits;
     int64_t positives = 0, negatives = 0;
     for (int64_t at = 0; at < columns; at += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - at));
-      roles.fill(row, at, count, bits);
+      masks.fill(row, at, count, bits);
       for (int w = 0; w < divide_up(count, 64); ++w) {
         positives += __builtin_popcountll(bits.positive[w]);
         negatives += __builtin_popcountll(bits.negative[w]);

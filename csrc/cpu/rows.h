@@ -1,4 +1,4 @@
-// The row op on the CPU: what happens to a row, and how rows are dealt to threads. Knows nothing of torch.
+// The row op on the CPU: what happens to a row, and how rows are divided among threads. Knows nothing of torch.
 //
 // A row goes through five steps: its positives are collected; they are sorted; every block of its columns adds to their
 // ranks; ranks become weights; every block gets its gradient. With many positives the two passes over the blocks give

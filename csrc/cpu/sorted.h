@@ -167,7 +167,7 @@ class Sorter {
     if (to_.size() < static_cast<size_t>(edges_[buckets])) to_.resize(edges_[buckets]);
     parallel.run(static_cast<int64_t>(parts_.size()), [&](int64_t task, int) {
       const Part& part = parts_[task];
-      kernels.deal_buckets(from_.data() + part.begin, part.count, of, &place_[task * buckets], to_.data());
+      kernels.scatter_buckets(from_.data() + part.begin, part.count, of, &place_[task * buckets], to_.data());
     });
   }
 

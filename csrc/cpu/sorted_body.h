@@ -199,14 +199,14 @@ int gather(const Sources<T>& sources, const Reach& r, T centre, const Settings<T
   const auto take = [&](int64_t first, int64_t last) {
     const int64_t begin = first * size, end = std::min(sources.n, last * size);
     if (begin >= end) return;
-    std::copy_n(sources.value.data() + begin, end - begin, scratch.band + count);
-    if constexpr (Weighted) std::copy_n(sources.weight.data() + begin, end - begin, scratch.band_weight + count);
+    std::copy_n(sources.value.data() + begin, end - begin, scratch.active + count);
+    if constexpr (Weighted) std::copy_n(sources.weight.data() + begin, end - begin, scratch.active_weight + count);
     count += static_cast<int>(end - begin);
   };
   take(r.near, r.far);
   take(r.knee, r.end);
-  Vec<T>::store(scratch.band + count, Vec<T>::set(-infinity<T>()));
-  band_exponentials(scratch.band, count, centre, s, scratch);
+  Vec<T>::store(scratch.active + count, Vec<T>::set(-infinity<T>()));
+  active_exponentials(scratch.active, count, centre, s, scratch);
   return count;
 }
 
@@ -258,7 +258,7 @@ void rank_pairs(int first, int last, T centre, const Settings<T>& s, const Scrat
     V curve[Vectors], slope[Vectors], past[Vectors];
     for (int r = 0; r < Vectors; ++r) curve[r] = slope[r] = past[r] = zero;
     for (int j = begin; j < end; ++j) {
-      const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
+      const V v = X::set(scratch.active[j]), ev = X::set(scratch.active_exponential[j]);
       for (int r = 0; r < Vectors; ++r) {
         const V value = sigma<T>(ev, ex[r]), t = v - x[r];
         if constexpr (kSteps) steps[r] = X::add_where(X::greater_equal(t, zero), steps[r], one);
@@ -330,8 +330,8 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
       Vec<T>::store(lanes, exponential);
       for (int k = 0; k < readers.count; ++k) {
         ex[k] = lanes[k];
-        rank_rows<Smooth, Slope, false, 1>(scratch.band, scratch.band_exponential, count, readers.target + k, ex + k, s,
-                                           direct + k, direct_slope + k, static_cast<T*>(nullptr));
+        rank_rows<Smooth, Slope, false, 1>(scratch.active, scratch.active_exponential, count, readers.target + k,
+                                           ex + k, s, direct + k, direct_slope + k, static_cast<T*>(nullptr));
       }
     } else {
       const int near = near_count(sources, r);
@@ -349,7 +349,7 @@ void rank_targets_as(const Sources<T>& sources, const T* target, int64_t begin, 
         // Scores may be far from 0: their difference comes first.
         const double past = first - static_cast<double>(readers.target[k]) - static_cast<double>(s.origin);
         value += s.exact_start * (readers.steps[k] - readers.tails[k] + all) +
-                 tail_value(readers.past[k] + (tail_sum + tail * past), readers.tails[k] + tail, s);
+                 linear_value(readers.past[k] + (tail_sum + tail * past), readers.tails[k] + tail, s);
       }
       out[k] = value;
     }
@@ -387,8 +387,8 @@ void slope_pairs(int first, int last, const typename Vec<T>::V* x, const typenam
     V sum[Vectors];
     for (int k = 0; k < Vectors; ++k) sum[k] = X::set(0);
     for (int j = begin; j < std::min(last, begin + kRun); ++j) {
-      const V v = X::set(scratch.band[j]), ev = X::set(scratch.band_exponential[j]);
-      const V w = X::set(scratch.band_weight[j]);
+      const V v = X::set(scratch.active[j]), ev = X::set(scratch.active_exponential[j]);
+      const V w = X::set(scratch.active_weight[j]);
       for (int k = 0; k < Vectors; ++k) {
         sum[k] = X::mul_add(w, pair_slope<Smooth, T>(v, ev, x[k], ex[k], delta, rho_tau), sum[k]);
       }

@@ -4,14 +4,15 @@
 // one side of u is the sum at any other point times a power of a decay. So the sources v are sorted and cut into leaves
 // of equal size; where leaves meet, the sums over all sources below and above are kept. A target u reads
 //
-//     the sources below its own leaf                one series
-//     its own leaf, and whatever else is near       pair by pair
-//     from there to the leaf of the knee u + delta  a count less the series of both ends
-//     the leaf of the knee                          pair by pair
-//     the sources above that                        a count and a sum
+//     the sources below its own leaf                     one series
+//     its own leaf, and whatever else is near            pair by pair
+//     from there to the leaf of the threshold u + delta  a count less the series of both ends
+//     the leaf of the threshold                          pair by pair
+//     the sources above that                             a count and a sum
 //
 // Neighbouring targets do so together. Series are float64: their coefficients alternate, which would cost float32 two
-// digits where scores lie close. Steps and knees are decided pair by pair, exactly as by the pairwise kernels.
+// digits where scores lie close. Steps and thresholds are decided pair by pair, exactly as by the pairwise
+// kernels.
 
 namespace {
 
@@ -88,11 +89,11 @@ void join_entries(const T* value, const T* column, int n, Entry<T>* out) {
 }
 
 template <typename T>
-int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<T>& s, Scratch<T>& scratch,
-                 Entry<T>* out, T& low, T& high, bool& nan) {
+int prune_entries(const Block<T>& block, T lowest, int64_t first, const Settings<T>& s, Scratch<T>& scratch,
+                  Entry<T>* out, T& low, T& high, bool& nan) {
   using X = Vec<T>;
   using Index = typename Entry<T>::Index;
-  const int kept = keep(block, lowest, s, scratch, nan);
+  const int kept = prune(block, lowest, s, scratch, nan);
   // The columns, packed as the scores were: their bits pass for scores, no arithmetic is done on them.
   typedef Index Indices __attribute__((vector_size(sizeof(typename X::V))));
   Indices column;
@@ -103,10 +104,10 @@ int keep_entries(const Block<T>& block, T lowest, int64_t first, const Settings<
     if (!bits) continue;
     typename X::V packed;
     std::memcpy(&packed, &column, sizeof packed);
-    X::compress(scratch.band + front, packed, bits);
+    X::compress(scratch.active + front, packed, bits);
     front += __builtin_popcount(bits);
   }
-  join_entries(scratch.kept, scratch.band, kept, out);
+  join_entries(scratch.kept, scratch.active, kept, out);
   if (kept && !nan) {
     high = std::max(high, highest(scratch.kept, kept));
     X::store(scratch.kept + kept, X::set(infinity<T>()));
@@ -138,7 +139,7 @@ void count_buckets(const Entry<T>* entry, int64_t n, const Buckets<T>& buckets, 
 }
 
 template <typename T>
-void deal_buckets(const Entry<T>* entry, int64_t n, const Buckets<T>& buckets, uint32_t* place, Entry<T>* to) {
+void scatter_buckets(const Entry<T>* entry, int64_t n, const Buckets<T>& buckets, uint32_t* place, Entry<T>* to) {
   const Bucketing<T> bucket(buckets);
   if (!bucket.usable()) {
     std::copy_n(entry, n, to + place[0]);
@@ -180,12 +181,12 @@ bool insertion_sort(T* value, typename Entry<T>::Index* column, int64_t n, int64
 }
 
 // Sorts entries that lie between low and high, about: by 16 bits of where they lie in that range, two stable passes of
-// 8 bits each, after which they are nearly in order. What crowds on one key goes again over its own range. Overwrites
-// `from` and `space`.
+// 8 bits each, after which they are nearly in order. The entries of an overfull key are sorted again over their own
+// range. Overwrites `from` and `space`.
 template <typename T>
 void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column,
                   int depth) {
-  constexpr int64_t kFewEntries = 24, kCrowd = 24;
+  constexpr int64_t kFewEntries = 24, kMostOfKey = 24;
   constexpr int32_t kKeys = 1 << 16;
   const auto put = [&](int64_t at, const Entry<T>& entry) {
     value[at] = entry.value;
@@ -224,7 +225,7 @@ void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* 
       bottom = value[end] < bottom ? value[end] : bottom;
       top = value[end] > top ? value[end] : top;
     }
-    if (end - begin > kCrowd && bottom < top) {
+    if (end - begin > kMostOfKey && bottom < top) {
       for (int64_t j = begin; j < end; ++j) from[j] = {value[j], column[j]};
       sort_entries(from + begin, end - begin, bottom, top, space, value + begin, column + begin, depth + 1);
     }

@@ -703,7 +703,7 @@ def test_opcheck():
         ),
         (ops.symmetrise_, (x @ x.T,)),
         (ops.remove_radial_, (x.clone(), x, scale)),
-        (ops.populate_, (x.clone(),)),
+        (ops.prefault_, (x.clone(),)),
         (ops.sweep, (x, None, *relation.flat(), weight, *objective.for_op(), True, 4, True, False)),
         (ops.sweep, (x, x[:5].clone(), *relation.flat()[:6], -1, weight, *objective.for_op(), True, 0, False, True)),
     ]

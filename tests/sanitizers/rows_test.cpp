@@ -330,7 +330,7 @@ void check_embeddings(int64_t n, unsigned seed) {
       }
     }
   }
-  populate(matrix.data(), static_cast<int64_t>(n * n * sizeof(T)), threads(3));
+  prefault(matrix.data(), static_cast<int64_t>(n * n * sizeof(T)), threads(3));
 
   Guarded<int64_t> values(n), references(2 * n), span(2 * n), column(2 * n);
   const uint64_t steps[] = {1, 102334155, uint64_t(1) << 54, 0x9E3779B97F4A7C15u};
