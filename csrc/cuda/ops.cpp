@@ -174,7 +174,7 @@ Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, Method meth
   const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, scan_above, resources);
   Tensor memory = allocate(like, {std::max<int64_t>(plan.bytes, 1)}, ScalarType::Byte);
   for (const Schedule& schedule : plan.launches) {
-    STD_TORCH_CHECK(schedule.slots * schedule.parts <= kMostBlocks, "too many rows for a launch");
+    STD_TORCH_CHECK(schedule.slots * schedule.blocks_per_row <= kMostBlocks, "too many rows for a launch");
     int64_t bytes;
     p.schedule = schedule;
     p.workspace = workspace_of<T>(schedule, p.rows, p.columns, resources.capacity,
@@ -187,7 +187,7 @@ Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, Method meth
 // The steps that an op needs.
 template <typename S>
 uint32_t steps_of(const RowParams<S>& p) {
-  uint32_t steps = kRoles | kCollect | kWeights;
+  uint32_t steps = kMasks | kCollect | kWeights;
   if (p.ap) steps |= kSort;
   if (p.op != Op::kRankGradient) steps |= kNegatives | (p.ap ? kPositives : 0);
   const bool gradient = p.gradient_type != GradientType::kNone, own = p.pair.smooth && p.ap;
@@ -407,7 +407,7 @@ Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<T
   p.columns = columns;
   p.relation = listed.relation;
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, positive_span, kRoles, Method::kPairwise, device.stream);
+  run_rows(p, positive_span, kMasks, Method::kPairwise, device.stream);
   return counts;
 }
 
@@ -423,7 +423,7 @@ Tensor first_positives(const Masked& input, void* stream) {
   p.columns = columns;
   input.fill(p.relation);
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, input.scores, kRoles, Method::kPairwise, stream);
+  run_rows(p, input.scores, kMasks, Method::kPairwise, stream);
   StartParams s;
   s.rows = rows;
   s.counts = global_of<const int64_t>(counts);

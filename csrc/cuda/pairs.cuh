@@ -86,27 +86,28 @@ ROADMAP_DEVICE Logistic<T> surrogate(T t, const Logistic<T>& s, const PairConsta
   return {static_cast<T>(far + k.offset), k.rho_tau};
 }
 
-// Shares of a positive's rank- and slope that a thread has summed. Tails are summed as gaps, from a number of few bits
-// near the knee, and counted: rho (t - delta) + offset, rounded pair by pair, would cost the rank its last digits.
+// Shares of a positive's rank- and slope that a thread has summed. Of the linear part it sums gaps, from a number of few
+// bits near the threshold, and counts pairs: rho (t - delta) + offset, rounded pair by pair, would cost the rank its
+// last digits.
 template <typename T>
 struct Shares {
-  T value = 0, slope = 0;  // of the pairs up to the knee
-  T far = 0;               // sum of t - origin over the tail
-  int count = 0;           // kTail a pair in the tail, 1 a pair from 0 to the knee
-  static constexpr int kTail = 1 << 16;
+  T value = 0, slope = 0;  // of the pairs up to the threshold
+  T far = 0;               // sum of t - origin over the linear part
+  int count = 0;           // kLinear for each pair in the linear part, 1 for each from 0 to the threshold
+  static constexpr int kLinear = 1 << 16;
 
   ROADMAP_DEVICE double rank(const PairConstants<T>& k) const {
-    double sum = static_cast<double>(value) + (count % kTail) * k.start;
-    if (count >= kTail) {
-      const double tails = count / kTail;
+    double sum = static_cast<double>(value) + (count % kLinear) * k.start;
+    if (count >= kLinear) {
+      const double linear = count / kLinear;
       // Not 0 x infinity: with rho = 0 an infinite t has a limit, too.
-      if (k.rho > 0) sum += k.rho * (static_cast<double>(far) + tails * k.beyond);
-      sum += tails * k.offset;
+      if (k.rho > 0) sum += k.rho * (static_cast<double>(far) + linear * k.beyond);
+      sum += linear * k.offset;
     }
     return sum;
   }
   ROADMAP_DEVICE double rise(const PairConstants<T>& k) const {
-    return static_cast<double>(slope) + (count / kTail) * (k.rho * k.tau);
+    return static_cast<double>(slope) + (count / kLinear) * (k.rho * k.tau);
   }
 };
 

@@ -1,4 +1,4 @@
-// How the rows of a matrix are dealt to blocks: the launches of the row kernel, and their workspace. Host code.
+// How the rows of a matrix are divided among blocks: the launches of the row kernel, and their workspace. Host code.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ struct Resources {
   int multiprocessors;
   // Bytes. Long rows may take 32 a column instead; where rows are scanned, 64 a column, or up to four times as much.
   int64_t workspace = int64_t(64) << 20;
-  int threads = 0;  // a block; 0: chosen
-  int parts = 0;    // blocks that share a row; 0: chosen
+  int threads = 0;         // a block; 0: chosen
+  int blocks_per_row = 0;  // 0: chosen
   int capacity = kPiece;
   // Rows of more positives are scanned. By count: the scan of a row of 65,536 costs as much as some 200 positives of
   // the pairwise kernel; no GPU has measured it.
@@ -27,10 +27,10 @@ struct Plan {
   int64_t bytes = 0;  // of workspace
 };
 
-// Deals out one piece of memory, array after array.
-class Carver {
+// Hands out one piece of memory, array after array.
+class BumpAllocator {
  public:
-  explicit Carver(char* begin) : begin_(begin) {}
+  explicit BumpAllocator(char* begin) : begin_(begin) {}
   template <typename T>
   Global<T> take(int64_t count) {
     const int64_t at = size_;
@@ -55,44 +55,44 @@ inline int64_t words_of(int64_t columns) { return (columns + 31) / 32; }
 template <typename T>
 Workspace<T> workspace_of(const Schedule& s, int64_t rows, int64_t columns, int capacity, char* memory,
                           int64_t& bytes) {
-  Carver carver(memory);
+  BumpAllocator allocator(memory);
   Workspace<T> w;
   w.words = words_of(columns);
-  w.count = carver.take<int32_t>(rows);  // first: launches hand it on
-  if (s.scan_above != kNever) w.done = carver.take<int32_t>(rows);
-  w.negative = carver.take<uint32_t>(s.slots * w.words);
-  w.positive = carver.take<uint32_t>(s.slots * w.words);
-  if (!s.on_chip) {
-    w.part_count = carver.take<int32_t>(s.slots * s.parts);
-    w.column = carver.take<int32_t>(s.slots * columns);
-    w.above = carver.take<double>(s.slots * columns);
-    const int64_t below = carver.size();
-    w.below = carver.take<double>(s.slots * columns);
-    w.slope = carver.take<double>(s.slots * columns);
-    if (s.parts > 1) w.partial = carver.take<double>(s.slots * s.parts * 2 * capacity);
-    w.hinge = carver.take<double>(s.slots * s.parts);
-    w.flag = carver.take<int32_t>(s.slots * s.parts * 2);
-    w.outcome = carver.take<double>(s.slots * kOutcome);
+  w.count = allocator.take<int32_t>(rows);  // first: launches hand it on
+  if (s.scan_above != kNever) w.done = allocator.take<int32_t>(rows);
+  w.negative = allocator.take<uint32_t>(s.slots * w.words);
+  w.positive = allocator.take<uint32_t>(s.slots * w.words);
+  if (!s.in_shared) {
+    w.block_positives = allocator.take<int32_t>(s.slots * s.blocks_per_row);
+    w.column = allocator.take<int32_t>(s.slots * columns);
+    w.above = allocator.take<double>(s.slots * columns);
+    const int64_t below = allocator.size();
+    w.below = allocator.take<double>(s.slots * columns);
+    w.slope = allocator.take<double>(s.slots * columns);
+    if (s.blocks_per_row > 1) w.partial = allocator.take<double>(s.slots * s.blocks_per_row * 2 * capacity);
+    w.hinge = allocator.take<double>(s.slots * s.blocks_per_row);
+    w.flag = allocator.take<int32_t>(s.slots * s.blocks_per_row * 2);
+    w.outcome = allocator.take<double>(s.slots * kOutcome);
     if (s.scan_above != kNever) {
-      w.key[0] = carver.take<uint32_t>(s.slots * columns);
-      w.index[0] = carver.take<uint32_t>(s.slots * columns);
+      w.key[0] = allocator.take<uint32_t>(s.slots * columns);
+      w.index[0] = allocator.take<uint32_t>(s.slots * columns);
       // A slot's over the slot's own doubles, keys before indices: blocks are not at the same step of their rows.
-      w.key[1] = carver.view<uint32_t>(below, 2 * s.slots * columns);
-      w.index[1] = carver.view<uint32_t>(below + 4 * columns, (2 * s.slots - 1) * columns);
-      w.sorted = carver.take<uint32_t>(s.slots * w.words);
-      w.before = carver.take<int32_t>(s.slots * w.words);
-      w.leaf_before = carver.take<int32_t>(s.slots * w.words);
-      w.position = carver.take<int32_t>(s.slots * columns);
-      w.among = carver.take<double>(s.slots * columns);
-      w.state_below = carver.take<double>(s.slots * (w.words + 1) * kTerms);
-      w.state_above = carver.take<double>(s.slots * (w.words + 1) * kTerms);
-      w.leaf_weight = carver.take<double>(s.slots * (w.words + 1));
-      w.leaf_sum = carver.take<double>(s.slots * (w.words + 1));
-      w.digits = carver.take<int32_t>(s.slots * s.parts * 256);
-      w.part_items = carver.take<int32_t>(s.slots * s.parts * 3);
+      w.key[1] = allocator.view<uint32_t>(below, 2 * s.slots * columns);
+      w.index[1] = allocator.view<uint32_t>(below + 4 * columns, (2 * s.slots - 1) * columns);
+      w.sorted = allocator.take<uint32_t>(s.slots * w.words);
+      w.before = allocator.take<int32_t>(s.slots * w.words);
+      w.leaf_before = allocator.take<int32_t>(s.slots * w.words);
+      w.position = allocator.take<int32_t>(s.slots * columns);
+      w.among = allocator.take<double>(s.slots * columns);
+      w.state_below = allocator.take<double>(s.slots * (w.words + 1) * kTerms);
+      w.state_above = allocator.take<double>(s.slots * (w.words + 1) * kTerms);
+      w.leaf_weight = allocator.take<double>(s.slots * (w.words + 1));
+      w.leaf_sum = allocator.take<double>(s.slots * (w.words + 1));
+      w.digits = allocator.take<int32_t>(s.slots * s.blocks_per_row * 256);
+      w.block_items = allocator.take<int32_t>(s.slots * s.blocks_per_row * 3);
     }
   }
-  bytes = carver.size();
+  bytes = allocator.size();
   return w;
 }
 
@@ -120,8 +120,8 @@ int64_t fit_slots(Schedule s, int64_t most, int64_t rows, int64_t columns, const
   return s.slots;
 }
 
-// Launches in order, each with the rows it takes. Which rows have more positives than fit on chip only the device
-// knows; a launch for them comes along and finds nothing to do if there is none.
+// Launches in order, each with the rows it takes. Only the device knows which rows have more positives than fit in
+// shared memory: a launch for them comes along, and finds nothing to do if there are none.
 template <typename T>
 Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, int scan_above, const Resources& r) {
   Plan plan;
@@ -147,14 +147,14 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
   };
   // Few long rows: blocks share them, a step a launch, as many rows at a time as the workspace holds. The launches of a
   // batch take as long as some ten thousand columns.
-  Schedule shared = s;
-  shared.on_chip = false;
-  shared.slots = fit_slots<T>(shared, rows, rows, columns, r);
-  const bool few = rows < 2 * resident && rows <= 8 * shared.slots && columns >= 16384;
-  if (!count_only && (r.parts > 1 || (!r.parts && few))) {
-    s = shared;
-    s.parts = r.parts ? r.parts
-                      : static_cast<int>(std::max<int64_t>(1, std::min({int64_t(128), tiles, 2 * resident / s.slots})));
+  Schedule split = s;
+  split.in_shared = false;
+  split.slots = fit_slots<T>(split, rows, rows, columns, r);
+  const bool few = rows < 2 * resident && rows <= 8 * split.slots && columns >= 16384;
+  if (!count_only && (r.blocks_per_row > 1 || (!r.blocks_per_row && few))) {
+    s = split;
+    const int64_t most_blocks = std::min({int64_t(128), tiles, 2 * resident / s.slots});
+    s.blocks_per_row = r.blocks_per_row ? r.blocks_per_row : static_cast<int>(std::max<int64_t>(1, most_blocks));
     s.slots = fit_slots<T>(s, rows, rows, columns, r);
     for (int64_t first = 0; first < rows; first += s.slots) {
       s.first_row = first;
@@ -171,15 +171,15 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
     }
     return plan;
   }
-  Schedule chip = s;
-  chip.steps = steps & kPairwiseSteps;
-  chip.most = std::min(r.capacity, s.scan_above);
-  chip.scan_above = kNever;
-  chip.slots = fit_slots<T>(chip, std::min(rows, resident), rows, columns, r);
-  add(chip);
-  if (count_only || columns <= chip.most) return plan;
-  s.most = chip.most;
-  s.on_chip = false;
+  Schedule first = s;
+  first.steps = steps & kPairwiseSteps;
+  first.most = std::min(r.capacity, s.scan_above);
+  first.scan_above = kNever;
+  first.slots = fit_slots<T>(first, std::min(rows, resident), rows, columns, r);
+  add(first);
+  if (count_only || columns <= first.most) return plan;
+  s.most = first.most;
+  s.in_shared = false;
   s.only_longer = true;
   s.slots = fit_slots<T>(s, std::min(rows, resident), rows, columns, r);
   s.scan = scan;

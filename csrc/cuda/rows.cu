@@ -24,14 +24,15 @@ template <typename S>
 int launch_rows(const RowParams<S>& p, void* stream) {
   const Schedule& s = p.schedule;
   const int bytes = shared_bytes<Accumulation<S>>(kPiece, s.threads, s.scan);
+  const auto blocks = static_cast<unsigned>(s.slots * s.blocks_per_row);
+  const auto on = static_cast<cudaStream_t>(stream);
   if constexpr (!std::is_same_v<S, double>) {
     if (s.scan) {
-      scan_kernel<S>
-          <<<static_cast<unsigned>(s.slots * s.parts), s.threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
+      scan_kernel<S><<<blocks, s.threads, bytes, on>>>(p);
       return cudaGetLastError();
     }
   }
-  row_kernel<S><<<static_cast<unsigned>(s.slots * s.parts), s.threads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  row_kernel<S><<<blocks, s.threads, bytes, on>>>(p);
   return cudaGetLastError();
 }
 

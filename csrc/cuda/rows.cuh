@@ -1,6 +1,6 @@
 // The row kernel: a row of scores to its loss and gradient, or to the ranks of its positives. The steps of a row:
 //
-//   roles      masks or lists become two bits a column: negative, positive
+//   masks      masks or lists become two bits a column: negative, positive
 //   collect    the columns of the positives, ascending
 //   sort       the positives of a piece by score: neighbours share a centre, and a tile too low for one is too low for
 //              all that follow
@@ -11,9 +11,10 @@
 //   gradient   the row streams past all positives once more; every negative gets its gradient
 //   scatter    every positive gets its own
 //
-// A block works on a piece of the positives at a time, which lies in shared memory. Where all positives of a row fit,
-// nothing but the bits leaves the chip, and a block takes all steps of its rows in one launch ("on chip"). A longer
-// list goes by way of the workspace, in pieces. Few long rows are shared by many blocks: a step a launch.
+// A block works on a piece of the positives at a time, which lies in shared memory. Where one piece holds all positives
+// of a row, they stay in shared memory, and a block takes all steps of its rows in one launch. Longer lists are kept in
+// the workspace, in global memory, and loaded piece by piece. Few long rows are shared by several blocks, with a launch
+// for each step.
 //
 // Scores stay untouched until the gradient is written, a column by the thread that has read it, and columns of
 // positives last of all: the gradient may overwrite the scores.
@@ -60,28 +61,28 @@ class RowKernel {
   template <typename Kernel>
   ROADMAP_DEVICE void run_as(Kernel& kernel) {
     const Schedule& s = p_.schedule;
-    part_ = static_cast<int>(simt::block() % s.parts);
-    slot_ = simt::block() / s.parts;
+    block_ = static_cast<int>(simt::block() % s.blocks_per_row);
+    slot_ = simt::block() / s.blocks_per_row;
     if (slot_ >= s.slots) return;
     for (row_ = s.first_row + slot_; row_ < s.last_row; row_ += s.slots) {
       if (s.only_longer && !find_longer()) return;
       kernel.steps(s.steps);
-      simt::barrier();  // the next row's roles overwrite what this one's last step reads
+      simt::barrier();  // the next row's masks overwrite what this one's last step reads
     }
   }
 
  public:
   ROADMAP_DEVICE void steps(uint32_t wanted) {
     const bool smooth = k_.smooth, gradient = p_.gradient_type != GradientType::kNone;
-    if (wanted & kRoles) {
-      roles();
+    if (wanted & kMasks) {
+      pair_masks();
       if (p_.op == Op::kCountPairs) return;
     }
     if (wanted & kCollect) {
-      if (!collect()) return;  // too many for the chip
+      if (!collect()) return;  // too many for shared memory
     }
-    if (!(wanted & (kRoles | kCollect))) {
-      size_ = count_parts(p_.schedule.parts);
+    if (!(wanted & (kMasks | kCollect))) {
+      size_ = positives_of_blocks(p_.schedule.blocks_per_row);
       if (!kScan && may_scan() && all_finite()) return;  // shared, and the other kernel's
     }
     if constexpr (sizeof(T) == 4) {
@@ -100,17 +101,18 @@ class RowKernel {
   ROADMAP_DEVICE bool may_scan() const {
     return p_.schedule.scan_above != kNever && size_ > p_.schedule.scan_above && weighs();
   }
-  // What the first `parts` parts have noted of a row's keys: see Workspace::part_items.
-  ROADMAP_DEVICE int part_sum(int what, int parts) const {
+  // What the first `blocks` blocks have counted of a row's keys: see Workspace::block_items.
+  ROADMAP_DEVICE int sum_of_blocks(int what, int blocks) const {
     int sum = 0;
-    for (int part = lane(); part < parts; part += simt::kWarp) {
-      sum += p_.workspace.part_items[3 * part_at(part) + what];
+    for (int block = lane(); block < blocks; block += simt::kWarp) {
+      sum += p_.workspace.block_items[3 * block_at(block) + what];
     }
     return sum_over_warp(sum);
   }
-  ROADMAP_DEVICE bool all_finite() const { return part_sum(2, p_.schedule.parts) == 0; }
+  ROADMAP_DEVICE bool all_finite() const { return sum_of_blocks(2, p_.schedule.blocks_per_row) == 0; }
 
-  // Goes on to the next row with more positives than fit on chip. Mostly there is none, so all threads look at once.
+  // Moves on to the next row whose positives do not fit in shared memory. Mostly there is none, so all threads look at
+  // once.
   ROADMAP_DEVICE bool find_longer() {
     const Schedule& s = p_.schedule;
     for (; row_ < s.last_row; row_ += s.slots * simt::threads()) {
@@ -124,7 +126,7 @@ class RowKernel {
     return false;
   }
 
-  ROADMAP_DEVICE bool on_chip() const { return p_.schedule.on_chip; }
+  ROADMAP_DEVICE bool in_shared() const { return p_.schedule.in_shared; }
   // Whether ranks are computed, and whether they weigh in a gradient.
   ROADMAP_DEVICE bool ranks() const { return p_.op != Op::kRankGradient && weighs(); }
   ROADMAP_DEVICE bool weighs() const { return p_.op != Op::kObjective || p_.ap; }
@@ -136,7 +138,7 @@ class RowKernel {
   }
   ROADMAP_DEVICE int64_t word_at(int64_t word) const { return slot_ * p_.workspace.words + word; }
   ROADMAP_DEVICE int64_t place(int64_t i) const { return slot_ * p_.columns + i; }  // of positive i in the workspace
-  ROADMAP_DEVICE int64_t part_at(int64_t part) const { return slot_ * p_.schedule.parts + part; }
+  ROADMAP_DEVICE int64_t block_at(int64_t block) const { return slot_ * p_.schedule.blocks_per_row + block; }
   // Words [begin, end) of share `index` of `count`.
   ROADMAP_DEVICE void share_words(int index, int count, int& begin, int& end) const {
     const int64_t words = p_.workspace.words;
@@ -200,16 +202,16 @@ class RowKernel {
   ROADMAP_DEVICE int lane() const { return simt::thread() % simt::kWarp; }
   ROADMAP_DEVICE int warp() const { return simt::thread() / simt::kWarp; }
 
-  // --- roles --------------------------------------------------------------------------------------------------------
+  // --- masks --------------------------------------------------------------------------------------------------------
 
-  ROADMAP_DEVICE void roles() {
+  ROADMAP_DEVICE void pair_masks() {
     int begin, end;
-    share_words(part_, p_.schedule.parts, begin, end);
+    share_words(block_, p_.schedule.blocks_per_row, begin, end);
     int positives = 0, negatives = 0;
     if (p_.relation.target) {
-      mask_roles(begin, end, positives, negatives);
+      from_masks(begin, end, positives, negatives);
     } else {
-      list_roles(begin, end, positives, negatives);
+      from_lists(begin, end, positives, negatives);
     }
     const double found = sum_over_block(positives);
     if (p_.op == Op::kCountPairs) {
@@ -222,14 +224,14 @@ class RowKernel {
     }
     size_ = static_cast<int>(found);
     if (simt::thread() != 0) return;
-    if (!on_chip()) {
-      p_.workspace.part_count[part_at(part_)] = size_;
+    if (!in_shared()) {
+      p_.workspace.block_positives[block_at(block_)] = size_;
     } else {
       p_.workspace.count[row_] = size_;
     }
   }
 
-  ROADMAP_DEVICE void mask_roles(int begin, int end, int& positives, int& negatives) {
+  ROADMAP_DEVICE void from_masks(int begin, int end, int& positives, int& negatives) {
     const Relation& r = p_.relation;
     const Global<const uint8_t> target = r.target + row_ * r.target_stride;
     const Global<const uint8_t> ignore = r.ignore ? r.ignore + row_ * r.ignore_stride : r.ignore;
@@ -262,7 +264,7 @@ class RowKernel {
     return bits;
   }
 
-  ROADMAP_DEVICE void list_roles(int begin, int end, int& positives, int& negatives) {
+  ROADMAP_DEVICE void from_lists(int begin, int end, int& positives, int& negatives) {
     const Relation& r = p_.relation;
     for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
       const int count = smaller(kWord, static_cast<int>(p_.columns) - w * kWord);
@@ -313,25 +315,28 @@ class RowKernel {
 
   // --- the positives ------------------------------------------------------------------------------------------------
 
-  // How many the first `parts` parts have found.
-  ROADMAP_DEVICE int count_parts(int parts) const {
+  // How many the first `blocks` blocks have found.
+  ROADMAP_DEVICE int positives_of_blocks(int blocks) const {
     int sum = 0;
-    for (int part = lane(); part < parts; part += simt::kWarp) sum += p_.workspace.part_count[part_at(part)];
+    for (int block = lane(); block < blocks; block += simt::kWarp) {
+      sum += p_.workspace.block_positives[block_at(block)];
+    }
     return sum_over_warp(sum);
   }
 
-  // Their columns, ascending, to the chip or the workspace. False: too many for the chip, where this row is not done.
+  // Writes their columns, ascending, to shared memory or to the workspace. False: too many for shared memory, so that
+  // another launch has to take this row.
   ROADMAP_DEVICE bool collect() {
     int at = 0;
-    if (on_chip()) {
+    if (in_shared()) {
       if (size_ > p_.schedule.most) return false;
     } else {
       simt::barrier();  // the count has been written
-      at = count_parts(part_);
-      size_ = count_parts(p_.schedule.parts);
+      at = positives_of_blocks(block_);
+      size_ = positives_of_blocks(p_.schedule.blocks_per_row);
     }
     int begin, end;
-    share_words(part_, p_.schedule.parts, begin, end);
+    share_words(block_, p_.schedule.blocks_per_row, begin, end);
     for (int first = begin; first < end; first += simt::threads()) {
       const int w = first + simt::thread();
       uint32_t bits = w < end ? p_.workspace.positive[word_at(w)] : 0u;
@@ -343,7 +348,7 @@ class RowKernel {
       }
       for (int j = 0; bits; ++j, bits >>= 1) {
         if (!(bits & 1)) continue;
-        if (on_chip()) {
+        if (in_shared()) {
           column_[to] = w * kWord + j;
         } else {
           p_.workspace.column[place(to)] = w * kWord + j;
@@ -353,7 +358,7 @@ class RowKernel {
       at += total;
     }
     simt::barrier();
-    if (on_chip()) load(0);
+    if (in_shared()) load(0);
     return true;
   }
 
@@ -362,13 +367,13 @@ class RowKernel {
     return p_.column_scale ? raw * p_.column_scale[column] * p_.row_scale[row_] : raw;
   }
 
-  // Columns and scores of a piece to the chip, where columns are already if nothing leaves it. Off chip, a piece before
-  // it may still be read by other threads.
+  // Loads columns and scores of a piece to shared memory. Where the row stays there, so are the columns already; else
+  // other threads may still read the piece before.
   ROADMAP_DEVICE void load(int piece) {
     const int n = piece_size(piece);
-    if (!on_chip()) simt::barrier();
+    if (!in_shared()) simt::barrier();
     for (int i = simt::thread(); i < n; i += simt::threads()) {
-      if (!on_chip()) column_[i] = p_.workspace.column[place(piece_begin(piece) + i)];
+      if (!in_shared()) column_[i] = p_.workspace.column[place(piece_begin(piece) + i)];
       const int32_t column = column_[i];
       score_[i] = score_of(column);
     }
@@ -377,8 +382,8 @@ class RowKernel {
 
   // Pieces sorted by score, ties by column. float64 has no use for an order.
   ROADMAP_DEVICE void sort() {
-    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
-      if (!on_chip()) load(piece);
+    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+      if (!in_shared()) load(piece);
       const int n = piece_size(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -405,7 +410,7 @@ class RowKernel {
         const int32_t column = order_[i];
         score_[i] = u;
         column_[i] = column;
-        if (!on_chip()) p_.workspace.column[place(piece_begin(piece) + i)] = column;
+        if (!in_shared()) p_.workspace.column[place(piece_begin(piece) + i)] = column;
       }
       simt::barrier();
     }
@@ -427,12 +432,12 @@ class RowKernel {
 
   // Score of positive j of the row, whichever piece it is in.
   ROADMAP_DEVICE T any_score(int j) const {
-    return on_chip() ? static_cast<T>(score_[j]) : score_of(p_.workspace.column[place(j)]);
+    return in_shared() ? static_cast<T>(score_[j]) : score_of(p_.workspace.column[place(j)]);
   }
 
   ROADMAP_DEVICE void rank_positives() {
-    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
-      if (!on_chip()) load(piece);
+    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+      if (!in_shared()) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -446,7 +451,7 @@ class RowKernel {
           for (int j = 0; j < size_; ++j) count += any_score(j) >= u;
           rank = count;  // itself included
         }
-        if (on_chip()) {
+        if (in_shared()) {
           above_[i] = rank;
         } else {
           p_.workspace.above[place(begin + i)] = rank;
@@ -564,13 +569,13 @@ class RowKernel {
   ROADMAP_DEVICE void rank_negatives() {
     const Schedule& s = p_.schedule;
     const int count = ranks() ? pieces() : 0, at_least = count > 0 ? count : 1;
-    const int spans = s.parts / at_least > 1 ? s.parts / at_least : 1;
-    for (int task = part_; task < at_least * spans; task += s.parts) {
+    const int spans = s.blocks_per_row / at_least > 1 ? s.blocks_per_row / at_least : 1;
+    for (int task = block_; task < at_least * spans; task += s.blocks_per_row) {
       const int piece = task / spans, span = task % spans, n = count ? piece_size(piece) : 0;
       int begin, end;
       share_columns(span, spans, begin, end);
       if (n) {
-        if (!on_chip()) load(piece);
+        if (!in_shared()) load(piece);
         centre(n);
       }
       bool nan = false;
@@ -589,8 +594,8 @@ class RowKernel {
       }
       simt::barrier();  // sums are read by others than have written them
       if (piece == 0) save_seen(span, nan);
-      if (on_chip()) break;
-      const int64_t to = part_at(task) * 2 * kCapacity;
+      if (in_shared()) break;
+      const int64_t to = block_at(task) * 2 * kCapacity;
       for (int i = simt::thread(); i < n; i += simt::threads()) {  // that this thread may not have written itself
         const double rank = below_[i], slope = slope_[i];
         if (spans > 1) {
@@ -611,14 +616,14 @@ class RowKernel {
     const double sum = p_.calibration ? sum_over_block(hinge_) : 0;
     const double hinges = p_.calibration ? sum_over_block(hinges_) : 0;
     if (simt::thread() != 0) return;
-    if (on_chip()) {
+    if (in_shared()) {
       outcome_[kNan] = nan;
       outcome_[kHingeSum] = sum;
       outcome_[kHinges] = hinges;
     } else {
-      p_.workspace.hinge[part_at(span)] = sum;
-      p_.workspace.flag[2 * part_at(span)] = static_cast<int32_t>(hinges);
-      p_.workspace.flag[2 * part_at(span) + 1] = nan;
+      p_.workspace.hinge[block_at(span)] = sum;
+      p_.workspace.flag[2 * block_at(span)] = static_cast<int32_t>(hinges);
+      p_.workspace.flag[2 * block_at(span) + 1] = nan;
     }
   }
 
@@ -664,11 +669,11 @@ class RowKernel {
           for (int j = 0; j < kColumns; ++j) {
             const T t = x[j] - u;
             const Logistic<T> h = logistic(a[j], f, k_);
-            const bool tail = t > k_.delta;
-            value[j] = tail ? T(0) : h.value;
-            slope[j] = tail ? T(0) : h.slope;
-            far[j] = tail ? t - k_.origin : T(0);
-            sum[i].count += tail ? Shares<T>::kTail : t < T(0) ? 0 : 1;
+            const bool linear = t > k_.delta;
+            value[j] = linear ? T(0) : h.value;
+            slope[j] = linear ? T(0) : h.slope;
+            far[j] = linear ? t - k_.origin : T(0);
+            sum[i].count += linear ? Shares<T>::kLinear : t < T(0) ? 0 : 1;
           }
           sum[i].far += total(far);
         }
@@ -734,7 +739,8 @@ class RowKernel {
     return h;
   }
 
-  // The sums of all threads for positive `first` + i to the chip, in a fixed order; more: added to what is there.
+  // Adds up the sums of all threads for positive `first` + i in shared memory, in a fixed order; more: onto those that
+  // are there.
   ROADMAP_DEVICE void reduce_warp(int i, double rank, double slope) {
 #pragma unroll
     for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) {
@@ -763,20 +769,20 @@ class RowKernel {
     double above, below, slope;
   };
   ROADMAP_DEVICE Ranks ranks_of(int piece, int i) const {
-    if (on_chip()) return {above_[i], below_[i], slope_[i]};
+    if (in_shared()) return {above_[i], below_[i], slope_[i]};
     const int64_t at = place(piece_begin(piece) + i);
     return {p_.workspace.above[at], p_.workspace.below[at], p_.workspace.slope[at]};
   }
 
-  // Off chip: rank- and slope of every positive, summed over spans, a warp a positive.
+  // For rows in the workspace: rank- and slope of every positive, summed over spans, a warp a positive.
   ROADMAP_DEVICE void sum_spans() {
-    const int spans = p_.schedule.parts / pieces();
+    const int spans = p_.schedule.blocks_per_row / pieces();
     if (spans <= 1 || scanned_) return;
     for (int i = warp(); i < size_; i += warps_) {
       const int piece = i / kCapacity;
       double rank = 0, slope = 0;
       for (int span = lane(); span < spans; span += simt::kWarp) {
-        const int64_t from = part_at(piece * spans + span) * 2 * kCapacity + i % kCapacity;
+        const int64_t from = block_at(piece * spans + span) * 2 * kCapacity + i % kCapacity;
         rank += p_.workspace.partial[from];
         slope += p_.workspace.partial[from + kCapacity];
       }
@@ -816,15 +822,15 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void weights() {
-    if (part_ != 0) return;
+    if (block_ != 0) return;
     Seen seen = look_back();
-    if (!on_chip() && ranks() && size_ > 0) sum_spans();
+    if (!in_shared() && ranks() && size_ > 0) sum_spans();
     const bool ranked = p_.op == Op::kRankGradient || ranks();
     const int count = ranked ? pieces() : 0;
     double loss = 0, unit = 0, total = 0, largest = 0;
     bool nan = false;
     for (int piece = 0; piece < count; ++piece) {
-      if (!on_chip()) load(piece);
+      if (!in_shared()) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         const T u = score_[i];
         nan |= u != u;
@@ -844,7 +850,7 @@ class RowKernel {
     }
     if (!ranked) {  // calibration alone: NaN still shows
       for (int piece = 0; piece < pieces(); ++piece) {
-        if (!on_chip()) load(piece);
+        if (!in_shared()) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
           const T u = score_[i];
           nan |= u != u;
@@ -875,7 +881,7 @@ class RowKernel {
       const double all[] = {unit, scale, static_cast<double>(seen.nan), seen.hinges};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (on_chip()) {
+        if (in_shared()) {
           outcome_[i] = all[i];
         } else {
           p_.workspace.outcome[slot_ * kOutcome + i] = all[i];
@@ -889,7 +895,7 @@ class RowKernel {
   // of negatives are not 0, and their sum.
   enum { kUnit, kScale, kNan, kHinges, kHingeSum };
   ROADMAP_DEVICE double outcome(int i) const {
-    return on_chip() ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
+    return in_shared() ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
   }
 
   struct Seen {
@@ -900,20 +906,20 @@ class RowKernel {
   ROADMAP_DEVICE Seen look_back() const {
     Seen seen;
     if (p_.op == Op::kRankGradient) return seen;
-    if (on_chip()) {
+    if (in_shared()) {
       seen.nan = outcome_[kNan] != 0;
       seen.hinges = outcome_[kHinges];
       seen.hinge_sum = outcome_[kHingeSum];
       return seen;
     }
     const int count = ranks() && pieces() ? pieces() : 1;
-    int spans = p_.schedule.parts / count > 1 ? p_.schedule.parts / count : 1;
-    if (scanned_) spans = p_.schedule.parts;
+    int spans = p_.schedule.blocks_per_row / count > 1 ? p_.schedule.blocks_per_row / count : 1;
+    if (scanned_) spans = p_.schedule.blocks_per_row;
     bool nan = false;
     for (int span = lane(); span < spans; span += simt::kWarp) {
-      seen.hinge_sum += p_.workspace.hinge[part_at(span)];
-      seen.hinges += p_.workspace.flag[2 * part_at(span)];
-      nan |= p_.workspace.flag[2 * part_at(span) + 1] != 0;
+      seen.hinge_sum += p_.workspace.hinge[block_at(span)];
+      seen.hinges += p_.workspace.flag[2 * block_at(span)];
+      nan |= p_.workspace.flag[2 * block_at(span) + 1] != 0;
     }
     seen.hinge_sum = sum_over_warp(seen.hinge_sum);
     seen.hinges = sum_over_warp(seen.hinges);
@@ -922,7 +928,7 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void save_ranks(int piece, bool is_nan) {
-    if (!on_chip()) load(piece);
+    if (!in_shared()) load(piece);
     const T nan = not_a_number();
     for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
       const int64_t at = entry(piece, i);
@@ -938,12 +944,12 @@ class RowKernel {
 
   // Weights in units of the largest, so that equal ones, common where scores are tied, are exact.
   ROADMAP_DEVICE void save_weights(int piece, double unit) {
-    if (!on_chip() && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
+    if (!in_shared() && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
     for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
       const Weight w = weight_of(piece, i);
       // A pair without slope carries nothing back, whatever arrives.
       const double own = w.slope != 0 ? -w.below * (w.slope / k_.tau) : 0.0;
-      if (on_chip()) {
+      if (in_shared()) {
         weight_[i] = static_cast<T>(w.below / unit);
         above_[i] = w.above / unit;
         slope_[i] = own;
@@ -963,7 +969,7 @@ class RowKernel {
     if (p_.calibration) {
       const T margin = static_cast<T>(p_.positive_margin);
       for (int piece = 0; piece < pieces(); ++piece) {
-        if (!on_chip()) load(piece);
+        if (!in_shared()) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
           const T u = score_[i];
           if (!(u < margin)) continue;  // decided in T, as scores are; summed in double
@@ -997,8 +1003,8 @@ class RowKernel {
 
   // smooth: positive i also gets sum_j (w+_j - w+_i) sigma'(s_i - s_j), which is 0 for equal weights.
   ROADMAP_DEVICE void own() {
-    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
-      if (!on_chip()) load(piece);
+    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+      if (!in_shared()) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -1011,7 +1017,7 @@ class RowKernel {
             sum += (any_above(j) - weight) * static_cast<double>(slope);
         }
         sum *= outcome(kUnit) / k_.tau;
-        if (on_chip()) {
+        if (in_shared()) {
           slope_[i] += sum;
         } else {
           p_.workspace.slope[place(begin + i)] += sum;
@@ -1020,12 +1026,12 @@ class RowKernel {
     }
   }
   ROADMAP_DEVICE double any_above(int j) const {
-    return on_chip() ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
+    return in_shared() ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
   }
 
   // A piece with all that the gradient takes of it.
   ROADMAP_DEVICE void load_weighted(int piece) {
-    if (!on_chip()) {
+    if (!in_shared()) {
       load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         weight_[i] = static_cast<T>(p_.workspace.below[place(piece_begin(piece) + i)]);
@@ -1041,7 +1047,7 @@ class RowKernel {
 
   ROADMAP_DEVICE void gradients() {
     int begin, end;
-    share_columns(part_, p_.schedule.parts, begin, end);
+    share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     const int tile = simt::threads() * kColumns;
     if (outcome(kNan) != 0) {
       fill_nan(begin, end);
@@ -1121,7 +1127,7 @@ class RowKernel {
           for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
           before = c;
         }
-        if (k_.smooth || top - u <= k_.delta) {  // no pair of this warp is in the tail
+        if (k_.smooth || top - u <= k_.delta) {  // no pair of this warp is in the linear part
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
             sum[j] += w * logistic(a[j], f, k_).slope;
@@ -1190,20 +1196,20 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void scatter() {
-    if (on_chip()) simt::barrier();  // others may still load these columns along with their own; off chip, load() waits
+    if (in_shared()) simt::barrier();  // others may still load these columns along with their own; else load() waits
     const bool nan = outcome(kNan) != 0;
     const double scale = outcome(kScale);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
     const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
     const T margin = static_cast<T>(p_.positive_margin);
-    for (int piece = part_; piece < pieces(); piece += p_.schedule.parts) {
-      if (!on_chip()) load(piece);
+    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+      if (!in_shared()) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         const int32_t column = column_[i];
         const T u = score_[i];
         double own = 0;
         if (weighs()) {
-          own = on_chip() ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
+          own = in_shared() ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
           own *= scale * weight;
         }
         if (p_.calibration && u < margin) own -= p_.weight[3 * row_ + 1];
@@ -1232,7 +1238,7 @@ class RowKernel {
   simt::Shared<double> sums_;     // [warps, 2 kGroup]
   simt::Shared<double> outcome_;  // [kOutcome]  of the row, for the steps that follow
 
-  int part_ = 0;
+  int block_ = 0;
   int64_t slot_ = 0, row_ = 0;
   int size_ = 0;          // positives of the row
   bool limits_ = false;   // whether a score or a weight of the piece is not finite

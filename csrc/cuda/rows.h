@@ -59,7 +59,7 @@ template <typename T>
 struct PairConstants {
   bool smooth;
   T delta;
-  T origin;         // near the knee, in few bits
+  T origin;         // near the threshold, in few bits
   T rho_tau;        // slopes are summed in units of 1 / tau
   T rate, rate_lo;  // float: log2(e) / tau in two parts; double: tau and 0
   T cut;            // a pair further below its positive counts for nothing
@@ -94,12 +94,12 @@ enum class GradientType { kNone, kFull, kHalf, kBFloat };
 
 // The steps of a row. A block that owns a row takes them all in one launch; blocks that share one take one a launch.
 enum Step : uint32_t {
-  kRoles = 1u << 0,
+  kMasks = 1u << 0,
   kCollect = 1u << 1,
   // Rows that are scanned (scan.cuh):
   kKeys = 1u << 2,
-  kCount = 1u << 3,  // and kDeal, one after the other for each of four digits: bits 3 to 10
-  kDeal = 1u << 4,
+  kCountDigit = 1u << 3,  // and kScatterDigit, one after the other for each of four digits: bits 3 to 10
+  kScatterDigit = 1u << 4,
   kSplit = 1u << 11,
   kPlaces = 1u << 12,
   kSums = 1u << 13,
@@ -127,25 +127,25 @@ enum Step : uint32_t {
   kScatter = 1u << 31,
 };
 constexpr int kDigits = 4;  // of 8 bits
-constexpr uint32_t kSortKeys = ((1u << 2 * kDigits) - 1) * kCount | kKeys | kSplit | kPlaces;
+constexpr uint32_t kSortKeys = ((1u << 2 * kDigits) - 1) * kCountDigit | kKeys | kSplit | kPlaces;
 constexpr uint32_t kScanSteps = ~(kSort | kPositives | kNegatives | kOwn | kGradient);
 constexpr uint32_t kPairwiseSteps =
-    kRoles | kCollect | kSort | kPositives | kNegatives | kWeights | kOwn | kGradient | kScatter;
+    kMasks | kCollect | kSort | kPositives | kNegatives | kWeights | kOwn | kGradient | kScatter;
 constexpr uint32_t kAllSteps = ~0u;
 // More positives than there can be.
 constexpr int kNever = 1 << 30;
 
-// Who does what. Rows first_row, first_row + 1, ... are dealt to slots; `parts` blocks share a slot.
+// Who does what. Rows first_row, first_row + 1, ... go to the slots in turn, and the blocks of a slot share its rows.
 struct Schedule {
   uint32_t steps = kAllSteps;
   int threads = 0;  // a block; a multiple of 32
-  int parts = 1;
+  int blocks_per_row = 1;
   int64_t slots = 0;
   int64_t first_row = 0, last_row = 0;
-  bool on_chip = true;       // rows of one piece, which never leaves the block; else any row, by way of the workspace
-  bool only_longer = false;  // off chip: leave out the rows that were done on chip
-  int most = kNever;         // positives of a row that is done on chip
-  int scan_above = kNever;   // rows of more positives are scanned, off chip: kNever where none is
+  bool in_shared = true;     // rows of one piece, which stays in shared memory; else any row, by way of the workspace
+  bool only_longer = false;  // by way of the workspace: leave out the rows that were done in shared memory
+  int most = kNever;         // positives of a row that is done in shared memory
+  int scan_above = kNever;   // rows of more positives are scanned, in the workspace: kNever where none is
   bool scan = false;         // by this launch, which leaves all others to that of the pairwise kernel
 };
 
@@ -157,16 +157,16 @@ struct Workspace {
   Global<uint32_t> positive{};  // [slots, words]
   Global<int32_t> count{};      // [rows]  positives of a row
   Global<int32_t> done{};       // [rows]  whether a row was scanned; null where none is, defined for the longer ones
-  // Off chip:
-  Global<int32_t> part_count{};  // [slots, parts]  positives that a part found
-  Global<int32_t> column{};      // [slots, columns]  of the positives: ascending, then sorted by score within a piece
-  Global<double> above{};        // [slots, columns]  rank+, then dloss/drank+
-  Global<double> below{};        // [slots, columns]  rank-, then dloss/drank-
-  Global<double> slope{};        // [slots, columns]  slope of rank-, then the positive's own gradient
-  Global<double> partial{};      // [slots, parts, 2, capacity]  rank- and slope over a span of columns
-  Global<double> hinge{};        // [slots, parts]  sum of the negative hinges over a span
-  Global<int32_t> flag{};        // [slots, parts, 2]  how many of them are not 0; whether a score is NaN
-  Global<double> outcome{};      // [slots, kOutcome]
+  // Rows that do not stay in shared memory; `blocks` are those of a row:
+  Global<int32_t> block_positives{};  // [slots, blocks]  positives that a block found
+  Global<int32_t> column{};  // [slots, columns]  of the positives: ascending, then sorted by score within a piece
+  Global<double> above{};    // [slots, columns]  rank+, then dloss/drank+
+  Global<double> below{};    // [slots, columns]  rank-, then dloss/drank-
+  Global<double> slope{};    // [slots, columns]  slope of rank-, then the positive's own gradient
+  Global<double> partial{};  // [slots, blocks, 2, capacity]  rank- and slope over a span of columns
+  Global<double> hinge{};    // [slots, blocks]  sum of the negative hinges over a span
+  Global<int32_t> flag{};    // [slots, blocks, 2]  how many of them are not 0; whether a score is NaN
+  Global<double> outcome{};  // [slots, kOutcome]
   // Scanned rows. Items are columns, sorted by score, what is left out at the end; 32 of them are a leaf.
   // [1] of both lie over `below`, a slot's keys and then its indices over the slot's share: [slots, 2, columns]
   Global<uint32_t> key[2]{};      // [slots, columns]  scores in the order of unsigned numbers
@@ -180,9 +180,9 @@ struct Workspace {
   Global<double> state_above{};   // [slots, words + 1, kTerms]  of a leaf and all above
   Global<double> leaf_weight{};   // [slots, words + 1]  weights of a leaf and all above
   Global<double> leaf_sum{};      // [slots, words + 1]  of their scores, from that of its first item on
-  Global<int32_t> digits{};       // [slots, parts, 256]
-  Global<int32_t> part_items{};   // [slots, parts, 3]  items with a role, positives among sorted ones, and whether a
-                                  // score or weight is not finite
+  Global<int32_t> digits{};       // [slots, blocks, 256]
+  Global<int32_t> block_items{};  // [slots, blocks, 3]  items, positives among the sorted ones, and whether a score or
+                                  // weight is not finite
 };
 constexpr int kTerms = Series<float>::kDegree;
 constexpr int kOutcome = 5;
@@ -212,7 +212,7 @@ struct RowParams {
   Global<T> unscale{};            // [rows]  kLoss of half types: gradient times this is the true one; may be null
   Global<const double> weight{};  // [rows, 3]  kObjective
   Global<double> value{};         // [rows, 5]  kObjective
-  Global<int64_t> counts{};       // [rows, 2]  kCount: positives and negatives
+  Global<int64_t> counts{};       // [rows, 2]  kCountPairs: positives and negatives
   Global<const int64_t> first{};  // [rows + 1]  kRank, kRankGradient: where a row's entries begin
   int64_t entries = 0;            // of which there are so many
   Global<int64_t> query{}, reference{};  // [entries]  kRank

@@ -1,17 +1,17 @@
 // The sorted scan: rows of many positives, whose ranks and gradients it reads off sums instead of meeting every pair.
-// docs/sorted-scan.md has the derivation. The steps of such a row, after its roles and the columns of its positives:
+// docs/sorted-scan.md has the derivation. The steps of such a row, after its masks and the columns of its positives:
 //
-//   keys           every column with its score; infinities and NaN leave the row to the steps of rows.cuh
-//   count, deal    a stable radix sort, four digits of 8 bits: columns become items
-//   split, places  which items are positives, and where each positive lies
-//   sums, join     where leaves of 32 items meet: the exponential sums of all negatives below, and of all above
-//   read           rank+, rank- and slope of each positive: its own leaf and that of the knee pair by pair, series for
-//                  the rest
-//   (weights)      by rows.cuh
-//   sums, join, read once more: sums of the weighted positives, which the negatives read
+//   keys            every column with its score; infinities and NaN leave the row to the steps of rows.cuh
+//   count, scatter  a stable radix sort, four digits of 8 bits: columns become items
+//   split, places   which items are positives, and where each positive lies
+//   sums, join      where leaves of 32 items meet: the exponential sums of all negatives below, and of all above
+//   read            rank+, rank- and slope of each positive: its own leaf and that of the threshold pair by pair,
+//                   series for the rest
+//   weights         by rows.cuh
+//   sums to read    once more: sums of the weighted positives, which the negatives read
 //
 // and for smooth twice again, among the positives. Blocks share the columns, items, leaves or positives of a row; what
-// one writes the others read a launch later. The only atomics are none: counts of digits are each warp's own.
+// one writes the others read a launch later. There are no atomics: each warp counts digits for itself.
 #pragma once
 
 #include "rows.cuh"
@@ -24,7 +24,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   using Base = RowKernel<S, kCapacity, true>;
   using T = float;
   using Params = RowParams<S>;
-  using Base::k_, Base::p_, Base::part_, Base::row_, Base::scanned_, Base::size_, Base::slot_, Base::warps_;
+  using Base::k_, Base::p_, Base::block_, Base::row_, Base::scanned_, Base::size_, Base::slot_, Base::warps_;
   static constexpr int kLeaf = 32;
   static constexpr uint32_t kLast = ~0u;  // the key of what is left out: that of no number
 
@@ -36,12 +36,12 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE void run() { this->run_as(*this); }
 
   ROADMAP_DEVICE void steps(uint32_t wanted) {
-    constexpr uint32_t kBoth = kRoles | kCollect;
+    constexpr uint32_t kBoth = kMasks | kCollect;
     scanned_ = false;
     if (wanted & kBoth) {
       Base::steps(wanted & kBoth);
     } else {
-      size_ = this->count_parts(p_.schedule.parts);
+      size_ = this->positives_of_blocks(p_.schedule.blocks_per_row);
     }
     if (!this->may_scan()) return done(wanted);
     if (wanted & kKeys) keys();
@@ -49,10 +49,10 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     scanned_ = this->all_finite();
     done(wanted);
     if (!scanned_) return;
-    items_ = part_sum(0);
+    items_ = sum_of_blocks(0);
     for (int digit = 0; digit < kDigits; ++digit) {
-      if (wanted & (kCount << 2 * digit)) count(digit);
-      if (wanted & (kDeal << 2 * digit)) deal(digit);
+      if (wanted & (kCountDigit << 2 * digit)) count_digit(digit);
+      if (wanted & (kScatterDigit << 2 * digit)) scatter_digit(digit);
     }
     if (wanted & kSplit) split();
     if (wanted & kPlaces) places();
@@ -76,7 +76,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     if (wanted & kReadWeighted) {
       if (nan) {
         int begin, end;
-        this->share_columns(part_, p_.schedule.parts, begin, end);
+        this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
         this->fill_nan(begin, end);
       } else {
         read_gradients();
@@ -105,16 +105,16 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE int64_t edge(int64_t l) const { return slot_ * (p_.workspace.words + 1) + l; }
   ROADMAP_DEVICE int leaves() const { return (items_ + kLeaf - 1) / kLeaf; }
   ROADMAP_DEVICE int end_of(int l) const { return smaller(items_, (l + 1) * kLeaf); }
-  // Share `part` of n.
+  // The share of this block in n.
   ROADMAP_DEVICE void share_of(int n, int& begin, int& end) const {
-    begin = static_cast<int>(int64_t(n) * part_ / p_.schedule.parts);
-    end = static_cast<int>(int64_t(n) * (part_ + 1) / p_.schedule.parts);
+    begin = static_cast<int>(int64_t(n) * block_ / p_.schedule.blocks_per_row);
+    end = static_cast<int>(int64_t(n) * (block_ + 1) / p_.schedule.blocks_per_row);
   }
 
-  using Base::part_sum;
-  ROADMAP_DEVICE int part_sum(int what) const { return part_sum(what, p_.schedule.parts); }
+  using Base::sum_of_blocks;
+  ROADMAP_DEVICE int sum_of_blocks(int what) const { return sum_of_blocks(what, p_.schedule.blocks_per_row); }
   ROADMAP_DEVICE void note(int what, double value) {
-    if (simt::thread() == 0) p_.workspace.part_items[3 * this->part_at(part_) + what] = static_cast<int32_t>(value);
+    if (simt::thread() == 0) p_.workspace.block_items[3 * this->block_at(block_) + what] = static_cast<int32_t>(value);
   }
 
   // Numbers in the order of unsigned ones, and back.
@@ -124,13 +124,13 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   }
   static ROADMAP_DEVICE float number(uint32_t key) { return simt::bits_float(key ^ (key >> 31 ? 0x80000000u : ~0u)); }
   ROADMAP_DEVICE float value(int j) const { return number(p_.workspace.key[0][item(j)]); }
-  ROADMAP_DEVICE uint32_t roles_of(int l) const { return p_.workspace.sorted[leaf(l)]; }
+  ROADMAP_DEVICE uint32_t positives_of(int l) const { return p_.workspace.sorted[leaf(l)]; }
 
   // --- the sort -----------------------------------------------------------------------------------------------------
 
   ROADMAP_DEVICE void keys() {
     int begin, end;
-    this->share_columns(part_, p_.schedule.parts, begin, end);
+    this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     bool odd = false;
     int found = 0, hinges = 0;
     double hinge = 0;
@@ -152,7 +152,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
       p_.workspace.key[0][item(at)] = key;
       p_.workspace.index[0][item(at)] = static_cast<uint32_t>(at);
     }
-    if (p_.op == Op::kRankGradient && part_ == 0) {  // weights that arrive
+    if (p_.op == Op::kRankGradient && block_ == 0) {  // weights that arrive
       for (int i = simt::thread(); i < size_; i += simt::threads()) {
         const int64_t at = p_.first[row_] + i;
         if (at < 0 || at >= p_.entries) continue;
@@ -167,18 +167,18 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     note(0, all);
     note(2, odd);
     if (simt::thread() == 0) {
-      p_.workspace.hinge[this->part_at(part_)] = sum;
-      p_.workspace.flag[2 * this->part_at(part_)] = static_cast<int32_t>(count);
-      p_.workspace.flag[2 * this->part_at(part_) + 1] = 0;
+      p_.workspace.hinge[this->block_at(block_)] = sum;
+      p_.workspace.flag[2 * this->block_at(block_)] = static_cast<int32_t>(count);
+      p_.workspace.flag[2 * this->block_at(block_) + 1] = 0;
     }
     simt::barrier();  // notes are read by others than have written them
   }
 
   // Items of the share that lie in each bucket of a digit.
-  ROADMAP_DEVICE void count(int digit) {
+  ROADMAP_DEVICE void count_digit(int digit) {
     const int from = digit % 2;
     int begin, end;
-    this->share_columns(part_, p_.schedule.parts, begin, end);
+    this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     clear();
     for (int first = begin; first < end; first += simt::threads()) {
       const int j = first + simt::thread();
@@ -192,28 +192,28 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     for (int bucket = simt::thread(); bucket < 256; bucket += simt::threads()) {
       int sum = 0;
       for (int w = 0; w < warps_; ++w) sum += counters_[w * 256 + bucket];
-      p_.workspace.digits[this->part_at(part_) * 256 + bucket] = sum;
+      p_.workspace.digits[this->block_at(block_) * 256 + bucket] = sum;
     }
-    simt::barrier();  // a part alone deals at once
+    simt::barrier();  // a block alone goes on to scatter at once
   }
 
-  // Deals the share to the buckets, in order: where each begins for this part follows from what all have counted.
-  ROADMAP_DEVICE void deal(int digit) {
-    const int from = digit % 2, to = 1 - from, parts = p_.schedule.parts;
+  // Scatters the share to the buckets, in order: where each begins for this block follows from what all have counted.
+  ROADMAP_DEVICE void scatter_digit(int digit) {
+    const int from = digit % 2, to = 1 - from, blocks = p_.schedule.blocks_per_row;
     for (int bucket = simt::thread(); bucket < 256; bucket += simt::threads()) {
       int all = 0;
-      for (int part = 0; part < parts; ++part) all += p_.workspace.digits[this->part_at(part) * 256 + bucket];
+      for (int block = 0; block < blocks; ++block) all += p_.workspace.digits[this->block_at(block) * 256 + bucket];
       counters_[bucket] = all;
     }
     simt::barrier();
     for (int bucket = simt::thread(); bucket < 256; bucket += simt::threads()) {
       int at = 0;
       for (int lower = 0; lower < bucket; ++lower) at += counters_[lower];
-      for (int part = 0; part < part_; ++part) at += p_.workspace.digits[this->part_at(part) * 256 + bucket];
+      for (int block = 0; block < block_; ++block) at += p_.workspace.digits[this->block_at(block) * 256 + bucket];
       places_[bucket] = at;
     }
     int begin, end;
-    this->share_columns(part_, parts, begin, end);
+    this->share_columns(block_, blocks, begin, end);
     for (int first = begin; first < end; first += simt::threads()) {
       const int j = first + simt::thread();
       uint32_t key = 0, index = 0, bucket = 256;
@@ -278,12 +278,12 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   // Where each positive lies; their columns, from now on in the order of their scores.
   ROADMAP_DEVICE void places() {
-    int begin, end, at = part_sum(1, part_);
+    int begin, end, at = sum_of_blocks(1, block_);
     share_of(leaves(), begin, end);
     for (int first = begin; first < end; first += simt::threads()) {
       const int l = first + simt::thread();
       uint32_t bits = 0;
-      if (l < end) bits = roles_of(l);
+      if (l < end) bits = positives_of(l);
       simt::barrier();  // sums of the tile before are still read
       int total;
       int to = at + this->sum_before(simt::count_bits(bits), total);
@@ -301,8 +301,8 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   // --- the sums -----------------------------------------------------------------------------------------------------
 
-  ROADMAP_DEVICE bool takes(Source source, uint32_t roles, int j) const {
-    const bool positive = roles >> (j % kLeaf) & 1;
+  ROADMAP_DEVICE bool takes(Source source, uint32_t positives, int j) const {
+    const bool positive = positives >> (j % kLeaf) & 1;
     return source == Source::kNegatives ? !positive && j >= first_ : positive;
   }
   // Weight of positive i.
@@ -323,7 +323,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     int begin, end;
     share_of(leaves(), begin, end);
     for (int l = begin + simt::thread(); l < end; l += simt::threads()) {
-      const uint32_t roles = roles_of(l);
+      const uint32_t positives = positives_of(l);
       const double low = static_cast<double>(value(l * kLeaf)), high = static_cast<double>(value(end_of(l) - 1));
       double weights = 0, sum = 0;
       for (int side = 0; side < 2; ++side) {
@@ -333,7 +333,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
         int i = p_.workspace.leaf_before[leaf(l)];
 #pragma unroll 1
         for (int j = l * kLeaf; j < end_of(l); ++j) {
-          if (!takes(source, roles, j)) continue;
+          if (!takes(source, positives, j)) continue;
           const double v = static_cast<double>(value(j)), w = weight(source, i++);
           const double q = decay(side ? v - low : high - v, 55);
           double power = w * q;
@@ -357,11 +357,11 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     simt::barrier();
   }
 
-  // Sums over all below each leaf, and over it and all above. A term a thread; the two sides on different parts.
+  // Sums over all below each leaf, and over it and all above. A term a thread; the two sides in different blocks.
   ROADMAP_DEVICE void join() {
     const int count = leaves(), k = simt::thread();
     const double power = k + 1;
-    if (part_ == 0 && k < kTerms) {
+    if (block_ == 0 && k < kTerms) {
       double sum = 0;
       p_.workspace.state_below[edge(0) * kTerms + k] = 0;
 #pragma unroll 1
@@ -375,7 +375,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
         p_.workspace.state_below[edge(l + 1) * kTerms + k] = sum;
       }
     }
-    if (part_ == p_.schedule.parts - 1) {
+    if (block_ == p_.schedule.blocks_per_row - 1) {
       const int above = k - (simt::threads() > kWord ? kWord : 0);  // the next warp, if there is one
       if (above >= 0 && above < kTerms) {
         const double times = above + 1;
@@ -462,8 +462,8 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     }
     return low;
   }
-  // The first item from `low` on that lies above the knee of u.
-  ROADMAP_DEVICE int knee_above(int low, float u) const {
+  // The first item from `low` on that lies above the threshold of u.
+  ROADMAP_DEVICE int threshold_above(int low, float u) const {
     int high = items_;
     while (low < high) {
       const int middle = low + (high - low) / 2;
@@ -491,17 +491,17 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   // Adds the sources of leaf l to the shares of u, pair by pair; `self` is left out.
   ROADMAP_DEVICE void add_pairs(Source source, int l, float u, int self, Shares<T>& shares) const {
-    const uint32_t roles = roles_of(l);
+    const uint32_t positives = positives_of(l);
 #pragma unroll 1
     for (int j = l * kLeaf; j < end_of(l); ++j) {
-      if (!takes(source, roles, j) || j == self) continue;
+      if (!takes(source, positives, j) || j == self) continue;
       const float t = value(j) - u;
-      const bool tail = !k_.smooth && t > k_.delta;
+      const bool linear = !k_.smooth && t > k_.delta;
       const Logistic<T> h = logistic_of(t, k_);
-      shares.value += tail ? 0.0f : h.value;
-      shares.slope += tail ? 0.0f : h.slope;
-      shares.far += tail ? t - k_.origin : 0.0f;
-      if (!k_.smooth) shares.count += tail ? Shares<T>::kTail : t < 0.0f ? 0 : 1;
+      shares.value += linear ? 0.0f : h.value;
+      shares.slope += linear ? 0.0f : h.slope;
+      shares.far += linear ? t - k_.origin : 0.0f;
+      if (!k_.smooth) shares.count += linear ? Shares<T>::kLinear : t < 0.0f ? 0 : 1;
     }
   }
 
@@ -516,29 +516,29 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
       Shares<T> shares;
       add_pairs(Source::kNegatives, l, u, -1, shares);
       const Read below = below_leaf(l, 0, u);
-      int knee = leaves();
+      int threshold = leaves();  // its leaf
       if (!k_.smooth) {
-        const int at = knee_above(j, u);
-        if (at < items_) knee = at / kLeaf;
-        if (at < items_ && knee > l) add_pairs(Source::kNegatives, knee, u, -1, shares);
+        const int at = threshold_above(j, u);
+        if (at < items_) threshold = at / kLeaf;
+        if (at < items_ && threshold > l) add_pairs(Source::kNegatives, threshold, u, -1, shares);
       }
-      const Read above = above_leaf(l + 1, knee, u);
-      const int tail = smaller(leaves(), knee + 1);  // the first leaf that is all tail
+      const Read above = above_leaf(l + 1, threshold, u);
+      const int linear = smaller(leaves(), threshold + 1);  // the first leaf that is linear as a whole
       const double weight_near = p_.workspace.leaf_weight[edge(smaller(leaves(), l + 1))];
-      const double weight_knee = p_.workspace.leaf_weight[edge(knee)];
-      const double between = knee > l ? weight_near - weight_knee : 0.0;
+      const double weight_threshold = p_.workspace.leaf_weight[edge(threshold)];
+      const double between = threshold > l ? weight_near - weight_threshold : 0.0;
       double rank = shares.rank(k_) + below.curve + between - above.curve;
       double slope = shares.rise(k_) + below.slope + above.slope;
       if (!k_.smooth) {
         rank += k_.start * between;
-        const double tails = p_.workspace.leaf_weight[edge(tail)];
-        if (tails > 0) {
-          const double first = static_cast<double>(value(tail * kLeaf));
-          const double past = p_.workspace.leaf_sum[edge(tail)] +
-                              tails * (first - static_cast<double>(u) - static_cast<double>(k_.origin));
-          if (k_.rho > 0) rank += k_.rho * (past + tails * k_.beyond);
-          rank += tails * k_.offset;
-          slope += tails * (k_.rho * k_.tau);
+        const double weight_linear = p_.workspace.leaf_weight[edge(linear)];
+        if (weight_linear > 0) {
+          const double first = static_cast<double>(value(linear * kLeaf));
+          const double past = p_.workspace.leaf_sum[edge(linear)] +
+                              weight_linear * (first - static_cast<double>(u) - static_cast<double>(k_.origin));
+          if (k_.rho > 0) rank += k_.rho * (past + weight_linear * k_.beyond);
+          rank += weight_linear * k_.offset;
+          slope += weight_linear * (k_.rho * k_.tau);
         }
         int low = 0, high = i;  // the first positive that is as high
         while (low < high) {
@@ -580,12 +580,12 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   // sum_i w_i H-'(v - u_i) over the positives of a leaf, in units of 1 / tau; `self` is left out.
   ROADMAP_DEVICE double weighted_pairs(Source source, int l, float v, int self) const {
-    const uint32_t roles = roles_of(l);
+    const uint32_t positives = positives_of(l);
     int i = p_.workspace.leaf_before[leaf(l)];
     double sum = 0;
 #pragma unroll 1
     for (int j = l * kLeaf; j < end_of(l); ++j) {
-      if (!(roles >> (j % kLeaf) & 1)) continue;
+      if (!(positives >> (j % kLeaf) & 1)) continue;
       const double w = weight(source, i++);
       if (j == self) continue;
       const float t = v - value(j);
@@ -598,14 +598,14 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
   ROADMAP_DEVICE double weighted_slopes(int j, float v) const {
     const int l = j / kLeaf;
     double sum = weighted_pairs(Source::kWeighted, l, v, -1);
-    int from = 0;  // the leaves from here on lie below no knee of v
+    int from = 0;  // from this leaf on, v is above no threshold
     if (!k_.smooth) {
-      const int knee = first_within(k_.delta, v, j) / kLeaf;
-      if (knee < l) {
-        sum += weighted_pairs(Source::kWeighted, knee, v, -1);
-        const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(knee)];
-        if (knee > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
-        from = knee + 1;
+      const int threshold = first_within(k_.delta, v, j) / kLeaf;
+      if (threshold < l) {
+        sum += weighted_pairs(Source::kWeighted, threshold, v, -1);
+        const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(threshold)];
+        if (threshold > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
+        from = threshold + 1;
       } else {
         const double all = p_.workspace.leaf_weight[edge(0)], rest = p_.workspace.leaf_weight[edge(l)];
         if (l > 0) sum += (all - rest) * static_cast<double>(k_.rho_tau);
@@ -617,7 +617,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   ROADMAP_DEVICE void read_gradients() {
     int begin, end;
-    this->share_columns(part_, p_.schedule.parts, begin, end);
+    this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
     const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
     const double by = this->outcome(Base::kUnit) / k_.tau * this->outcome(Base::kScale) * weight * row;
@@ -631,7 +631,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
         continue;
       }
       const int l = j / kLeaf;
-      if (roles_of(l) >> (j % kLeaf) & 1) continue;  // positives come last
+      if (positives_of(l) >> (j % kLeaf) & 1) continue;  // positives come last
       const float v = value(j);
       const double sum = j >= first_ ? weighted_slopes(j, v) : 0.0;
       float g = static_cast<float>(sum * by);
@@ -660,7 +660,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
 
   simt::Shared<int32_t> places_;    // [256]  where the next item of each bucket goes
   simt::Shared<int32_t> counters_;  // [warps, 256]
-  int items_ = 0;                   // columns with a role
+  int items_ = 0;                   // columns that are positive or negative
   int first_ = 0;                   // negatives before this item lie too far below all positives to count
 };
 

@@ -36,7 +36,7 @@ Global<T> global(T* p, int64_t size) {
 
 #if defined(__CUDACC__)
 
-// Deals out the shared memory of a block, piece after piece, each aligned for its type.
+// Hands out the shared memory of a block, piece after piece, each aligned for its type.
 class SharedMemory {
  public:
   explicit ROADMAP_DEVICE SharedMemory(char* begin) : at_(begin) {}

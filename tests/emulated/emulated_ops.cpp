@@ -47,7 +47,8 @@ int launch_rows(const RowParams<S>& p, void*) {
   const Schedule& s = p.schedule;
   using T = Accumulation<S>;
   const bool small = emulated.capacity == kShortPiece, scan = s.scan;
-  return emulate(s.slots * s.parts, s.threads, shared_bytes<T>(emulated.capacity, s.threads, scan), [&](char* shared) {
+  const int bytes = shared_bytes<T>(emulated.capacity, s.threads, scan);
+  return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
     if constexpr (!std::is_same_v<S, double>) {
       if (scan) {
         if (small) {
@@ -117,7 +118,7 @@ ROADMAP_EXPORT void plan_of(int64_t rows, int64_t columns, int is_double, int mu
   out[1] = plan.bytes;
   out[2] = 0;  // blocks in flight at least, over the launches that do most of the work
   for (const Schedule& s : plan.launches) {
-    if (s.steps & kNegatives) out[2] = std::max(out[2], s.slots * s.parts * s.threads);
+    if (s.steps & kNegatives) out[2] = std::max(out[2], s.slots * s.blocks_per_row * s.threads);
   }
 }
 

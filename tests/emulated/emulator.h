@@ -66,7 +66,7 @@ constexpr int kMaxShared = 227 * 1024;     // a block of an H100
 constexpr size_t kStack = 64 * 1024 + 64;  // not a power of two: stacks would compete for the same lines of cache
 constexpr size_t kCanary = 256;            // bytes at the end of a stack that must never change
 constexpr char kCanaryByte = 0x5a;
-constexpr int kStep = 16;  // bytes of shared memory that SharedMemory deals out at least
+constexpr int kStep = 16;  // bytes of shared memory that SharedMemory hands out at least
 
 inline uint64_t hash(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15;
