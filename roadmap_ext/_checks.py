@@ -31,13 +31,13 @@ class Settings(NamedTuple):
     rho: float
     delta: float
     start: float
-    offset: float | None  # None: continuous at the knee
+    offset: float | None  # None: continuous at the threshold
 
     def for_op(self) -> tuple[int, float, float, float, float, float | None]:
         """The same as the ops take them: words as numbers."""
         return (SURROGATES.index(self.surrogate), *self[1:])
 
-    def value_above_knee(self) -> float:
+    def value_above_threshold(self) -> float:
         """The offset, or the default that makes the surrogate continuous."""
         return self.start + sigmoid(self.delta / self.tau) if self.offset is None else self.offset
 

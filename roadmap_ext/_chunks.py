@@ -394,7 +394,7 @@ class _Side:
 
 
 def _memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the device of another, with its pages."""
+    """An uninitialised tensor on the device of another; on the CPU its pages are prefaulted."""
     memory = like.new_empty(shape, dtype=dtype)
     if memory.device.type == "cpu":
         torch.ops.roadmap_ext.prefault_(memory)

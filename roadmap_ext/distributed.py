@@ -7,8 +7,8 @@ gather's backward gives each rank the sum of what all ranks have for its rows, a
 the sum of what arrives at all of them. So a backward on every rank makes the gradient of the sum of what the ranks
 return: W times the gradient of the one loss that all W of them return, which DistributedDataParallel divides by W.
 
-Before anything is sent, the ranks meet: each says what it brings, or that its arguments are bad, and where they do not
-fit together all of them raise. Sums over ranks are taken in the order of the ranks.
+Before anything is sent, the ranks shake hands: each says what it brings, or that its arguments are bad, and where these
+do not fit together all ranks raise. Sums over ranks are taken in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def gather_together(check: Callable[[], None], *tensors: Tensor) -> list[Tensor]
     if not error:
         facts["rows"] = len(tensors[0])
     gradients = [f"gradient of tensor {place}" for place in range(len(tensors))]
-    brought = _meet(error, tensors[0].device if not error else None, facts, ["rows", *gradients])
+    brought = _handshake(error, tensors[0].device if not error else None, facts, ["rows", *gradients])
     return [
         _gather(_joined(tensor, brought[gradient]), brought["rows"])
         for tensor, gradient in zip(tensors, gradients, strict=True)
@@ -131,7 +131,7 @@ def roadmap_loss(
         if ref_emb is not None and not own:
             facts |= {"references": len(ref_emb), **{f"{name} of ref_emb": x for name, x in _kind(ref_emb).items()}}
             free += ["gradient of ref_emb", *([] if everywhere else ["references"])]
-    brought = _meet(error, embeddings.device if isinstance(embeddings, Tensor) else None, facts, free)
+    brought = _handshake(error, embeddings.device if isinstance(embeddings, Tensor) else None, facts, free)
 
     rank, rows = dist.get_rank(), brought["rows"]
     embeddings = _joined(embeddings, brought["gradient"])
@@ -159,7 +159,7 @@ def roadmap_loss(
     return share if objective.reduction == "none" else _add_up(share)
 
 
-# --- the meeting -----------------------------------------------------------------------------------------------------
+# --- the handshake ---------------------------------------------------------------------------------------------------
 
 
 def _error_of(check: Callable[[], object]) -> Exception | None:
@@ -181,7 +181,7 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def _meet(
+def _handshake(
     error: Exception | None, device: torch.device | None, facts: Mapping[str, int | str], free: Sequence[str]
 ) -> dict[str, list[int]]:
     """What each rank brings, by name. The host waits for it once.
@@ -192,11 +192,11 @@ def _meet(
     names = _digest(repr(list(facts)))
     words = [error is not None, names, *(_digest(x) if isinstance(x, str) else x for x in facts.values())]
     message = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
-    room = 32  # words of facts, the same on every rank whatever it brings
-    assert len(words) <= room
-    sent = torch.zeros(room + _MESSAGE // 8, dtype=torch.int64)
+    most = 32  # words: the same on every rank, whatever it brings
+    assert len(words) <= most
+    sent = torch.zeros(most + _MESSAGE // 8, dtype=torch.int64)
     sent[: len(words)] = torch.tensor(words, dtype=torch.int64)
-    sent[room:] = torch.frombuffer(bytearray(message.ljust(_MESSAGE, b"\0")), dtype=torch.int64)
+    sent[most:] = torch.frombuffer(bytearray(message.ljust(_MESSAGE, b"\0")), dtype=torch.int64)
     try:
         heard = _all_gather(sent.to(_place(device))).cpu()
     except RuntimeError as missing:
@@ -210,7 +210,7 @@ def _meet(
         raise error
     failed = heard[:, 0].nonzero().flatten().tolist()
     if failed:
-        text = bytes(heard[failed[0], room:].view(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace")
+        text = bytes(heard[failed[0], most:].view(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace")
         raise RuntimeError(f"rank {failed[0]} of {len(heard)} failed, and so all of them do: {text}")
     if (heard[:, 1] != names).any():
         raise ValueError(f"the ranks make different calls: this one, rank {dist.get_rank()}, brings {', '.join(facts)}")

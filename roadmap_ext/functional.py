@@ -135,10 +135,10 @@ def ap_loss(
             not. None for no such pair.
         surrogate: ``"sup"`` or ``"smooth"``.
         tau: temperature of the sigmoid, in units of the scores; positive.
-        rho: slope of the linear tail, loss per unit of score; not negative.
-        delta: knee where the tail begins, in units of the scores; not negative.
+        rho: slope of the linear part, loss per unit of score; not negative.
+        delta: threshold where the linear part begins, in units of the scores; not negative.
         start: jump at t = 0.
-        offset: value just above the knee; None for start + sigma(delta / tau), which makes H- continuous.
+        offset: value just above the threshold; None for start + sigma(delta / tau), which makes H- continuous.
         reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"``: [B].
         method: ``"pairwise"`` (fused kernels, |P| x N work, nothing of that size in memory; ``"tiled"`` is an alias),
             ``"sorted"`` (the sorted scan: near-linear in N, whatever |P| is; rows with infinite scores, and on CUDA

@@ -29,9 +29,9 @@ def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
     if settings.surrogate == "smooth":
         return below
     below = below + settings.start * (gap >= 0).to(gap.dtype)
-    # A slope of 0 means a flat tail, also at an infinite gap.
+    # With a slope of 0 the linear part is flat, even at an infinite gap.
     linear = settings.rho * (gap - settings.delta) if settings.rho else torch.zeros_like(gap)
-    return torch.where(gap > settings.delta, linear + settings.value_above_knee(), below)
+    return torch.where(gap > settings.delta, linear + settings.value_above_threshold(), below)
 
 
 def _gaps(references: Tensor, positives: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _nan_if_any(kept: Tensor) -> Tensor:
     return kept[kept.isnan()].square().sum()
 
 
-def _roles(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _pair_masks(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     wide = scores if scores.dtype == torch.float64 else scores.float()
     ignored = torch.zeros_like(target) if ignore is None else ignore
     return wide, target & ~ignored, ~target & ~ignored
@@ -86,7 +86,7 @@ def ap_loss(
     one_of("reduction", reduction, REDUCTIONS)
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    wide, positive, negative = _roles(scores, target, ignore)
+    wide, positive, negative = _pair_masks(scores, target, ignore)
     losses = []
     for row, is_positive, is_negative in zip(wide, positive, negative, strict=True):
         if is_positive.any():
@@ -119,7 +119,7 @@ def smooth_rank(
     """
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
-    wide, positive, negative = _roles(scores, target, ignore)
+    wide, positive, negative = _pair_masks(scores, target, ignore)
     ranks = [
         _row_ranks(row, is_positive, is_negative, settings)
         for row, is_positive, is_negative in zip(wide, positive, negative, strict=True)
@@ -224,7 +224,7 @@ def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective:
     "violating_pairs" is the released code's: over the whole batch, hinges are averaged over those that are not 0,
     positives and negatives apart. A query's loss then is B times its share, so that the mean is the batch's.
     """
-    wide, positive, negative = _roles(scores, target, ignore)
+    wide, positive, negative = _pair_masks(scores, target, ignore)
     below = torch.relu(objective.positive_margin - wide)
     above = torch.relu(wide - objective.negative_margin)
     if objective.calibration_reduction == "per_query":
