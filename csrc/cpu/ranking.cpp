@@ -121,8 +121,7 @@ class Ranking {
     counting_.range(w.found.data(), size, low, high);
     table.low = low;
     table.last = static_cast<T>(buckets - 1);
-    // Where there is no span, or an infinite one, NaN leads all to the first bucket, in which they are found by
-    // bisection.
+    // Where the range is empty or infinite, NaN leads all to the first bucket, where bisection finds them.
     table.scale = static_cast<T>(buckets) / (high - low);
     w.found_in.resize(size);
     for (int64_t i = 0; i < size; i += kBlock) {

@@ -7,8 +7,7 @@ namespace roadmap {
 
 namespace {
 
-// MurmurHash3's finaliser: every bit of a label moves every bit of its slot, so that no step between labels is a bad
-// one.
+// MurmurHash3's finaliser: every bit of a label changes every bit of its slot, so that no spacing of labels is bad.
 uint64_t mixed(uint64_t x) {
   x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCDu;
   x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53u;

@@ -631,8 +631,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   const bool reads = pass.ranks() || pass.objective().calibration;
   // Whether anyone may ask for the scores of positives that are in cells.
   const bool by_scores = pass.smooth() || pass.objective().calibration;
-  // Whether anyone may ask for the positives by column: not where ranks alone become gradients that are written at
-  // once.
+  // Whether anyone may ask for the positives by column: not where ranks alone become gradients, written at once.
   const bool by_columns = !gradient || !pass.ranks() || !pass.whole() || pass.objective().calibration;
   const auto clear_spans = [&](Row<T>& row, int64_t spans) {
     std::fill(row.rank_negative.begin(), row.rank_negative.end(), 0.0);

@@ -502,8 +502,7 @@ class RowKernel {
     uint32_t word;
     Vector<S> part[kColumns / kEach];
   };
-  // Nothing is computed here and no load waits for another, so that a tile is on its way while the one before is worked
-  // on.
+  // Nothing is computed here and no load waits for another: a tile is on its way while the last one is worked on.
   ROADMAP_DEVICE Fetched fetch(int at, int end) const {
     Fetched f;
     f.word = 0;
