@@ -10,6 +10,8 @@ from emulated_ops import NEVER
 
 from roadmap_ext import ap_loss, reference, smooth_rank
 
+pytestmark = pytest.mark.usefixtures("emulated")
+
 # As in emulated_ops.DEVICES, all rows scanned: by blocks that own a row, and by 2, 3 and 5 that share it.
 OWNING = [
     (2, 64 << 20, 96, 1, 1, 0),  # a slot a row

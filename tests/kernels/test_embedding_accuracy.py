@@ -5,8 +5,6 @@ plus ULPS eps of what was summed to make the row, |G| |X|, and of the largest c 
 of scores may be dropped. It is applied row by row where similarities are exact in float32, so that both sides rank the
 same scores. Where they are not, an error of eps in a score is one of eps / tau in the slopes of both sides, alike in
 size but not in sign: there the rule is for the norm over all rows.
-
-test_instruction_sets.py runs this file again for each instruction set of the machine.
 """
 
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from torch.nn.functional import normalize
 
 from roadmap_ext import reference, roadmap_loss
 from roadmap_ext._checks import make_objective, make_settings
+
+pytestmark = pytest.mark.ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [1, 31, 33, 129]
@@ -194,6 +194,7 @@ def test_sizes(n, dtype):
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.long
 def test_long_rows(surrogate):
     """More references than a block of columns, and few queries, whose rows are split over threads."""
     problem = problem_of(12, 4096 + 32)
