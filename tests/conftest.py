@@ -49,7 +49,7 @@ def each_value_once(cases):
     `make test` meets every dtype, size and setting so; `make test-deep` all their combinations.
     """
     chosen, seen = [], set()
-    cases = [(case, set(case.callspec.indices.items())) for case in cases]
+    cases = [(case, {(name, id(value)) for name, value in case.callspec.params.items()}) for case in cases]
     while cases:
         case, values = max(cases, key=lambda pair: len(pair[1] - seen))
         if not values - seen:
@@ -72,9 +72,7 @@ def pytest_collection_modifyitems(config, items):
         for case in cases:
             if case not in quick:
                 case.add_marker("deep")
-    config.stash[MARKERS_OF_ALL] = {
-        item.nodeid: {marker.name for marker in item.iter_markers()} for item in items
-    }
+    config.stash[MARKERS_OF_ALL] = {item.nodeid: {marker.name for marker in item.iter_markers()} for item in items}
     if not torch.cuda.is_available() or not roadmap_ext.build_info()["cuda"]:
         reason = "no CUDA device" if not torch.cuda.is_available() else roadmap_ext.build_info()["cuda_reason"]
         for item in items:

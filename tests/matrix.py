@@ -16,10 +16,12 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = os.cpu_count() or 1
 
 MARKERS = {
     "kernels": "in tests/kernels: accuracy of the ops, and what they promise, by instruction set and method",
@@ -42,7 +44,6 @@ MARKERS = {
     "recipes": "the paper's experiments on tiny copies of their data sets",
     "timm": "needs timm's own networks: `make recipes-check`",
     "gpu": "needs a CUDA device and a build with CUDA kernels",
-    "xdist_group(name)": "runs in one process with the others of that name: what they share is made once",
 }
 
 
@@ -85,7 +86,7 @@ CELLS = [
     Cell("distributed", "deep and (distributed or integrations)", 1),
     Cell("training", "deep and (training or comparison) and not recipes", 1),
     Cell("recipes", "deep and recipes and not timm", 1),
-    Cell("documentation", "deep and documentation", 1),
+    Cell("documentation", "documentation", 1),
 ]
 
 
@@ -113,48 +114,46 @@ def left_out(cell: Cell) -> str | None:
     return None
 
 
-def run(cell: Cell, options: list[str]) -> tuple[str, float, bool]:
-    """The last line of pytest, the seconds it took, and whether all passed."""
+def run(cell: Cell, options: list[str], alone: bool) -> tuple[bool, str]:
+    """Whether all passed, and a row for the table. Alone, a cell shares its modules out to a process a core."""
+    reason = left_out(cell)
+    if reason:
+        return True, f"{cell.name:<16}       -  {reason}"
     begin = time.monotonic()
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | cell.environ
-    print(f"--- {cell.name}: {cell.runs}", flush=True)
-    command = cell.command("-q", "-n", "2", "--dist", "loadgroup", *options)
-    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    last = ""
-    for line in process.stdout:
-        sys.stdout.write(line)
-        sys.stdout.flush()
-        last = line.strip() or last
-    return last.strip("= "), time.monotonic() - begin, process.wait() == 0
+    shared = ["-n", str(CORES), "--dist", "loadscope"] if alone and CORES > 1 else []
+    done = subprocess.run(
+        cell.command("-q", *shared, *options), cwd=ROOT, env=environ, text=True,
+        stdout=None if alone else subprocess.PIPE, stderr=None if alone else subprocess.STDOUT,
+    )  # fmt: skip
+    passed, seconds = done.returncode == 0, time.monotonic() - begin
+    if not alone:
+        print(f"--- {cell.name}\n{done.stdout.rstrip()}", flush=True)
+    last = "" if alone else done.stdout.rstrip().splitlines()[-1].strip("= ")
+    return passed, f"{cell.name:<16}{seconds:>8.0f}  {'' if passed else 'FAILED '}{last}"
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="which cells, by name; all of them by default")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="which cells, by name; all but the first by default")
     parser.add_argument("--list", action="store_true", help="say what each cell runs")
     arguments, options = parser.parse_known_args()
     known = {cell.name: cell for cell in CELLS}
     unknown = [name for name in arguments.cells if name not in known]
     if unknown:
         parser.error(f"there is no cell {', '.join(unknown)}; there are {', '.join(known)}")
-    rows, failed = [], False
-    for cell in (known[name] for name in arguments.cells or list(known)[1:]):
-        reason = left_out(cell)
-        if arguments.list:
-            conditions = [*(f"{name}={value}" for name, value in cell.environ.items()), *([cell.plugin] if cell.plugin else [])]
-            rows.append((cell.name, 0.0, f"{cell.runs}  {' '.join(conditions)}"))
-        elif reason:
-            rows.append((cell.name, 0.0, f"left out: {reason}"))
-        else:
-            words, seconds, passed = run(cell, options)
-            failed |= not passed
-            rows.append((cell.name, seconds, words if passed else f"FAILED: {words}"))
-    print(f"\n{'cell':<18}{'seconds':>8}  {'tests' if not arguments.list else 'runs'}")
-    for name, seconds, words in rows:
-        print(f"{name:<18}{seconds:>8.0f}  {words}")
-    sys.exit(1 if failed else 0)
+    cells = [known[name] for name in arguments.cells or list(known)[1:]]
+    if arguments.list:
+        for cell in CELLS:
+            condition = "".join(f" {name}={value}" for name, value in cell.environ.items())
+            print(f"{cell.name:<16}{cell.runs}{condition}{f' -p {cell.plugin}' if cell.plugin else ''}")
+        return
+    with ThreadPoolExecutor(CORES) as pool:
+        outcomes = list(pool.map(lambda cell: run(cell, options, len(cells) == 1), cells))
+    print(f"\n{'cell':<16}{'seconds':>8}", *(row for _, row in outcomes), sep="\n")
+    sys.exit(0 if all(passed for passed, _ in outcomes) else 1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from emulated_ops import DEVICES
 
 from roadmap_ext import RoadmapLoss, _chunks, ap_loss, reference, smooth_rank
 
-pytestmark = pytest.mark.usefixtures("emulated")
+pytestmark = [pytest.mark.usefixtures("emulated"), pytest.mark.deep]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LISTS = ["positive", "left_out", "negative"]

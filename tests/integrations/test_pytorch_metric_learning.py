@@ -33,8 +33,6 @@ from roadmap_ext.integrations.pytorch_metric_learning import (
     SupAPLoss,
 )
 
-pytestmark = pytest.mark.xdist_group("pytorch_metric_learning")  # ranks run once for all cases
-
 LOSSES = [RoadmapLoss, SupAPLoss, SmoothAPLoss, CalibrationLoss]
 PAGE = Path(__file__).parents[2] / "docs/pytorch-metric-learning.md"
 

@@ -1,8 +1,8 @@
-"""ap_loss against the float64 reference: every dtype, surrogate and published setting, over awkward sizes.
-"""
+"""ap_loss against the float64 reference: every dtype, surrogate and published setting, over awkward sizes."""
 
 import pytest
 import torch
+from cases import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import PUBLISHED, allowed_gradient_error, assert_accurate, grid_scores, ragged_target, row_error, run
@@ -34,7 +34,7 @@ def test_sizes(columns, surrogate, dtype):
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *deep(torch.float16, torch.float64)], ids=str)
 @pytest.mark.long
 def test_rows_split_over_threads(surrogate, dtype):
     """Few long rows: spans of columns, and pieces of positives, on different threads."""
@@ -45,6 +45,7 @@ def test_rows_split_over_threads(surrogate, dtype):
 
 
 @pytest.mark.long
+@pytest.mark.deep
 def test_many_positives():
     """Several pieces of positives, and tails of whole groups."""
     scores = grid_scores(2, 9000, scale=20.0)
@@ -93,6 +94,7 @@ def test_large_values_in_float16_and_constant_rows():
 
 
 @pytest.mark.long
+@pytest.mark.deep
 def test_cluster_of_thousands():
     """Sums of thousands of nearly equal shares: what drifts in float32 shows here."""
     scores = 0.5 + torch.randint(0, 8, (2, 20_000)) / 2**16

@@ -157,22 +157,23 @@ def problem_of(n, references=None, dtype=torch.float32, ids=False):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("references", [None, 75])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-def test_combinations(surrogate, references, reduction, calibration_reduction):
+@pytest.mark.parametrize("normalize_", [True, False])
+@pytest.mark.parametrize("calibration_weight", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [(False, False, None), (True, False, 7), (False, True, 1)])
+def test_combinations(kind, calibration_weight, normalize_, surrogate, references, reduction, calibration_reduction):
     weight = 2.0 ** (torch.arange(40) % 3 - 1) if reduction == "none" else None
-    for calibration_weight in (0.0, 0.5, 1.0):
-        for normalize_ in (True, False):
-            for include_self, ids, chunk_size in ((False, False, None), (True, False, 7), (False, True, 1)):
-                assert_accurate(
-                    problem_of(40, references, ids=ids),
-                    weight,
-                    surrogate=surrogate,
-                    reduction=reduction,
-                    calibration_weight=calibration_weight,
-                    calibration_reduction=calibration_reduction,
-                    normalize=normalize_,
-                    include_self=include_self,
-                    chunk_size=chunk_size,
-                )
+    include_self, ids, chunk_size = kind
+    assert_accurate(
+        problem_of(40, references, ids=ids),
+        weight,
+        surrogate=surrogate,
+        reduction=reduction,
+        calibration_weight=calibration_weight,
+        calibration_reduction=calibration_reduction,
+        normalize=normalize_,
+        include_self=include_self,
+        chunk_size=chunk_size,
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -195,6 +196,7 @@ def test_sizes(n, dtype):
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.long
+@pytest.mark.deep
 def test_long_rows(surrogate):
     """More references than a block of columns, and few queries, whose rows are split over threads."""
     problem = problem_of(12, 4096 + 32)

@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from cases import deep
 
 import roadmap_ext
 
 AVAILABLE = roadmap_ext.build_info()["cpu_available"]
 
 
-@pytest.mark.parametrize("name", [*AVAILABLE, ""])
+@pytest.mark.parametrize("name", ["", *deep(*AVAILABLE)])
 def test_is_chosen_by_the_environment(name):
     code = "import roadmap_ext; print(roadmap_ext.build_info()['cpu'])"
     environ = os.environ | {"ROADMAP_EXT_CPU": name}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import BACKENDS
 from oracle import PUBLISHED, ULPS, ULPS_FLOAT64, grid_scores
 
 import roadmap_ext
@@ -133,13 +134,14 @@ def test_opcheck(surrogate):
         torch.library.opcheck(ops.smooth_rank_backward.default, arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile_fullgraph_with_a_dynamic_number_of_positives():
+def test_compile_fullgraph_with_a_dynamic_number_of_positives(backend):
     def recall(scores, target):
         ranks = smooth_rank(scores, target, surrogate="smooth")
         return torch.sigmoid(4 - ranks.positive_rank - ranks.negative_rank).sum()
 
-    compiled = torch.compile(recall, fullgraph=True)
+    compiled = torch.compile(recall, fullgraph=True, backend=backend)
     for density in (0.2, 0.5):
         scores, target = grid_scores(4, 30).requires_grad_(), torch.rand(4, 30) < density
         mine, right = compiled(scores, target), recall(scores, target)

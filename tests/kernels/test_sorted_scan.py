@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import PUBLISHED, ULPS, assert_accurate, grid_scores, ragged_target, run, settings_of
@@ -164,7 +165,7 @@ def unclustered(columns, positives, scale=0.2):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize(
     ("columns", "positives", "tau"),
-    [(60_000, 6_000, 0.01), (300_000, 200_000, 0.003), (1_000_000, 100_000, 0.01)],
+    [(60_000, 6_000, 0.01), *deep((300_000, 200_000, 0.003), (1_000_000, 100_000, 0.01))],
 )
 @pytest.mark.long
 def test_at_scale(columns, positives, tau, surrogate):
@@ -208,7 +209,7 @@ def test_at_scale(columns, positives, tau, surrogate):
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), (1_000_000, 100_000)])
+@pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), *deep((1_000_000, 100_000))])
 @pytest.mark.long
 def test_loss_at_scale(columns, positives, surrogate):
     """The loss and its gradient in float32 beside float64, which test_at_scale has checked pair by pair.
@@ -234,6 +235,7 @@ def test_loss_at_scale(columns, positives, surrogate):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("density", [0.01, 0.9])
 @pytest.mark.long
+@pytest.mark.deep
 def test_cluster(surrogate, density):
     """100,000 scores within 1e-4: by the tolerance, against plain float32 PyTorch on the same input.
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import BACKENDS
 from oracle import assert_accurate, grid_scores, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -363,8 +364,9 @@ def test_the_reference_has_second_derivatives():
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile_a_training_step(surrogate):
+def test_compile_a_training_step(surrogate, backend):
     """fullgraph, with changing shapes, and the same bits as eager."""
     layer = torch.nn.Linear(16, 8)
 
@@ -373,7 +375,7 @@ def test_compile_a_training_step(surrogate):
         itself = torch.eye(len(x), dtype=torch.bool)
         return ap_loss(embeddings @ embeddings.T, labels[:, None] == labels[None], ignore=itself, surrogate=surrogate)
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     for rows in (12, 20, 33):
         x, labels = torch.randn(rows, 16), torch.arange(rows) % 4
         results = []
@@ -387,11 +389,12 @@ def test_compile_a_training_step(surrogate):
         torch.testing.assert_close(compiled(x, labels), step(x, labels))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile_the_module_with_none():
+def test_compile_the_module_with_none(backend):
     scores, target, _ = case()
     module = APLoss(reduction="none")
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     leaf = scores.clone().requires_grad_()
     compiled(leaf, target).sum().backward()
     assert torch.equal(leaf.grad, run(ap_loss, scores, target, torch.ones(5)).gradient)
@@ -594,10 +597,11 @@ def test_no_gradient_stays_none_whatever_arrives():
     assert leaf.grad[0, 3] == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile_with_dynamic_shapes_and_settings():
+def test_compile_with_dynamic_shapes_and_settings(backend):
     scores, target, _ = case()
-    loss = torch.compile(lambda s, t, tau: ap_loss(s, t, tau=tau), dynamic=True, fullgraph=True)
+    loss = torch.compile(lambda s, t, tau: ap_loss(s, t, tau=tau), dynamic=True, fullgraph=True, backend=backend)
     for tau in (0.01, 0.02, 0.05):
         torch.testing.assert_close(loss(scores, target, tau), ap_loss(scores, target, tau=tau))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from cases import BACKENDS
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
@@ -655,12 +656,13 @@ def _backward(loss, x):
 
 
 @pytest.mark.parametrize(("reduction", "calibration_reduction"), [("mean", "per_query"), ("none", "violating_pairs")])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile(reduction, calibration_reduction):
+def test_compile(reduction, calibration_reduction, backend):
     """fullgraph, other batch sizes after the first, with and without references; the same bits."""
     torch._dynamo.reset()  # its limit of recompilations is for all cases of this test
     options = {"reduction": reduction, "calibration_reduction": calibration_reduction}
-    compiled = torch.compile(lambda *inputs: roadmap_loss(*inputs, **options), fullgraph=True)
+    compiled = torch.compile(lambda *inputs: roadmap_loss(*inputs, **options), fullgraph=True, backend=backend)
     for n, dtype in ((40, torch.float32), (33, torch.float32), (33, torch.float64)):
         x, labels = batch(n, dtype=dtype)
         references, ref_labels = batch(50, dtype=dtype)
@@ -674,11 +676,12 @@ def test_compile(reduction, calibration_reduction):
         torch.testing.assert_close(compiled(x, labels), roadmap_loss(x, labels, **options))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.host
-def test_compile_of_a_module_in_a_model():
+def test_compile_of_a_module_in_a_model(backend):
     linear, loss = torch.nn.Linear(8, 8), RoadmapLoss()
     x, labels = batch()
-    step = torch.compile(lambda x: loss(linear(x), labels), fullgraph=True)
+    step = torch.compile(lambda x: loss(linear(x), labels), fullgraph=True, backend=backend)
     step(x.detach()).backward()
     compiled = linear.weight.grad.clone()
     linear.weight.grad = None

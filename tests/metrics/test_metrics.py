@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import sys
 import time
 
 import numpy
@@ -11,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-import roadmap_ext
 from benchmarks.measure import in_fresh_process, peak_growth
 from roadmap_ext import metrics
 from roadmap_ext._relation import from_labels, from_pairs

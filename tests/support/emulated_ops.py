@@ -60,7 +60,9 @@ def built():
         *(str(EMULATED / "emulated_ops.cpp"), f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"),
         *("-ltorch", "-ltorch_cpu", "-lc10"),
     ]
-    sources = sorted(path for folder in (EMULATED, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in SOURCES)
+    sources = sorted(
+        path for folder in (EMULATED, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in SOURCES
+    )
     state = hashlib.sha256(repr((command, torch.__version__)).encode())
     for source in sources:
         state.update(source.read_bytes())
