@@ -67,26 +67,26 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 1000),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 500),
-    Cell("sorted", OPS, 500, plugin="every_row_sorted"),
+    Cell("quick", "not deep and not gpu and not timm", 1320),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 926),
+    Cell("sorted", OPS, 651, plugin="every_row_sorted"),
     *(
         cell
         for name in ("avx512", "avx2", "baseline")
         for cell in (
-            Cell(name, EACH_SET, 500, {"ROADMAP_EXT_CPU": name}),
-            Cell(f"{name}-sorted", OPS, 500, {"ROADMAP_EXT_CPU": name}, "every_row_sorted"),
+            Cell(name, EACH_SET, 1305, {"ROADMAP_EXT_CPU": name}),
+            Cell(f"{name}-sorted", OPS, 651, {"ROADMAP_EXT_CPU": name}, "every_row_sorted"),
         )
     ),
-    Cell("emulated-ops", f"{OPS} and not long", 400, plugin="emulated_ops"),
-    Cell("emulated", "deep and emulated", 50),
+    Cell("emulated-ops", f"{OPS} and not long", 578, plugin="emulated_ops"),
+    Cell("emulated", "deep and emulated", 360),
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),
-    Cell("packaging", "deep and package", 1),
-    Cell("distributed", "deep and (distributed or integrations)", 1),
-    Cell("training", "deep and (training or comparison) and not recipes", 1),
-    Cell("recipes", "deep and recipes and not timm", 1),
-    Cell("documentation", "documentation", 1),
+    Cell("packaging", "deep and package", 7),
+    Cell("distributed", "deep and (distributed or integrations)", 152),
+    Cell("training", "deep and (training or comparison) and not recipes", 21),
+    Cell("recipes", "recipes and not timm", 66),
+    Cell("documentation", "documentation", 9),
 ]
 
 
