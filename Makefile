@@ -48,7 +48,7 @@ export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
 
-.PHONY: help build test demo train quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
+.PHONY: help build test test-deep demo train quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -56,7 +56,8 @@ help:
 	@echo "make demo        train an embedding with the loss and draw what comes of it"
 	@echo "make train       train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
 	@echo "make quality     the paper's losses side by side on digits; ARGS='--data-root ...' for Omniglot, ARGS=--help"
-	@echo "make test        the tests, with their coverage"
+	@echo "make test        a verdict in five minutes: every behaviour once"
+	@echo "make test-deep   all the rest: every size, instruction set, emulated kernel; CELLS='...' for some of it"
 	@echo "make lint        ruff, mypy and clang-format, changing nothing"
 	@echo "make bench       time and memory against plain PyTorch"
 	@echo "make build       compile the extension into roadmap_ext/"
@@ -76,9 +77,13 @@ help:
 build: $(BUILT)
 	@echo "roadmap_ext is built for $(VENV)"
 
-# In two processes; what has to be made once for many tests is made in one of them.
+# Every behaviour once, in two processes; what has to be made once for many tests is made in one of them.
 test: $(BUILT) $(MADE)/test
-	@$(PY) -m pytest -n 2 --dist loadgroup --cov=roadmap_ext --cov-fail-under=95 $(ARGS)
+	@$(PY) -m tests.matrix quick --cov=roadmap_ext --cov-fail-under=90 $(ARGS)
+
+# All the rest: the cells of tests/matrix.py, or those that CELLS names.
+test-deep: $(BUILT) $(MADE)/test
+	@$(PY) -m tests.matrix $(CELLS) $(ARGS)
 
 demo: $(BUILT) $(MADE)/demo
 	@$(PY) examples/digits.py $(ARGS)
@@ -174,7 +179,6 @@ CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_TORCH_VERSION := 2.11.0
 CUDA_TREE := build/cuda-tree
 CUDA_COPIED := Makefile README.md LICENSE constraints.txt pyproject.toml setup.py csrc roadmap_ext tests tools benchmarks
-CUDA_TESTS := tests/kernels/test_accuracy.py tests/kernels/test_smooth_rank.py tests/losses/test_ap_loss.py tests/losses/test_roadmap_loss.py tests/metrics/test_metrics.py
 CUDA_SETTINGS := $(abspath $(CUDA_VENV)) $(CXX) $(CUDA_HOME) $(CUDA_PATH) $(TORCH_CUDA_ARCH_LIST)
 CUDA_TESTED := $(CUDA_TREE)/tested-$(firstword $(shell echo '$(CUDA_SETTINGS)' | cksum))
 
@@ -202,7 +206,7 @@ $(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools be
 	  archs=$$($(CUDA_PY) -c 'from tools.cuda import DEFAULT_ARCHS; print(*DEFAULT_ARCHS, sep=";")') && \
 	  FORCE_CUDA=1 CUDA_HOME="$$root" TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$archs}" \
 	  $(MAKE) --no-print-directory -C $(CUDA_TREE) VENV=$(abspath $(CUDA_VENV)) build $(abspath $(CUDA_VENV))/.made/ops
-	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -m pytest -q $(CUDA_TESTS)
+	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -m pytest -q -m '(ops or metrics) and not gpu'
 	@touch $@
 
 # --- the recipes with timm's own networks ----------------------------------------------------------------------------
@@ -212,7 +216,7 @@ $(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools be
 RECIPES_MADE := $(CUDA_VENV)/.made/recipes
 
 recipes-check: $(BUILT) $(RECIPES_MADE)
-	@RECIPES_WITH_TIMM=1 $(CUDA_PY) -m pytest tests/training/test_recipes.py -k networks_of_timm $(ARGS)
+	@$(CUDA_PY) -m pytest -m timm $(ARGS)
 	@$(CUDA_PY) -m benchmarks.recipes
 
 $(RECIPES_MADE): $(CUDA_TORCH)

@@ -1,34 +1,89 @@
-"""Shared inputs and the devices that tests run on."""
+"""What all tests share: their markers, which of them are quick, devices, and the state that each begins with."""
+
+from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 import roadmap_ext
+from tests.matrix import MARKERS
 
-_TRAINING = ("PIL", "matplotlib", "sklearn", "tqdm")  # what the training program takes, and the package does not
-_MISSING = [name for name in _TRAINING if find_spec(name) is None]
-_COMPARISON = [*_MISSING, *(["pytorch_metric_learning"] if find_spec("pytorch_metric_learning") is None else [])]
-_LACKS = dict.fromkeys(("test_training.py", "test_recipes.py", "test_datasets.py"), _MISSING) | {
-    "test_quality.py": _COMPARISON
+HERE = Path(__file__).resolve().parent
+_TRAINING = ("PIL", "matplotlib", "sklearn", "tqdm")
+NEEDS = {
+    "training": _TRAINING,
+    "comparison": (*_TRAINING, "pytorch_metric_learning"),
+    "integrations": ("pytorch_metric_learning",),
 }
-collect_ignore = [name for name, lacks in _LACKS.items() if lacks]
+"""What a folder's tests take, and the package does not: without it the folder is left out, and the report says so."""
+MARKERS_OF_ALL = pytest.StashKey[dict[str, set[str]]]()
+
+
+def pytest_configure(config):
+    """Markers are registered where they are explained."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def lacking(folder):
+    """What a folder needs and this environment has not."""
+    return [name for name in NEEDS.get(folder, ()) if find_spec(name) is None]
+
+
+def pytest_ignore_collect(collection_path):
+    """Whole folders alone."""
+    return True if collection_path.parent == HERE and lacking(collection_path.name) else None
 
 
 def pytest_report_header():
     """Says what is not tested."""
-    return [f"{name} is left out: there is no {', '.join(lacks)}" for name, lacks in _LACKS.items() if lacks]
+    return [f"tests/{name} is left out: there is no {', '.join(lacking(name))}" for name in NEEDS if lacking(name)]
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked cuda run where there is a GPU and kernels for it, and say why not elsewhere."""
-    if torch.cuda.is_available() and roadmap_ext.build_info()["cuda"]:
-        return
-    reason = "no CUDA device" if not torch.cuda.is_available() else roadmap_ext.build_info()["cuda_reason"]
+def each_value_once(cases):
+    """Of the cases of one parametrized test, enough to meet each value of each parameter; values alone, in order.
+
+    `make test` meets every dtype, size and setting so; `make test-deep` all their combinations.
+    """
+    chosen, seen = [], set()
+    cases = [(case, {(name, id(value)) for name, value in case.callspec.params.items()}) for case in cases]
+    while cases:
+        case, values = max(cases, key=lambda pair: len(pair[1] - seen))
+        if not values - seen:
+            break
+        chosen.append(case)
+        seen |= values
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes its choice
+def pytest_collection_modifyitems(config, items):
+    """Each test gets the marker of its folder, and what adds no new value of a parameter becomes deep."""
+    functions = {}
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        item.add_marker(item.path.relative_to(HERE).parts[0])
+        if hasattr(item, "callspec") and not item.get_closest_marker("deep"):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in functions.values():
+        quick = each_value_once(cases)
+        for case in cases:
+            if case not in quick:
+                case.add_marker("deep")
+    config.stash[MARKERS_OF_ALL] = {item.nodeid: {marker.name for marker in item.iter_markers()} for item in items}
+    if not torch.cuda.is_available() or not roadmap_ext.build_info()["cuda"]:
+        reason = "no CUDA device" if not torch.cuda.is_available() else roadmap_ext.build_info()["cuda_reason"]
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def markers_of_all(request):
+    """The markers of every test that was collected, chosen by -m or not, by its id."""
+    return request.config.stash[MARKERS_OF_ALL]
 
 
 @pytest.fixture(autouse=True)

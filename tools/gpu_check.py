@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and under 8 minutes: `make gpu-check`, or `python -m tools.gpu_check`.
 
-It builds in place, runs the tests marked cuda and the benchmark, and runs small calls of every op under
+It builds in place, runs the tests marked gpu and the benchmark, and runs small calls of every op under
 compute-sanitizer where there is one that works. It installs nothing and needs no network: a Python with a CUDA build of
 torch, numpy, pytest, ninja, pybind11 and setuptools serves. A step that fails does not stop the later ones. Logs go to
 $OUT or build/gpu-check; a table of the steps, and the benchmark's, come last.
@@ -59,7 +59,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
     """What is run, in this order."""
     python, cores = sys.executable, str(os.cpu_count() or 1)
     build = [python, "setup.py", "build_ext", "--inplace", "--force"]
-    tests = [python, "-m", "pytest", "-m", "cuda", "tests/cuda/test_cuda.py", "-q", "-rfE", "--tb=short", "--durations=5"]
+    tests = [python, "-m", "pytest", "-m", "gpu", "tests/cuda", "-q", "-rfE", "--tb=short", "--durations=5"]
     tests += ["-p", "no:cacheprovider", "--show-capture=no"]
     small = [python, "-m", "tools.gpu_check", "--small-cases"]
     bench = [python, "-m", "benchmarks.cuda", "--out", str(out), *(["--quick"] if quick else [])]

@@ -78,7 +78,7 @@ from roadmap_ext import (
     smooth_rank,
 )
 
-pytestmark = pytest.mark.cuda
+pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

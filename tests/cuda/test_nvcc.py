@@ -12,8 +12,6 @@ import pytest
 
 from tools.cuda import is_toolkit, toolkit_candidates
 
-pytestmark = pytest.mark.xdist_group("nvcc")  # all kernels are compiled once
-
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (80, 90)
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"]
@@ -84,6 +82,7 @@ def kernels(tmp_path_factory):
         return [kernel for report in reports for kernel in parse(report)]
 
 
+@pytest.mark.deep
 def test_hot_kernels_keep_all_in_registers(kernels, capsys):
     with capsys.disabled():
         print(f"\n  {'kernel':<56}{'arch':<8}{'registers':>9}{'shared':>8}{'stack':>7}{'spills':>8}")

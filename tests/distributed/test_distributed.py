@@ -21,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 import roadmap_ext
 from roadmap_ext import EmbeddingMemory, cached_backward, distributed
 
-pytestmark = pytest.mark.xdist_group("distributed")  # ranks run once for all cases
-
 LOSSES = {
     "roadmap": roadmap_ext.RoadmapLoss,
     "released": functools.partial(roadmap_ext.RoadmapLoss, calibration_reduction="violating_pairs"),
@@ -250,7 +248,7 @@ def work(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.deep)])
 def ranks(request, tmp_path_factory):
     """What each rank brought of all cases, the errors of all wrong calls, and the bytes of a step."""
     folder = tmp_path_factory.mktemp(f"{request.param} ranks")

@@ -1,4 +1,4 @@
-"""What the CUDA ops promise beyond the CPU's: run under the emulator by tests/emulated/test_emulated.py, never by themselves."""
+"""What the CUDA ops promise beyond the CPU's, under the emulator."""
 
 import ctypes
 
@@ -7,6 +7,8 @@ import torch
 from emulated_ops import DEVICES
 
 from roadmap_ext import RoadmapLoss, _chunks, ap_loss, reference, smooth_rank
+
+pytestmark = [pytest.mark.usefixtures("emulated"), pytest.mark.deep]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LISTS = ["positive", "left_out", "negative"]

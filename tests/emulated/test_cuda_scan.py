@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from test_cuda_ops import expected, lists_of, objective
-from oracle import assert_accurate, row_error, run
 from emulated_ops import NEVER
+from oracle import assert_accurate, row_error, run
+from test_cuda_ops import expected, lists_of, objective
 
 from roadmap_ext import ap_loss, reference, smooth_rank
+
+pytestmark = [pytest.mark.usefixtures("emulated"), pytest.mark.deep]
 
 # As in emulated_ops.DEVICES, all rows scanned: by blocks that own a row, and by 2, 3 and 5 that share it.
 OWNING = [

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("emulator")  # the emulator is compiled once
-
 HERE = Path(__file__).parent
 SEEDS = 20
 RIGHT = [

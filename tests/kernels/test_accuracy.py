@@ -1,16 +1,16 @@
-"""ap_loss against the float64 reference: every dtype, surrogate and published setting, over awkward sizes.
-
-test_instruction_sets.py runs this file again for each instruction set of the machine.
-"""
+"""ap_loss against the float64 reference: every dtype, surrogate and published setting, over awkward sizes."""
 
 import pytest
 import torch
+from cases import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import PUBLISHED, allowed_gradient_error, assert_accurate, grid_scores, ragged_target, row_error, run
 
 import roadmap_ext
 from roadmap_ext import reference
+
+pytestmark = pytest.mark.ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [1, 31, 33, 129, 4096 + 32]
@@ -34,7 +34,8 @@ def test_sizes(columns, surrogate, dtype):
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *deep(torch.float16, torch.float64)], ids=str)
+@pytest.mark.long
 def test_rows_split_over_threads(surrogate, dtype):
     """Few long rows: spans of columns, and pieces of positives, on different threads."""
     scores = grid_scores(2, 150_000, dtype)
@@ -43,6 +44,8 @@ def test_rows_split_over_threads(surrogate, dtype):
     assert_accurate(scores, target, surrogate=surrogate, ignore=torch.rand(2, 150_000) < 0.1)
 
 
+@pytest.mark.long
+@pytest.mark.deep
 def test_many_positives():
     """Several pieces of positives, and tails of whole groups."""
     scores = grid_scores(2, 9000, scale=20.0)
@@ -90,6 +93,8 @@ def test_large_values_in_float16_and_constant_rows():
     assert_accurate(scores.float(), target, surrogate="smooth")
 
 
+@pytest.mark.long
+@pytest.mark.deep
 def test_cluster_of_thousands():
     """Sums of thousands of nearly equal shares: what drifts in float32 shows here."""
     scores = 0.5 + torch.randint(0, 8, (2, 20_000)) / 2**16
@@ -143,6 +148,7 @@ def test_gradcheck(surrogate):
         )
 
 
+@pytest.mark.long
 def test_upper_bound_of_one_minus_ap():
     """1 - AP_sup >= 1 - AP at start >= 1/2 and offset >= 1, ties included: thousands of queries."""
     for rows, columns, levels in ((1000, 20, 6), (1000, 60, 30), (500, 200, 40)):

@@ -5,11 +5,10 @@ plus ULPS eps of what was summed to make the row, |G| |X|, and of the largest c 
 of scores may be dropped. It is applied row by row where similarities are exact in float32, so that both sides rank the
 same scores. Where they are not, an error of eps in a score is one of eps / tau in the slopes of both sides, alike in
 size but not in sign: there the rule is for the norm over all rows.
-
-test_instruction_sets.py runs this file again for each instruction set of the machine.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from torch.nn.functional import normalize
 
 from roadmap_ext import reference, roadmap_loss
 from roadmap_ext._checks import make_objective, make_settings
+
+pytestmark = pytest.mark.ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [1, 31, 33, 129]
@@ -153,26 +154,38 @@ def problem_of(n, references=None, dtype=torch.float32, ids=False):
     return problem
 
 
-@pytest.mark.parametrize("calibration_reduction", ["per_query", "violating_pairs"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("references", [None, 75])
-@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-def test_combinations(surrogate, references, reduction, calibration_reduction):
+# Every seventh of all combinations: as no factor is a multiple of 7, these have every pair of values.
+COMBINATIONS = list(
+    product(
+        [(False, False, None), (True, False, 7), (False, True, 1)],
+        [0.0, 0.5, 1.0],
+        [True, False],
+        ["sup", "smooth"],
+        [None, 75],
+        ["mean", "sum", "none"],
+        ["per_query", "violating_pairs"],
+    )
+)[::7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "calibration_weight", "normalize_", "surrogate", "references", "reduction", "calibration_reduction"),
+    COMBINATIONS,
+)
+def test_combinations(kind, calibration_weight, normalize_, surrogate, references, reduction, calibration_reduction):
     weight = 2.0 ** (torch.arange(40) % 3 - 1) if reduction == "none" else None
-    for calibration_weight in (0.0, 0.5, 1.0):
-        for normalize_ in (True, False):
-            for include_self, ids, chunk_size in ((False, False, None), (True, False, 7), (False, True, 1)):
-                assert_accurate(
-                    problem_of(40, references, ids=ids),
-                    weight,
-                    surrogate=surrogate,
-                    reduction=reduction,
-                    calibration_weight=calibration_weight,
-                    calibration_reduction=calibration_reduction,
-                    normalize=normalize_,
-                    include_self=include_self,
-                    chunk_size=chunk_size,
-                )
+    include_self, ids, chunk_size = kind
+    assert_accurate(
+        problem_of(40, references, ids=ids),
+        weight,
+        surrogate=surrogate,
+        reduction=reduction,
+        calibration_weight=calibration_weight,
+        calibration_reduction=calibration_reduction,
+        normalize=normalize_,
+        include_self=include_self,
+        chunk_size=chunk_size,
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -194,6 +207,8 @@ def test_sizes(n, dtype):
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.long
+@pytest.mark.deep
 def test_long_rows(surrogate):
     """More references than a block of columns, and few queries, whose rows are split over threads."""
     problem = problem_of(12, 4096 + 32)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from cases import BACKENDS
 from oracle import PUBLISHED, ULPS, ULPS_FLOAT64, grid_scores
 
 import roadmap_ext
 from roadmap_ext import ap_loss, reference, smooth_rank
+
+pytestmark = pytest.mark.ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -118,6 +121,7 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.host
 def test_opcheck(surrogate):
     scores, target, ignore = torch.randn(3, 20), torch.rand(3, 20) < 0.3, torch.rand(3, 20) < 0.1
     settings = (int(surrogate == "smooth"), 0.01, 100.0, 0.05, 0.5, None)
@@ -130,12 +134,14 @@ def test_opcheck(surrogate):
         torch.library.opcheck(ops.smooth_rank_backward.default, arguments)
 
 
-def test_compile_fullgraph_with_a_dynamic_number_of_positives():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile_fullgraph_with_a_dynamic_number_of_positives(backend):
     def recall(scores, target):
         ranks = smooth_rank(scores, target, surrogate="smooth")
         return torch.sigmoid(4 - ranks.positive_rank - ranks.negative_rank).sum()
 
-    compiled = torch.compile(recall, fullgraph=True)
+    compiled = torch.compile(recall, fullgraph=True, backend=backend)
     for density in (0.2, 0.5):
         scores, target = grid_scores(4, 30).requires_grad_(), torch.rand(4, 30) < density
         mine, right = compiled(scores, target), recall(scores, target)
@@ -153,6 +159,7 @@ def test_second_derivatives_raise(surrogate):
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.long
 def test_bitwise_equal_for_any_number_of_threads(surrogate):
     for shape in ((1, 80_000), (40, 300)):
         scores, target = torch.randn(shape) * 0.2, torch.rand(shape) < min(0.1, 500 / shape[1])
@@ -176,10 +183,12 @@ def test_strides_and_no_grad():
         assert smooth_rank(scores.requires_grad_(), target).negative_rank.grad_fn is None
 
 
+@pytest.mark.host
 def test_named_tuple_is_exported():
     assert isinstance(smooth_rank(torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)), roadmap_ext.SmoothRank)
 
 
+@pytest.mark.long
 def test_exponents_carry_their_rounding_errors():
     """One negative among positives that share a centre far away: the relative error of a rank is that of an exponent.
 

@@ -6,24 +6,19 @@ oracle could go through pair by pair, up to 1,000,000 references and 100,000 pos
 
 import math
 import os
-import re
-import subprocess
-import sys
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from cases import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import PUBLISHED, ULPS, assert_accurate, grid_scores, ragged_target, run, settings_of
 
-import roadmap_ext
 from roadmap_ext import ap_loss, reference, roadmap_loss, smooth_rank
-from tools import fit_series
 
-HERE = Path(__file__).parent
-INFO = roadmap_ext.build_info()
+pytestmark = pytest.mark.cpu_kernels
+
 EPS = torch.finfo(torch.float32).eps
 INF, NAN = float("inf"), float("nan")
 SURROGATES = ["sup", "smooth"]
@@ -170,8 +165,9 @@ def unclustered(columns, positives, scale=0.2):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize(
     ("columns", "positives", "tau"),
-    [(60_000, 6_000, 0.01), (300_000, 200_000, 0.003), (1_000_000, 100_000, 0.01)],
+    [(60_000, 6_000, 0.01), *deep((300_000, 200_000, 0.003), (1_000_000, 100_000, 0.01))],
 )
+@pytest.mark.long
 def test_at_scale(columns, positives, tau, surrogate):
     """Ranks, and gradients under weights that are given: a sample goes pair by pair, the whole row to float64."""
     scores, target = unclustered(columns, positives)
@@ -213,7 +209,8 @@ def test_at_scale(columns, positives, tau, surrogate):
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), (1_000_000, 100_000)])
+@pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), *deep((1_000_000, 100_000))])
+@pytest.mark.long
 def test_loss_at_scale(columns, positives, surrogate):
     """The loss and its gradient in float32 beside float64, which test_at_scale has checked pair by pair.
 
@@ -237,6 +234,8 @@ def test_loss_at_scale(columns, positives, surrogate):
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("density", [0.01, 0.9])
+@pytest.mark.long
+@pytest.mark.deep
 def test_cluster(surrogate, density):
     """100,000 scores within 1e-4: by the tolerance, against plain float32 PyTorch on the same input.
 
@@ -876,82 +875,3 @@ def test_auto_takes_one_of_the_two(surrogate, dtype):
     assert taken[1] == "tiled"
     assert taken[-1] == "sorted"
     assert_close(auto.loss, tiled.loss, 4 * EPS)
-
-
-# --- coefficients ----------------------------------------------------------------------------------------------------
-
-
-def test_series_header_is_what_the_tool_writes():
-    assert fit_series.HEADER.read_text() == fit_series.header()
-
-
-@pytest.mark.parametrize("name", fit_series.DEGREES)
-@pytest.mark.parametrize(("power", "title"), [(1, "sigma"), (2, "sigma (1 - sigma)")])
-def test_series_keep_their_bounds(name, power, title):
-    """The header's numbers, in rational arithmetic: within the bound, which the best of all fits comes up to."""
-    tables = re.findall(r"\[(\d+)\] = \{ *// *(\S+)\n(.*?)\};", fit_series.HEADER.read_text(), re.DOTALL)
-    assert len(tables) == 2 * len(fit_series.DEGREES)
-    degree, bound, body = tables[2 * list(fit_series.DEGREES).index(name) + power - 1]
-    coefficients = [Fraction(float(c)) for c in body.replace(",", "").split()]
-    assert len(coefficients) == int(degree) == fit_series.DEGREES[name]
-    end = fit_series.ENDS[name]
-    points = [Fraction(k, 997) for k in range(1, 998)]
-    points += [(1 + Fraction(math.cos(k * math.pi / int(degree)))) / 2 for k in range(int(degree))]  # the extremes
-    points = [y * end for y in points]
-    errors = [abs(1 - fit_series.evaluate(coefficients, y) * (1 + y) ** power) for y in points]
-    # Coefficients rounded to double are off by more than what the series for double leaves out.
-    rounding = sum(abs(c) for c in coefficients) * Fraction(2) ** (power - 53)
-    assert max(errors) <= Fraction(bound) * Fraction(105, 100) + rounding, title
-    if name == "float" and power == 1:
-        assert max(errors) >= Fraction(bound) / 2
-    exact, limit = (fit_series.sigmoid, fit_series.slope)[power - 1](int(degree), end)  # before they were rounded
-    errors = [abs(1 - fit_series.evaluate(exact, y) * (1 + y) ** power) for y in points]
-    assert limit / 2 <= max(errors) <= Fraction(limit) * (1 + Fraction(1, 10**12))
-    if power == 1:  # the best: the error reaches its bound with alternating signs, degree + 1 times
-        assert max(errors) >= Fraction(limit) * Fraction(999, 1000)
-
-
-# --- in other conditions ---------------------------------------------------------------------------------------------
-
-
-def pytest_run(*arguments, **environment):
-    """A pytest of its own, on one thread but where tests say otherwise: several run side by side."""
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "support")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *arguments]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=HERE.parents[1],
-    )
-
-
-# What torch.compile makes of the ops has nothing to do with the method, and takes long; so does long double.
-RERUN = "not compile and not opcheck and not (split_over and float64-sup)"
-
-
-def test_the_other_suites_pass_by_the_scan():
-    """The tests of the row op and of roadmap_loss once more, "auto" and "tiled" meaning sorted: every_row_sorted.py."""
-    halves = (["kernels/test_accuracy.py"], ["losses/test_ap_loss.py", "kernels/test_smooth_rank.py", "losses/test_roadmap_loss.py"])
-    runs = [pytest_run("-p", "every_row_sorted", "-k", RERUN, *(str(HERE.parent / f) for f in half)) for half in halves]
-    outputs = [one.communicate(timeout=600)[0] for one in runs]
-    for one, output in zip(runs, outputs, strict=True):
-        assert one.returncode == 0, output[-6000:]
-        assert re.search(r"[1-9]\d+ calls sorted", output)
-
-
-OTHERS = [name for name in INFO["cpu_available"] if name != INFO["cpu"]]
-
-
-def test_every_instruction_set():
-    """This file once more for each that the processor has, beside the one in use."""
-    if "ROADMAP_EXT_CPU" in os.environ or not OTHERS:
-        pytest.skip("one instruction set, or a run for one of them")
-    left_out = "not every_instruction_set and not other_suites and not series and not compile and not test_cluster"
-    left_out += " and not at_scale and not 1000000 and not 65539 and not 20000 and not (float16 and sizes)"
-    runs = [pytest_run("-x", "-k", left_out, __file__, ROADMAP_EXT_CPU=name) for name in OTHERS]
-    outputs = [one.communicate(timeout=600)[0] for one in runs]
-    for name, one, output in zip(OTHERS, runs, outputs, strict=True):
-        assert one.returncode == 0, f"{name}: {output[-6000:]}"

@@ -7,11 +7,14 @@ import pickle
 
 import pytest
 import torch
+from cases import BACKENDS
 from oracle import assert_accurate, grid_scores, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roadmap_ext
 from roadmap_ext import APLoss, ap_loss, reference
+
+pytestmark = pytest.mark.ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INF, NAN = math.inf, math.nan
@@ -123,6 +126,7 @@ def test_infinities_are_limits_and_equal_ones_ties(dtype, surrogate, rho):
     assert ours.gradient.isfinite().all()
 
 
+@pytest.mark.long
 def test_infinity_in_a_long_row_shared_by_threads():
     scores, target = grid_scores(1, 20_000), torch.rand(1, 20_000) < 0.001
     scores[0, 5], scores[0, 6], target[0, 5], target[0, 6] = INF, -INF, True, True
@@ -215,6 +219,7 @@ def test_no_gradient_no_matrix():
 @pytest.mark.parametrize("shape", [(1, 40_000), (3, 20_000), (64, 512), (2, 140_000), (7, 9_000)])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.long
 def test_bitwise_equal_for_any_number_of_threads(shape, surrogate, dtype):
     scores = (torch.randn(shape) * 0.2).to(dtype)
     target = torch.rand(shape) < min(0.1, 600 / shape[1])
@@ -247,6 +252,7 @@ def test_autocast_leaves_the_scores_alone():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("want", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.host
 def test_opcheck_average_precision(dtype, want, reduction):
     scores, target, ignore = case(3, 40, dtype)
     settings = (0, 0.01, 100.0, 0.05, 0.5, 1.49, ["none", "mean", "sum"].index(reduction), want)
@@ -255,6 +261,7 @@ def test_opcheck_average_precision(dtype, want, reduction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.host
 def test_opcheck_scale_rows(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     gradient = torch.randn(3, 40).to(dtype)
@@ -357,7 +364,9 @@ def test_the_reference_has_second_derivatives():
 
 
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
-def test_compile_a_training_step(surrogate):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile_a_training_step(surrogate, backend):
     """fullgraph, with changing shapes, and the same bits as eager."""
     layer = torch.nn.Linear(16, 8)
 
@@ -366,7 +375,7 @@ def test_compile_a_training_step(surrogate):
         itself = torch.eye(len(x), dtype=torch.bool)
         return ap_loss(embeddings @ embeddings.T, labels[:, None] == labels[None], ignore=itself, surrogate=surrogate)
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     for rows in (12, 20, 33):
         x, labels = torch.randn(rows, 16), torch.arange(rows) % 4
         results = []
@@ -380,15 +389,18 @@ def test_compile_a_training_step(surrogate):
         torch.testing.assert_close(compiled(x, labels), step(x, labels))
 
 
-def test_compile_the_module_with_none():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile_the_module_with_none(backend):
     scores, target, _ = case()
     module = APLoss(reduction="none")
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     leaf = scores.clone().requires_grad_()
     compiled(leaf, target).sum().backward()
     assert torch.equal(leaf.grad, run(ap_loss, scores, target, torch.ones(5)).gradient)
 
 
+@pytest.mark.host
 def test_fake_and_meta_tensors():
     with FakeTensorMode():
         fake = torch.empty(4, 9, dtype=torch.float16, requires_grad=True)
@@ -433,6 +445,7 @@ def test_modules_made_with_tiled():
     assert torch.equal(old, new)
 
 
+@pytest.mark.host
 def test_the_docstrings_examples():
     for module in (roadmap_ext.functional, roadmap_ext.modules):
         result = doctest.testmod(module)
@@ -521,6 +534,7 @@ class TestBadInput:
             with pytest.raises(error, match=words):
                 roadmap_ext.smooth_rank(self.scores, self.target, **options)
 
+    @pytest.mark.host
     def test_other_devices(self):
         scores, target = self.scores.to("meta"), self.target.to("meta")
         assert ap_loss(scores, target).device.type == "meta"
@@ -530,6 +544,7 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=r"none for 'mps'.*method='reference'"):
             roadmap_ext._extension.check_kernels(torch.device("mps"), "auto")
 
+    @pytest.mark.host
     def test_the_ops_check_for_themselves(self):
         """Whoever calls an op directly meets an error, not a bad read."""
         ops = torch.ops.roadmap_ext
@@ -557,6 +572,7 @@ class TestBadInput:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.long
 def test_bits_do_not_depend_on_who_shares_a_row(dtype):
     """Thousands of positives with tails: a row alone and shared, alone on one thread, and in a batch."""
     scores, target = torch.randn(16, 8192, dtype=dtype), torch.rand(16, 8192) < 0.2
@@ -601,13 +617,16 @@ def test_no_gradient_stays_none_whatever_arrives():
     assert leaf.grad[0, 3] == 0
 
 
-def test_compile_with_dynamic_shapes_and_settings():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile_with_dynamic_shapes_and_settings(backend):
     scores, target, _ = case()
-    loss = torch.compile(lambda s, t, tau: ap_loss(s, t, tau=tau), dynamic=True, fullgraph=True)
+    loss = torch.compile(lambda s, t, tau: ap_loss(s, t, tau=tau), dynamic=True, fullgraph=True, backend=backend)
     for tau in (0.01, 0.02, 0.05):
         torch.testing.assert_close(loss(scores, target, tau), ap_loss(scores, target, tau=tau))
 
 
+@pytest.mark.host
 def test_calls_leak_nothing():
     """Bytes in use by the C allocator after thousands of calls (glibc alone can say)."""
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from cases import BACKENDS
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,8 @@ from roadmap_ext import (
     reference,
     roadmap_loss,
 )
+
+pytestmark = pytest.mark.ops
 
 MIB = 1 << 20
 NAN = float("nan")
@@ -265,6 +268,7 @@ def _gradient_at_scale():
     return peak_growth(step)
 
 
+@pytest.mark.host
 def test_memory_is_that_of_a_chunk():
     """Peak over inputs and their gradient; the scores alone are 256 MiB."""
     growth = in_fresh_process(_gradient_at_scale)
@@ -300,6 +304,7 @@ def test_without_grad_nothing_is_kept():
     assert not roadmap_loss(x.detach(), labels).requires_grad
 
 
+@pytest.mark.host
 def test_memory_that_is_kept_serves_all_calls():
     """Of another size, dtype and grad mode; each thread has its own."""
     x, labels = batch(30, 8)
@@ -371,6 +376,7 @@ def test_autocast_is_off_inside(dtype, reduction):
     assert linear.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_gradients_survive_grad_scaler():
     """float16 at B = 8,192: a mean's gradients lie below float16's range until the scaler's factor is in them."""
     labels = torch.arange(8192) % 2048
@@ -529,6 +535,7 @@ def test_a_norm_beyond_float32_is_no_zero_vector(function):
 @pytest.mark.parametrize("calibration_reduction", CALIBRATIONS)
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("normalize_", [True, False])
+@pytest.mark.long
 def test_gradcheck(normalize_, surrogate, calibration_reduction, reduction):
     x, labels = batch(9, 4, 3, torch.float64)
     references, ref_labels = batch(7, 4, 3, torch.float64)
@@ -591,6 +598,7 @@ def test_batched_gradients_raise(reduction):
         torch.autograd.grad(loss, x, torch.ones(3, *loss.shape), is_grads_batched=True)
 
 
+@pytest.mark.host
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         x = torch.randn(4, 3, requires_grad=True)
@@ -598,6 +606,7 @@ def test_fake_tensors():
         assert x.grad.shape == (4, 3)
 
 
+@pytest.mark.host
 def test_the_first_call_does_not_import_the_compiler():
     code = """if True:
         import sys, torch, roadmap_ext
@@ -609,6 +618,7 @@ def test_the_first_call_does_not_import_the_compiler():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are read from Linux's /proc")
+@pytest.mark.host
 def test_small_gradients_do_not_split_the_heap():
     """A process may have some 65,000 mappings, and hints to the system make more of them."""
     labels, kept = torch.arange(16) % 8, []
@@ -646,11 +656,13 @@ def _backward(loss, x):
 
 
 @pytest.mark.parametrize(("reduction", "calibration_reduction"), [("mean", "per_query"), ("none", "violating_pairs")])
-def test_compile(reduction, calibration_reduction):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile(reduction, calibration_reduction, backend):
     """fullgraph, other batch sizes after the first, with and without references; the same bits."""
     torch._dynamo.reset()  # its limit of recompilations is for all cases of this test
     options = {"reduction": reduction, "calibration_reduction": calibration_reduction}
-    compiled = torch.compile(lambda *inputs: roadmap_loss(*inputs, **options), fullgraph=True)
+    compiled = torch.compile(lambda *inputs: roadmap_loss(*inputs, **options), fullgraph=True, backend=backend)
     for n, dtype in ((40, torch.float32), (33, torch.float32), (33, torch.float64)):
         x, labels = batch(n, dtype=dtype)
         references, ref_labels = batch(50, dtype=dtype)
@@ -664,10 +676,12 @@ def test_compile(reduction, calibration_reduction):
         torch.testing.assert_close(compiled(x, labels), roadmap_loss(x, labels, **options))
 
 
-def test_compile_of_a_module_in_a_model():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.host
+def test_compile_of_a_module_in_a_model(backend):
     linear, loss = torch.nn.Linear(8, 8), RoadmapLoss()
     x, labels = batch()
-    step = torch.compile(lambda x: loss(linear(x), labels), fullgraph=True)
+    step = torch.compile(lambda x: loss(linear(x), labels), fullgraph=True, backend=backend)
     step(x.detach()).backward()
     compiled = linear.weight.grad.clone()
     linear.weight.grad = None
@@ -675,6 +689,7 @@ def test_compile_of_a_module_in_a_model():
     torch.testing.assert_close(linear.weight.grad, compiled)
 
 
+@pytest.mark.host
 def test_opcheck():
     x, labels = batch(10)
     x = x.detach()
@@ -777,6 +792,7 @@ def test_the_same_bits_again():
         assert torch.equal(gradients(roadmap_loss(x, labels), x)[0], first)
 
 
+@pytest.mark.long
 def test_the_row_op_is_bitwise_for_any_threads():
     scores = torch.randn(64, 9000) / 4
     labels = torch.randint(30, (9000,))
@@ -884,6 +900,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="method must be one of"):
             roadmap_loss(x, labels, method="fast")
 
+    @pytest.mark.host
     def test_ops_keep_memory_safe(self):
         """Whoever calls them: lists outside their columns, wrong shapes and dtypes."""
         ops = torch.ops.roadmap_ext

@@ -2,8 +2,6 @@
 
 import bisect
 import math
-import os
-import subprocess
 import sys
 import time
 
@@ -14,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-import roadmap_ext
 from benchmarks.measure import in_fresh_process, peak_growth
 from roadmap_ext import metrics
 from roadmap_ext._relation import from_labels, from_pairs
@@ -22,7 +19,6 @@ from roadmap_ext.metrics import _sorted, average_precision, retrieval_metrics
 
 MIB = 1 << 20
 NAN = float("nan")
-INFO = roadmap_ext.build_info()
 
 # --- average_precision -----------------------------------------------------------------------------------------------
 
@@ -135,6 +131,7 @@ KINDS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpu_kernels
 def test_rows_against_the_loop(kind, dtype):
     for columns in (1, 2, 31, 33, 63, 64, 65, 129, 4096, 4128):
         scores = KINDS[kind]((6, columns)).to(dtype)
@@ -144,6 +141,7 @@ def test_rows_against_the_loop(kind, dtype):
 
 @pytest.mark.parametrize("positives", [1, 2, 3, 4, 5, 7, 8, 31, 32, 33, 34, 63, 64, 65, 200, 999])
 @pytest.mark.parametrize("kind", ["spread", "tied", "clustered"])
+@pytest.mark.cpu_kernels
 def test_every_number_of_positives(kind, positives):
     scores = KINDS[kind]((4, 1000)).float()
     target = torch.zeros(4, 1000, dtype=torch.bool)
@@ -152,6 +150,7 @@ def test_every_number_of_positives(kind, positives):
     check_rows(scores, target, torch.zeros_like(target))
 
 
+@pytest.mark.cpu_kernels
 def test_special_scores():
     """A NaN that counts is its row's, one that is left out is nobody's; a row without positives needs no scores."""
     scores = torch.randn(6, 300)
@@ -165,6 +164,7 @@ def test_special_scores():
     check_rows(scores.repeat(1, 30), target.repeat(1, 30), ignore.repeat(1, 30))  # and with many positives
 
 
+@pytest.mark.cpu_kernels
 def test_a_single_row_is_shared_by_threads():
     """Few rows of many columns: threads count in parts of a row, which changes nothing."""
     scores = torch.randn(2, 70_001)
@@ -182,17 +182,6 @@ def test_a_single_row_is_shared_by_threads():
         rows = torch.ops.roadmap_ext.rank_metrics_masked(bad, target, ignore)
         assert torch.equal(rows[0], two[0])
         assert rows[1].isnan().all()
-
-
-@pytest.mark.parametrize("name", [n for n in INFO["cpu_available"] if n != INFO["cpu"]] or [None])
-def test_every_instruction_set(name):
-    """What looks at rows passes on those that are not in use, too."""
-    if name is None:
-        pytest.skip(f"this processor runs {INFO['cpu']} alone")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "rows_against or positives or special_scores or shared_by_threads or lists or strided"]
-    result = subprocess.run(command, env=os.environ | {"ROADMAP_EXT_CPU": name}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def cosines(x, references=None):
@@ -475,6 +464,7 @@ def test_threads_change_no_bit(classes):
         assert torch.equal(result, results[0])
 
 
+@pytest.mark.cpu_kernels
 def test_lists_and_masks_agree():
     """Own, left out, both at once, positive and left out, and named pairs alone."""
     scores = torch.randn(20, 300).round(decimals=1)
@@ -512,12 +502,14 @@ def test_crowded_buckets_stay_fast():
     torch.testing.assert_close(rows, torch.ones(1, 4, dtype=torch.float64), rtol=0, atol=0)
 
 
+@pytest.mark.cpu_kernels
 def test_strided_scores():
     wide, target = torch.randn(12, 200), torch.rand(6, 100) < 0.3
     for scores in (wide[::2, ::2], wide[:6, 50:150], wide[:1, :100].expand(6, 100), wide.T[:6, :12]):
         check_rows(scores, target[:, : scores.shape[1]], torch.zeros(scores.shape, dtype=torch.bool))
 
 
+@pytest.mark.cpu_kernels
 def test_lists_of_nonsense_lead_nowhere():
     """Columns that are not there, unsorted, repeated: whatever comes, it comes from the row."""
     scores = torch.randn(2, 40)
@@ -631,7 +623,7 @@ def test_bad_embeddings():
         retrieval_metrics(x, labels, x[:, :7], labels)
 
 
-@pytest.mark.cuda
+@pytest.mark.gpu
 def test_cuda():
     x, labels = points(500)
     on_gpu = retrieval_metrics(x.cuda(), labels.cuda())

@@ -15,8 +15,6 @@ import torch
 from roadmap_ext import ap_loss
 from tools import cuda, toolkit
 
-pytestmark = pytest.mark.xdist_group("build")  # trees and archives are made once
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["csrc/cuda/rows.cu"]
 
@@ -297,6 +295,7 @@ def expected_loss():
     return ap_loss(scores, torch.arange(60).reshape(4, 15) % 4 == 0).item()
 
 
+@pytest.mark.deep
 def test_wheel_from_the_sdist_works_elsewhere(sdist_tree, tmp_path):
     wheel, target = pip_wheel(sdist_tree, tmp_path, FORCE_CUDA="0")
     names = zipfile.ZipFile(wheel).namelist()

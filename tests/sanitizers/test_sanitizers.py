@@ -10,6 +10,7 @@ import pytest
 RUN = Path(__file__).parent / "run.sh"
 
 
+@pytest.mark.deep
 def test_sanitizers_find_nothing(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler or os.uname().sysname != "Linux":

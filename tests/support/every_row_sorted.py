@@ -1,12 +1,13 @@
-"""A pytest plugin: in this run every method but the reference is the sorted scan.
+"""A pytest plugin: in this run every method but the reference is the sorted scan (tests/matrix.py: the cells "sorted").
 
-`python -m pytest -p every_row_sorted` with this folder in PYTHONPATH. Tests then call the package as ever; what they
-ask of "auto" and of "tiled" is asked of the scan, whose results differ by rounding alone.
+Tests call the package as ever; what they ask of "auto" and of "tiled" is asked of the scan, whose results differ by
+rounding alone.
 """
 
 import inspect
 
 import oracle
+from implementation import Counted
 
 from roadmap_ext import _chunks, functional
 from roadmap_ext._autograd import resolve_method
@@ -29,8 +30,4 @@ def pytest_configure(config):
     for module in (functional, _chunks):
         assert inspect.getattr_static(module, "resolve_method") is resolve_method
         module.resolve_method = _sorted
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say how many calls were sorted: none would prove nothing."""
-    terminalreporter.write_line(f"{_calls[0]} calls sorted")
+    config.pluginmanager.register(Counted("calls sorted", lambda: _calls[0]))

@@ -1,9 +1,8 @@
 """Recipes: each from end to end on a tiny copy of its data set, and what is refused before training starts.
 
-Where timm is, and RECIPES_WITH_TIMM is set (`make recipes-check`), its own networks take the place of the stub.
+A stub stands in for timm but where `make recipes-check` tries timm's own networks.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -31,7 +30,8 @@ from roadmap_ext import RoadmapLoss
 NAMES = ["cub-deit-small", "cub-resnet50", "inat-resnet50", "sop-deit-small", "sop-resnet50"]
 SMALL = ["--batch-size", "16", "--steps", "3"]  # all else as the recipe has it
 WIDTH = 64  # of the stand-in for a ResNet
-REAL = bool(os.environ.get("RECIPES_WITH_TIMM"))
+
+pytestmark = pytest.mark.recipes
 
 
 class Convolutions(torch.nn.Module):
@@ -128,7 +128,6 @@ def test_these_are_all():
 
 
 class TestEveryRecipe:
-    @pytest.mark.skipif(REAL, reason="timm's own networks are tried")
     @pytest.mark.parametrize("name", NAMES)
     def test_from_end_to_end(self, name, given, made, no_pictures, tmp_path, capsys):
         assert program(*given(name), "--out", tmp_path / "whole") == 0
@@ -152,10 +151,11 @@ class TestEveryRecipe:
         assert same(ours["optimizer"], state["optimizer"])
         assert our_steps == steps
 
-    @pytest.mark.skipif(not REAL, reason="make recipes-check tries timm's own networks")
+    @pytest.mark.timm
     @pytest.mark.parametrize("name", NAMES)
     def test_with_the_networks_of_timm(self, name, given, no_pictures, tmp_path):
-        timm = pytest.importorskip("timm")
+        import timm
+
         model = "resnet50" if "resnet" in name else "deit_small_distilled_patch16_224"
         network = timm.create_model(model)
         torch.save(network.state_dict(), tmp_path / "weights.pth")

@@ -704,6 +704,7 @@ class TestRuns:
         with (unbroken / "steps.csv").open(newline="") as file:
             assert all(0 < float(row["loss_ms"]) < float(row["step_ms"]) for row in csv.DictReader(file))
 
+    @pytest.mark.deep
     def test_again_to_the_same_bits(self, unbroken, tmp_path):
         assert program(*TINY, "--out", tmp_path / "run") == 0
         assert same(outcome(tmp_path / "run"), outcome(unbroken))
@@ -717,6 +718,7 @@ class TestRuns:
         assert first < 0.5
         assert last > 0.8
 
+    @pytest.mark.deep
     def test_killed_at_every_moment(self, tmp_path, monkeypatch):
         """Stops dead before or after everything that a run writes, or midway, and goes on."""
 
@@ -774,6 +776,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)], ids=str
     )
+    @pytest.mark.deep
     def test_stopped_from_outside(self, tmp_path, stop, code):
         long = [*TINY, "--steps", "60", "--checkpoint-every", "2" if stop == signal.SIGKILL else "1000"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -803,6 +806,7 @@ class TestRuns:
         assert same(outcome(unbroken), before)
         assert (unbroken / "curves.png").stat().st_mtime_ns > picture
 
+    @pytest.mark.deep
     def test_a_longer_run_of_constant_rate(self, tmp_path):
         constant = [*TINY, "--schedule", "constant", "--out"]
         assert program(*constant, tmp_path / "a") == 0
@@ -817,6 +821,7 @@ class TestRuns:
         assert program(*odd, tmp_path / "d", "--steps", 12) == 0
         assert same(outcome(tmp_path / "c"), outcome(tmp_path / "d"))
 
+    @pytest.mark.deep
     def test_the_memory_goes_on(self, tmp_path):
         given = [*TINY, "--schedule", "constant", "--memory-size", 70, "--mini-batch-size", 9, "--out"]
         assert program(*given, tmp_path / "a", "--steps", 5) == 0
@@ -845,6 +850,7 @@ class TestRuns:
         assert [keywords["normalize"] for _, keywords in calls] == [normalize] * 3
         assert all(torch.equal(arguments[1], load(options())[1].labels) for arguments, _ in calls)
 
+    @pytest.mark.deep
     @pytest.mark.parametrize("loss", losses.LOSSES)
     def test_losses(self, loss, tmp_path, unbroken):
         assert program(*TINY, "--loss", loss, "--out", tmp_path / "run") == 0
@@ -854,6 +860,7 @@ class TestRuns:
         if loss == "reference":
             assert [float(loss) for loss in differs] == pytest.approx([float(loss) for loss in ours], rel=1e-3)
 
+    @pytest.mark.deep
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     def test_autocast(self, amp, tmp_path):
         halved = [*TINY, "--amp", amp]
@@ -870,6 +877,7 @@ class TestRuns:
         assert code == 0
         assert (tmp_path / "run" / "neighbours.png").exists()
 
+    @pytest.mark.deep
     def test_a_network_of_timm(self, tmp_path, monkeypatch, capsys):
         made = []
 
@@ -991,6 +999,7 @@ class TestTwoProcesses:
 
         return run
 
+    @pytest.mark.deep
     def test_stopped_and_gone_on(self, tmp_path, run):
         """The whole run under torchrun itself; then a signal to the second rank stops both, and they go on."""
         whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -1045,6 +1054,7 @@ class TestTwoProcesses:
         assert "torchrun's to set" in refused(capsys, *TINY, "--out", tmp_path / "run")
 
 
+@pytest.mark.deep
 def test_a_query_is_not_its_own_neighbour(tmp_path, monkeypatch):
     found = images.read(write(tmp_path, some_classes()), 8)
     drawn = []
@@ -1054,6 +1064,7 @@ def test_a_query_is_not_its_own_neighbour(tmp_path, monkeypatch):
     assert all(row[0] not in row[1:] and len(row) == 9 for row in drawn)
 
 
+@pytest.mark.deep
 def test_names_are_drawn_as_they_are(tmp_path, recwarn):
     files = {
         f"{name}/{i}.png": png(i)

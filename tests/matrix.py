@@ -1,0 +1,160 @@
+"""What `make test-deep` runs: a flat table of cells, each a choice of tests by their markers under one condition.
+
+    python -m tests.matrix                 all cells but "quick"; a table of what they came to stands at the end
+    python -m tests.matrix quick           what `make test` runs
+    python -m tests.matrix avx2 emulated   these cells; options that begin with - go to pytest
+    python -m tests.matrix --list          the table, without running anything
+
+tests/package/test_matrix.py sees to it that every test is in a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORES = os.cpu_count() or 1
+
+MARKERS = {
+    "kernels": "in tests/kernels: accuracy of the ops, and what they promise, by instruction set and method",
+    "losses": "in tests/losses: what the losses, memory and cached_backward promise",
+    "metrics": "in tests/metrics: exact metrics and the decomposability gap",
+    "distributed": "in tests/distributed: several ranks as one",
+    "integrations": "in tests/integrations: the losses inside other libraries",
+    "training": "in tests/training: the training program and its data",
+    "comparison": "in tests/comparison: benchmarks/quality, which compares losses",
+    "package": "in tests/package: how the package is built, and this matrix",
+    "documentation": "in tests/documentation: code and commands on the pages",
+    "emulated": "in tests/emulated: the emulator, and what the CUDA ops promise beyond the CPU's",
+    "sanitizers": "in tests/sanitizers: memory safety of the CPU kernels",
+    "cuda": "in tests/cuda: what nvcc makes of the kernels, and the kernels on a GPU",
+    "deep": "for `make test-deep` alone: what costs much and seldom finds what the quick tests do not",
+    "ops": "passes with any implementation of the ops: each instruction set, every row sorted, emulated CUDA",
+    "cpu_kernels": "passes with each instruction set",
+    "host": "about Python, autograd or torch around the ops: the same for every implementation of them",
+    "long": "rows so long, or calls so many, that emulated kernels take minutes and show nothing more",
+    "recipes": "the paper's experiments on tiny copies of their data sets",
+    "timm": "needs timm's own networks: `make recipes-check`",
+    "gpu": "needs a CUDA device and a build with CUDA kernels",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Tests by an expression of markers, as pytest's -m takes it, and the condition that they run under."""
+
+    name: str
+    runs: str
+    at_least: int
+    """How many tests: fewer, and something has dropped out."""
+    environ: dict[str, str] = field(default_factory=dict)
+    plugin: str | None = None
+    """A module of tests/support that puts another implementation of the ops in place."""
+
+    def command(self, *options: str) -> list[str]:
+        plugin = ["-p", self.plugin] if self.plugin else []
+        return [sys.executable, "-m", "pytest", "-m", self.runs, *plugin, *options]
+
+
+OPS = "ops and not host"
+EACH_SET = "(ops or cpu_kernels) and not host"
+CELLS = [
+    Cell("quick", "not deep and not gpu and not timm", 1320),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 926),
+    Cell("sorted", OPS, 651, plugin="every_row_sorted"),
+    *(
+        cell
+        for name in ("avx512", "avx2", "baseline")
+        for cell in (
+            Cell(name, EACH_SET, 1305, {"ROADMAP_EXT_CPU": name}),
+            Cell(f"{name}-sorted", OPS, 651, {"ROADMAP_EXT_CPU": name}, "every_row_sorted"),
+        )
+    ),
+    Cell("emulated-ops", f"{OPS} and not long", 578, plugin="emulated_ops"),
+    Cell("emulated", "deep and emulated", 360),
+    Cell("nvcc", "deep and cuda and not gpu", 1),
+    Cell("sanitizers", "deep and sanitizers", 1),
+    Cell("packaging", "deep and package", 7),
+    Cell("distributed", "deep and (distributed or integrations)", 152),
+    Cell("training", "deep and (training or comparison) and not recipes", 21),
+    Cell("recipes", "recipes and not timm", 66),
+    Cell("documentation", "documentation", 9),
+]
+
+
+def selects(expression: str, markers: set[str]) -> bool:
+    """Whether an expression of markers takes a test that has these: pytest's -m, for names alone."""
+    return bool(eval(re.sub(r"\b(?!and\b|or\b|not\b)\w+\b", lambda name: str(name[0] in markers), expression)))
+
+
+def instruction_sets() -> tuple[str, list[str]]:
+    """The one in use, and all that this processor has."""
+    import roadmap_ext
+
+    info = roadmap_ext.build_info()
+    return info["cpu"], info["cpu_available"]
+
+
+def left_out(cell: Cell) -> str | None:
+    """Why a cell is not run here, if it is not."""
+    used, available = instruction_sets()
+    name = cell.environ.get("ROADMAP_EXT_CPU")
+    if name and name not in available:
+        return "not on this processor"
+    if name == used:
+        return "the one in use: its cells are kernels and sorted"
+    return None
+
+
+def run(cell: Cell, options: list[str], alone: bool) -> tuple[bool, str]:
+    """Whether all passed, and a row for the table. Alone, a cell shares its modules out to a process a core."""
+    reason = left_out(cell)
+    if reason:
+        return True, f"{cell.name:<16}       -  {reason}"
+    begin = time.monotonic()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | cell.environ
+    shared = ["-n", str(CORES), "--dist", "loadscope"] if alone and CORES > 1 else []
+    done = subprocess.run(
+        cell.command("-q", *shared, *options), cwd=ROOT, env=environ, text=True,
+        stdout=None if alone else subprocess.PIPE, stderr=None if alone else subprocess.STDOUT,
+    )  # fmt: skip
+    passed, seconds = done.returncode == 0, time.monotonic() - begin
+    if not alone:
+        print(f"--- {cell.name}\n{done.stdout.rstrip()}", flush=True)
+    last = "" if alone else done.stdout.rstrip().splitlines()[-1].strip("= ")
+    return passed, f"{cell.name:<16}{seconds:>8.0f}  {'' if passed else 'FAILED '}{last}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="which cells, by name; all but the first by default")
+    parser.add_argument("--list", action="store_true", help="say what each cell runs")
+    arguments, options = parser.parse_known_args()
+    known = {cell.name: cell for cell in CELLS}
+    unknown = [name for name in arguments.cells if name not in known]
+    if unknown:
+        parser.error(f"there is no cell {', '.join(unknown)}; there are {', '.join(known)}")
+    cells = [known[name] for name in arguments.cells or list(known)[1:]]
+    if arguments.list:
+        for cell in CELLS:
+            condition = "".join(f" {name}={value}" for name, value in cell.environ.items())
+            print(f"{cell.name:<16}{cell.runs}{condition}{f' -p {cell.plugin}' if cell.plugin else ''}")
+        return
+    with ThreadPoolExecutor(CORES) as pool:
+        outcomes = list(pool.map(lambda cell: run(cell, options, len(cells) == 1), cells))
+    print(f"\n{'cell':<16}{'seconds':>8}", *(row for _, row in outcomes), sep="\n")
+    sys.exit(0 if all(passed for passed, _ in outcomes) else 1)
+
+
+if __name__ == "__main__":
+    main()
