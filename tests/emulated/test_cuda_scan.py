@@ -121,21 +121,21 @@ def test_halves(dtype, surrogate, device, emulated):
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_methods(parts, surrogate, emulated):
-    """`sorted` and `tiled` do as they say, whatever the device would choose."""
+    """`sorted` and `pairwise` do as they say, whatever the device would choose."""
     scores, target, ignore = rows_of_all_kinds()
     truth = assert_accurate(scores.double(), target, method="auto", ignore=ignore, surrogate=surrogate)
     seen = {}
     for above in (0, NEVER):
         emulated.emulate_device(2, 64 << 20, 64, parts, 0, above, 3, 3)  # pieces that hold all positives
-        for method in ("auto", "tiled", "sorted"):
+        for method in ("auto", "pairwise", "sorted"):
             result = assert_accurate(scores, target, method=method, ignore=ignore, surrogate=surrogate)
             seen[above, method] = result.gradient
             torch.testing.assert_close(result.loss, truth.loss.float(), rtol=2e-6, atol=1e-6)
     assert torch.equal(seen[0, "auto"], seen[0, "sorted"])
     assert torch.equal(seen[0, "sorted"], seen[NEVER, "sorted"])
-    assert torch.equal(seen[NEVER, "auto"], seen[NEVER, "tiled"])
-    assert torch.equal(seen[0, "tiled"], seen[NEVER, "tiled"])
-    differ = (seen[0, "tiled"] != seen[0, "sorted"]).any(1)
+    assert torch.equal(seen[NEVER, "auto"], seen[NEVER, "pairwise"])
+    assert torch.equal(seen[0, "pairwise"], seen[NEVER, "pairwise"])
+    differ = (seen[0, "pairwise"] != seen[0, "sorted"]).any(1)
     assert differ[[2, 8]].all()  # else one of them was not what it says
 
 
@@ -143,7 +143,7 @@ def test_methods(parts, surrogate, emulated):
 def test_bits(surrogate, emulated):
     """Neither the order of threads and blocks nor their number on a row shows."""
     scores, target, ignore = rows_of_all_kinds()
-    scores[8, 3], scores[1, 7] = math.inf, -math.inf  # one is left to the tiled kernel
+    scores[8, 3], scores[1, 7] = math.inf, -math.inf  # one is left to the pairwise kernel
     ignore[8, 3], ignore[1, 7] = False, True
     weights = torch.randn(2, int((target & ~ignore).sum()))
     seen = []
@@ -160,7 +160,7 @@ def test_bits(surrogate, emulated):
             value = value + (ranks.positive_rank * weights[1]).sum()
         value.backward()
         values, gradient = objective(scores, lists_of(target), lists_of(ignore), surrogate=int(surrogate != "sup"))
-        kept = torch.arange(len(scores)) != 8  # spans of the tiled kernel are summed apart
+        kept = torch.arange(len(scores)) != 8  # spans of the pairwise kernel are summed apart
         rank_kept = kept[ranks.query]
         seen.append(
             [loss[kept], leaf.grad[kept], other.grad[kept], values[kept], gradient[kept], ranks.query]
@@ -187,7 +187,7 @@ def odd_rows():
 def test_infinities_and_nan(surrogate, device, emulated):
     emulated.emulate_device(*device, 3, 3)
     scores, target, ignore = odd_rows()
-    tiled = ap_loss(scores, target, ignore=ignore, surrogate=surrogate, reduction="none", method="tiled")
+    pairwise = ap_loss(scores, target, ignore=ignore, surrogate=surrogate, reduction="none", method="pairwise")
     leaf = scores.clone().requires_grad_()
     loss = ap_loss(leaf, target, ignore=ignore, surrogate=surrogate, reduction="none")
     loss.sum().backward()
@@ -195,7 +195,7 @@ def test_infinities_and_nan(surrogate, device, emulated):
     truth = reference.ap_loss(wide, target, ignore=ignore, surrogate=surrogate, reduction="none")
     truth.sum().backward()
     torch.testing.assert_close(loss, truth.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss, tiled, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, pairwise, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
     sick = {1: (target & ~ignore)[1], 8: (~target & ~ignore)[8]}
     for row, roles in sick.items():
@@ -283,29 +283,29 @@ def test_smooth_rank(surrogate, device, emulated):
         if surrogate == "smooth":
             dirty[1, (ranks.query == 8).nonzero()[2]] = value
         _, mine = backward(scores, target, ignore, dirty, surrogate)
-        _, tiled = backward(scores, target, ignore, dirty, surrogate, "tiled")
+        _, pairwise = backward(scores, target, ignore, dirty, surrogate, "pairwise")
         touched = [2, 8] if surrogate == "smooth" else [2]
         clean = [row for row in range(len(scores)) if row not in touched]
         assert torch.equal(mine[clean], gradient[clean])
-        torch.testing.assert_close(mine[touched], tiled[touched], rtol=1e-5, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(mine[touched], pairwise[touched], rtol=1e-5, atol=1e-4, equal_nan=True)
         assert not mine[2].isfinite().all()
 
 
 @pytest.mark.parametrize("device", [OWNING[0], SHARED[1]])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_slopes_that_are_not_finite(value, device, emulated):
-    """A forward pass that overflowed, or met a NaN, leaves them: the row goes to the tiled kernel."""
+    """A forward pass that overflowed, or met a NaN, leaves them: the row goes to the pairwise kernel."""
     emulated.emulate_device(*device, 3, 3)
     scores, target, _ = rows_of_all_kinds(seed=7)
     row = target.nonzero()[:, 0]
     slope, weight = torch.rand(len(row)), torch.rand(len(row))
     slope[(row == 2).nonzero()[-1]] = value
     settings = (0, 0.01, 100.0, 0.05, 0.5, None)
-    scanned, tiled = (
+    scanned, pairwise = (
         torch.ops.roadmap_ext.smooth_rank_backward(scores, target, None, slope, None, weight, *settings, method)
         for method in (0, 1)
     )
-    torch.testing.assert_close(scanned, tiled, rtol=1e-4, atol=1e-3, equal_nan=True)
+    torch.testing.assert_close(scanned, pairwise, rtol=1e-4, atol=1e-3, equal_nan=True)
     assert not scanned[2].isfinite().all()
     assert scanned[[0, 1, *range(3, 10)]].isfinite().all()
 

@@ -140,7 +140,7 @@ def test_gradcheck(surrogate):
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(
             lambda s, r=reduction: roadmap_ext.ap_loss(
-                s, target, ignore=ignore, surrogate=surrogate, tau=0.05, rho=5.0, reduction=r, method="tiled"
+                s, target, ignore=ignore, surrogate=surrogate, tau=0.05, rho=5.0, reduction=r, method="pairwise"
             ),
             scores,
             eps=1e-7,
@@ -196,7 +196,7 @@ def test_known_values():
     torch.testing.assert_close(loss, 1 - 1 / rank, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("method", ["tiled", "sorted"])
+@pytest.mark.parametrize("method", ["pairwise", "sorted"])
 def test_far_below_carries_exactly_nothing(method):
     scores = torch.tensor([[0.9, 0.1, -0.5]], requires_grad=True)
     roadmap_ext.ap_loss(scores, torch.tensor([[True, False, False]]), method=method).backward()

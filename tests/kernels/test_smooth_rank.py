@@ -33,7 +33,7 @@ def test_ranks_and_gradients(dtype, surrogate, shape):
     count = int((target & ~ignore).sum())
     weights = torch.randn(2, count).mul(8).round() / 8
     options = {"ignore": ignore, "surrogate": surrogate}
-    ours, gradient = ranks_and_gradient(smooth_rank, scores, target, weights, method="tiled", **options)
+    ours, gradient = ranks_and_gradient(smooth_rank, scores, target, weights, method="pairwise", **options)
     truth, exact = ranks_and_gradient(reference.smooth_rank, scores.double(), target, weights, **options)
     plain, rough = ranks_and_gradient(reference.smooth_rank, scores, target, weights, **options)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -81,7 +81,7 @@ def test_gradcheck(surrogate):
     target, ignore = torch.rand(3, 11) < 0.4, torch.rand(3, 11) < 0.2
 
     def ranks(s):
-        result = smooth_rank(s, target, ignore=ignore, surrogate=surrogate, tau=0.05, rho=5.0, method="tiled")
+        result = smooth_rank(s, target, ignore=ignore, surrogate=surrogate, tau=0.05, rho=5.0, method="pairwise")
         return result.negative_rank if surrogate == "sup" else (result.positive_rank, result.negative_rank)
 
     assert torch.autograd.gradcheck(ranks, scores, eps=1e-7, atol=1e-5)
@@ -95,7 +95,7 @@ def test_sup_positive_rank_carries_no_gradient():
         assert ranks.negative_rank.requires_grad
 
 
-@pytest.mark.parametrize("method", ["tiled", "reference"])
+@pytest.mark.parametrize("method", ["pairwise", "reference"])
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 4)])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_no_positives(method, shape, surrogate):

@@ -1,4 +1,4 @@
-"""method="sorted": the sorted scan against float64 at every size, against the tiled kernels at every oddity.
+"""method="sorted": the sorted scan against float64 at every size, against the pairwise kernels at every oddity.
 
 Its float64 results hold to 1e-11 where float32 could hide a mistake; steps, ties and knees are counted exactly; what no
 oracle could go through pair by pair, up to 1,000,000 references and 100,000 positives, is checked on a sample.
@@ -85,8 +85,8 @@ def assert_close(ours, theirs, rtol, atol=0.0, what=""):
     assert (error <= allowed).all(), f"{what}: {worst:.3g} of what is allowed"
 
 
-def assert_as_tiled(scores, target, weights=None, rtol=None, **options):
-    """Ranks and gradients of the scan are those of the tiled kernels, every element, but for rounding.
+def assert_as_pairwise(scores, target, weights=None, rtol=None, **options):
+    """Ranks and gradients of the scan are those of the pairwise kernels, every element, but for rounding.
 
     What a pair below the cut would add to a rank, or to a gradient, one method may leave out and the other not. The
     series of float64 lose a few digits where scores are tied, for their coefficients alternate.
@@ -98,7 +98,7 @@ def assert_as_tiled(scores, target, weights=None, rtol=None, **options):
     if weights is None:
         weights = torch.rand(2, int(kept.sum())) + 0.5
     ours, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
-    theirs, other = ranks_and_gradient(scores, target, weights, "tiled", **options)
+    theirs, other = ranks_and_gradient(scores, target, weights, "pairwise", **options)
     assert torch.equal(ours.query, theirs.query)
     assert torch.equal(ours.reference, theirs.reference)
     assert_close(ours.positive_rank, theirs.positive_rank, rtol, what="rank+")
@@ -395,8 +395,8 @@ def test_knees_to_the_ulp(delta, dtype):
     curve_sum = torch.where(gap > knee, 0.0, torch.sigmoid((gap.double()) / 1e-4)).sum(1)
     assert_close(ranks.negative_rank, 100.0 * steps + 10_000.0 * tails + curve_sum, 1e-6)
     options |= {"rho": 7e4, "offset": None}
-    assert_as_tiled(scores, target, **options)
-    assert_as_tiled(scores, target, surrogate="smooth", tau=1e-4)
+    assert_as_pairwise(scores, target, **options)
+    assert_as_pairwise(scores, target, surrogate="smooth", tau=1e-4)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -409,17 +409,17 @@ def test_constant_rows_and_few_values(n, surrogate):
             which = torch.randint(len(values), (2, n), generator=generator)
             scores = torch.tensor(values, dtype=dtype)[which]
             target = torch.rand(2, n, generator=generator) < torch.tensor([[0.5], [300 / n if n > 1000 else 0.1]])
-            assert_as_tiled(scores, target, surrogate=surrogate)
+            assert_as_pairwise(scores, target, surrogate=surrogate)
 
 
 def assert_as_exact(scores, target, **options):
-    """Ranks and gradients beside float64's, the gradient's error beside that of the tiled kernels."""
+    """Ranks and gradients beside float64's, the gradient's error beside that of the pairwise kernels."""
     weights = torch.rand(2, int(target.sum())) + 0.5
     ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
-    truth, exact = ranks_and_gradient(scores.double(), target, weights, "tiled", **options)
-    _, tiled = ranks_and_gradient(scores, target, weights, "tiled", **options)
+    truth, exact = ranks_and_gradient(scores.double(), target, weights, "pairwise", **options)
+    _, pairwise = ranks_and_gradient(scores, target, weights, "pairwise", **options)
     assert_close(ranks.negative_rank, truth.negative_rank, 3e-7, 1e-9, "rank-")
-    error, other = ((g.double() - exact).norm() for g in (gradient, tiled))
+    error, other = ((g.double() - exact).norm() for g in (gradient, pairwise))
     assert error <= 2 * other + ULPS * EPS * weights.max() / options["tau"], "gradient"
 
 
@@ -537,14 +537,14 @@ KINDS = [
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_as_tiled_whatever_comes(data):
+def test_as_pairwise_whatever_comes(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     shape = data.draw(st.integers(1, 3)), data.draw(st.one_of(st.integers(1, 70), st.integers(70, 2500)))
     dtype = data.draw(st.sampled_from(WIDE))
     scores = awkward(data.draw(st.sampled_from(KINDS)), shape, dtype, generator)
     target = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.01, 0.1, 0.5, 0.95, 1.0]))
     ignore = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.2]))
-    assert_as_tiled(
+    assert_as_pairwise(
         scores,
         target,
         torch.rand(2, int((target & ~ignore).sum()), generator=generator) + 0.5,
@@ -561,23 +561,25 @@ def test_as_tiled_whatever_comes(data):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tau", [1e-20, 1e-3, 1e3, 1e8])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_as_tiled_at_extremes(kind, tau, dtype):
+def test_as_pairwise_at_extremes(kind, tau, dtype):
     """Loss and gradient of whole rows, where temperatures are far from those of training, and scores, too."""
     scores = awkward(kind, (4, 12_000), dtype, torch.Generator().manual_seed(7))
     target = torch.rand(4, 12_000) < torch.tensor([[0.001], [0.01], [0.03], [0.001]])
     for surrogate in SURROGATES:
         options = {"surrogate": surrogate, "tau": tau}
-        ours, tiled = (run(ap_loss, scores, target, torch.ones(4), method=m, **options) for m in ("sorted", "tiled"))
-        ranks = smooth_rank(scores, target, method="tiled", **options)
+        ours, pairwise = (
+            run(ap_loss, scores, target, torch.ones(4), method=m, **options) for m in ("sorted", "pairwise")
+        )
+        ranks = smooth_rank(scores, target, method="pairwise", **options)
         rank = (ranks.positive_rank + ranks.negative_rank).double()
         weight = torch.maximum(ranks.positive_rank, ranks.negative_rank).double() / rank / rank
         weight = torch.zeros(4, dtype=torch.float64).scatter_reduce(0, ranks.query, weight, "amax") / target.sum(1)
         wide = dtype == torch.float64
-        assert_close(ours.loss, tiled.loss, 1e-12 if wide else 1e-6, 1e-12 if wide else 1e-7)
+        assert_close(ours.loss, pairwise.loss, 1e-12 if wide else 1e-6, 1e-12 if wide else 1e-7)
         atol = (1e-13 if wide else ULPS * EPS) * weight.nan_to_num(0) / tau
-        largest = tiled.gradient.abs().amax(1).double()
+        largest = pairwise.gradient.abs().amax(1).double()
         rtol = 1e-11 if wide else 4e-6
-        assert_close(ours.gradient, tiled.gradient, rtol, (rtol * largest + atol)[:, None], "gradient")
+        assert_close(ours.gradient, pairwise.gradient, rtol, (rtol * largest + atol)[:, None], "gradient")
 
 
 @pytest.mark.parametrize("low", [-1e2, -1e6, -1e10, -1e20, -1e30])
@@ -588,23 +590,23 @@ def test_sums_do_not_cancel(low, dtype):
         scores, target = torch.randn(1, columns, dtype=dtype) * 0.2, torch.rand(1, columns) < 0.3
         scores[0, target[0].nonzero()[0]] = low
         scores[0, (~target[0]).nonzero()[0]] = low
-        assert_as_tiled(scores, target)
-        assert_as_tiled(-scores, target)
+        assert_as_pairwise(scores, target)
+        assert_as_pairwise(-scores, target)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("is_positive", [True, False])
 def test_scores_too_large_to_be_summed(is_positive, surrogate):
-    """Finite, but not their sums times a count: the row goes the tiled way, to the bit, wherever in it they stand."""
+    """Finite, but not their sums times a count: the row goes the pairwise way, to the bit, wherever in it they stand."""
     scores, target = torch.randn(1, 9000, dtype=torch.float64) * 0.2, torch.rand(1, 9000) < 0.1
     for at in (0, -1):
         large = scores.clone()
         large[0, (target[0] == is_positive).nonzero()[at]] = 1e200
-        ours, tiled = (
-            run(ap_loss, large, target, torch.ones(1), method=m, surrogate=surrogate) for m in ("sorted", "tiled")
+        ours, pairwise = (
+            run(ap_loss, large, target, torch.ones(1), method=m, surrogate=surrogate) for m in ("sorted", "pairwise")
         )
-        assert torch.equal(ours.loss, tiled.loss)
-        assert torch.equal(ours.gradient, tiled.gradient)
+        assert torch.equal(ours.loss, pairwise.loss)
+        assert torch.equal(ours.gradient, pairwise.gradient)
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
@@ -612,7 +614,7 @@ def test_scores_too_large_to_be_summed(is_positive, surrogate):
 @pytest.mark.parametrize("shape", [(5, 200), (1, 20_000)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_nan(value, surrogate, shape, dtype):
-    """What is not finite goes the tiled way, and to the bit; its neighbours do not, nor what is ignored."""
+    """What is not finite goes the pairwise way, and to the bit; its neighbours do not, nor what is ignored."""
     scores = (torch.randn(shape) * 0.2).to(dtype)
     target = torch.rand(shape) < 0.1
     weight = torch.ones(len(scores))
@@ -622,19 +624,19 @@ def test_infinities_and_nan(value, surrogate, shape, dtype):
         dirty[0, at] = value
         options = {"surrogate": surrogate}
         ours = run(ap_loss, dirty, target, weight, method="sorted", **options)
-        tiled = run(ap_loss, dirty, target, weight, method="tiled", **options)
+        pairwise = run(ap_loss, dirty, target, weight, method="pairwise", **options)
         clean = run(ap_loss, scores, target, weight, method="sorted", **options)
         if value == -INF and not is_positive:  # it reaches nobody, and is left out before anything is sorted
-            assert_close(ours.loss, tiled.loss, 4 * EPS)
+            assert_close(ours.loss, pairwise.loss, 4 * EPS)
             assert ours.gradient[0, at] == 0
         else:
-            assert torch.equal(ours.loss[0].nan_to_num(-1), tiled.loss[0].nan_to_num(-1))
-            assert torch.equal(ours.gradient[0].nan_to_num(-1), tiled.gradient[0].nan_to_num(-1))
-            assert torch.equal(ours.gradient[0].isnan(), tiled.gradient[0].isnan())
+            assert torch.equal(ours.loss[0].nan_to_num(-1), pairwise.loss[0].nan_to_num(-1))
+            assert torch.equal(ours.gradient[0].nan_to_num(-1), pairwise.gradient[0].nan_to_num(-1))
+            assert torch.equal(ours.gradient[0].isnan(), pairwise.gradient[0].isnan())
         assert ours.loss[0].isnan() == math.isnan(value)
         assert torch.equal(ours.loss[1:], clean.loss[1:])
         assert torch.equal(ours.gradient[1:], clean.gradient[1:])
-        ranks = [smooth_rank(dirty, target, method=m, **options) for m in ("sorted", "tiled")]
+        ranks = [smooth_rank(dirty, target, method=m, **options) for m in ("sorted", "pairwise")]
         rtol = 1e-11 if dtype == torch.float64 else 2e-6
         for name in ("positive_rank", "negative_rank"):
             one, other = (getattr(r, name).nan_to_num(-1) for r in ranks)
@@ -672,11 +674,11 @@ def test_upstream_gradients_that_are_not_finite(value, surrogate, dtype, columns
         sick = weights.clone()
         sick[which, row[5]] = value
         _, ours = ranks_and_gradient(scores, target, sick, "sorted", surrogate=surrogate)
-        _, tiled = ranks_and_gradient(scores, target, sick, "tiled", surrogate=surrogate)
+        _, pairwise = ranks_and_gradient(scores, target, sick, "pairwise", surrogate=surrogate)
         assert torch.equal(ours[[0, 2]], healthy[[0, 2]])
-        assert (ours.isfinite() <= tiled.isfinite()).all()
+        assert (ours.isfinite() <= pairwise.isfinite()).all()
         assert ours[1].isfinite().all() == (which == 1 and surrogate == "sup")  # which rank+ of sup ignores
-        own, other = ours[1, target[1]], tiled[1, target[1]]
+        own, other = ours[1, target[1]], pairwise[1, target[1]]
         if surrogate == "sup":
             assert_close(own[own.isfinite()], other[other.isfinite()], 1e-11 if dtype == torch.float64 else 2e-6)
             assert torch.equal(own[~own.isfinite()].nan_to_num(0.5), other[~other.isfinite()].nan_to_num(0.5))
@@ -689,12 +691,12 @@ def test_upstream_gradients_of_any_sign_and_size(dtype, surrogate):
     some = torch.randn(2, int(target.sum()))
     for weights in (some / 1024, some * 0, torch.ones_like(some) * 1e-12 * some[:, :1], some * 2.0**-100):
         _, ours = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
-        _, tiled = ranks_and_gradient(scores, target, weights, "tiled", surrogate=surrogate)
+        _, pairwise = ranks_and_gradient(scores, target, weights, "pairwise", surrogate=surrogate)
         assert ours.dtype == dtype
-        error = (ours.double() - tiled.double()).norm(dim=1)
+        error = (ours.double() - pairwise.double()).norm(dim=1)
         eps = torch.finfo(dtype).eps
         floor = ULPS * max(eps, 1e-14) * weights.abs().max() / 0.01
-        assert (error <= max(2e-6, eps) * tiled.double().norm(dim=1) + floor).all()
+        assert (error <= max(2e-6, eps) * pairwise.double().norm(dim=1) + floor).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (3, 5), (1, 9000)])
@@ -731,7 +733,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_roadmap_loss(name, memory, reduction):
-    """Lists of positives, hinges, scales: in float64 against the reference, in float32 beside tiled."""
+    """Lists of positives, hinges, scales: in float64 against the reference, in float32 beside pairwise."""
     torch.set_num_threads(1)  # the reference goes from row to row
     labels = torch.arange(90) % 3
     x = torch.randn(90, 12, dtype=torch.float64) + torch.randn(3, 12, dtype=torch.float64)[labels]
@@ -755,9 +757,9 @@ def test_roadmap_loss(name, memory, reduction):
     for ours, theirs in zip(gradients, exact, strict=True):
         assert_close(ours, theirs, 1e-9, 1e-11 * theirs.abs().max())
     loss, gradients = result(roadmap_loss, torch.float32, method="sorted", chunk_size=37)
-    other, tiled = result(roadmap_loss, torch.float32, method="tiled", chunk_size=37)
+    other, pairwise = result(roadmap_loss, torch.float32, method="pairwise", chunk_size=37)
     assert_close(loss.flatten(), other.flatten(), 1e-6, EPS)
-    for ours, theirs in zip(gradients, tiled, strict=True):
+    for ours, theirs in zip(gradients, pairwise, strict=True):
         assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
 
 
@@ -774,9 +776,9 @@ def test_cells_from_embeddings(name, dtype):
         loss = roadmap_loss(leaves[0], labels, leaves[1], ref_labels=references, method=method, **OBJECTIVES[name])
         return loss.detach(), torch.autograd.grad(loss, leaves)
 
-    (loss, gradients), (other, tiled) = result("sorted"), result("tiled")
+    (loss, gradients), (other, pairwise) = result("sorted"), result("pairwise")
     assert_close(loss[None], other[None], 1e-6, EPS)
-    for ours, theirs in zip(gradients, tiled, strict=True):
+    for ours, theirs in zip(gradients, pairwise, strict=True):
         assert (ours.double() - theirs.double()).norm() <= max(2e-6, torch.finfo(dtype).eps) * theirs.double().norm()
 
 
@@ -855,23 +857,23 @@ def test_permuting_references_permutes_the_gradient(surrogate, dtype):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_auto_takes_one_of_the_two(surrogate, dtype):
-    """Row by row, to the bit: the scan for many positives, the tiled kernels for few."""
+    """Row by row, to the bit: the scan for many positives, the pairwise kernels for few."""
     scores = torch.randn(6, 5000, dtype=dtype) * 0.2
     target = torch.rand(6, 5000) < torch.tensor([0.0, 3e-4, 3e-3, 0.03, 0.2, 0.6])[:, None]
     target[1:, 0] = True
     weight = torch.ones(6)
-    auto, tiled, scan = (
-        run(ap_loss, scores, target, weight, method=m, surrogate=surrogate) for m in ("auto", "tiled", "sorted")
+    auto, pairwise, scan = (
+        run(ap_loss, scores, target, weight, method=m, surrogate=surrogate) for m in ("auto", "pairwise", "sorted")
     )
     taken = []
     for row in range(6):
         is_tiled, is_sorted = (
             torch.equal(auto.loss[row], x.loss[row]) and torch.equal(auto.gradient[row], x.gradient[row])
-            for x in (tiled, scan)
+            for x in (pairwise, scan)
         )
         assert is_tiled or is_sorted
-        taken.append("both" if is_tiled and is_sorted else "tiled" if is_tiled else "sorted")
+        taken.append("both" if is_tiled and is_sorted else "pairwise" if is_tiled else "sorted")
     assert taken[0] == "both"
-    assert taken[1] == "tiled"
+    assert taken[1] == "pairwise"
     assert taken[-1] == "sorted"
-    assert_close(auto.loss, tiled.loss, 4 * EPS)
+    assert_close(auto.loss, pairwise.loss, 4 * EPS)

@@ -25,7 +25,7 @@ def case(rows=5, columns=200, dtype=torch.float32):
     return scores, target, torch.rand(rows, columns) < 0.1
 
 
-@pytest.mark.parametrize("method", ["tiled", "reference", "auto"])
+@pytest.mark.parametrize("method", ["pairwise", "reference", "auto"])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 class TestConventions:
     def test_reductions(self, method, surrogate):
@@ -119,7 +119,7 @@ def test_infinities_are_limits_and_equal_ones_ties(dtype, surrogate, rho):
     masks = torch.tensor([[(pattern >> j) & 1 for j in range(7)] for pattern in range(128)], dtype=torch.bool)
     scores = torch.tensor(values, dtype=dtype).repeat(128, 1)
     weight = torch.ones(128)
-    ours = run(ap_loss, scores, masks, weight, surrogate=surrogate, rho=rho, method="tiled")
+    ours = run(ap_loss, scores, masks, weight, surrogate=surrogate, rho=rho, method="pairwise")
     truth = run(reference.ap_loss, scores.double(), masks, weight, surrogate=surrogate, rho=rho)
     torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.gradient.double(), truth.gradient, rtol=1e-2, atol=1e-4)
@@ -298,7 +298,7 @@ def test_backward_keeps_what_is_still_needed():
         loss.backward()
 
 
-@pytest.mark.parametrize("method", ["tiled", "reference"])
+@pytest.mark.parametrize("method", ["pairwise", "reference"])
 def test_gradcheck_through_the_function(method):
     scores = (torch.randn(2, 9, dtype=torch.float64) * 0.2).requires_grad_()
     target = torch.rand(2, 9) < 0.4
@@ -492,11 +492,11 @@ class TestBadInput:
             (scores, target, 3, TypeError, "ignore must be a torch.Tensor"),
         ],
     )
-    @pytest.mark.parametrize("method", ["tiled", "reference"])
+    @pytest.mark.parametrize("method", ["pairwise", "reference"])
     def test_tensors(self, scores, target, ignore, error, words, method):
         with pytest.raises(error, match=words):
             ap_loss(scores, target, ignore=ignore, method=method)
-        if method == "tiled":
+        if method == "pairwise":
             with pytest.raises(error, match=words):
                 roadmap_ext.smooth_rank(scores, target, ignore=ignore)
             with pytest.raises(error, match=words):
@@ -540,7 +540,7 @@ class TestBadInput:
         assert ap_loss(scores, target).device.type == "meta"
         if not roadmap_ext.build_info()["cuda"]:
             with pytest.raises(RuntimeError, match=r"no CUDA kernels because .*FORCE_CUDA=1.*method='reference'"):
-                roadmap_ext._extension.check_kernels(torch.device("cuda", 0), "tiled")
+                roadmap_ext._extension.check_kernels(torch.device("cuda", 0), "pairwise")
         with pytest.raises(RuntimeError, match=r"none for 'mps'.*method='reference'"):
             roadmap_ext._extension.check_kernels(torch.device("mps"), "auto")
 

@@ -276,13 +276,13 @@ with warnings.catch_warnings(record=True) as caught:
     losses = [roadmap_ext.ap_loss(scores, target).item() for _ in range(3)]
     roadmap_ext.smooth_rank(scores, target)
 try:
-    tiled = roadmap_ext.ap_loss(scores, target, method="tiled").item()
+    pairwise = roadmap_ext.ap_loss(scores, target, method="pairwise").item()
 except RuntimeError as error:
-    tiled = str(error)
+    pairwise = str(error)
 print(json.dumps({
     "file": roadmap_ext.__file__,
     "losses": losses,
-    "tiled": tiled,
+    "pairwise": pairwise,
     "warnings": [[w.category.__name__, str(w.message), w.filename] for w in caught if "roadmap" in str(w.message)],
     "info": roadmap_ext.build_info(),
 }))
@@ -305,7 +305,7 @@ def test_wheel_from_the_sdist_works_elsewhere(sdist_tree, tmp_path):
     found = json.loads(succeed("-c", COMPUTE, cwd=tmp_path, path=target))
     assert Path(found["file"]).is_relative_to(target)
     assert found["losses"] == pytest.approx([expected_loss()] * 3, rel=1e-12)
-    assert found["tiled"] == pytest.approx(expected_loss(), rel=1e-12)
+    assert found["pairwise"] == pytest.approx(expected_loss(), rel=1e-12)
     assert not found["warnings"]
     assert found["info"]["cuda_reason"] == "FORCE_CUDA=0 was set"
 
@@ -319,7 +319,7 @@ def test_wheel_without_kernels(tree, tmp_path):
     ((category, message, _),) = found["warnings"]
     assert category == "RuntimeWarning"
     assert "ROADMAP_EXT_NO_BUILD=1" in message
-    assert "pip install --no-build-isolation" in found["tiled"]
+    assert "pip install --no-build-isolation" in found["pairwise"]
     assert found["info"]["cpu"] == "reference"
 
 

@@ -1,6 +1,6 @@
 """A pytest plugin: in this run every method but the reference is the sorted scan (tests/matrix.py: the cells "sorted").
 
-Tests call the package as ever; what they ask of "auto" and of "tiled" is asked of the scan, whose results differ by
+Tests call the package as ever; what they ask of "auto" and of "pairwise" is asked of the scan, whose results differ by
 rounding alone.
 """
 

@@ -100,7 +100,7 @@ def allowed_gradient_error(
     return allowed
 
 
-def assert_accurate(scores: Tensor, target: Tensor, weight: Tensor | None = None, method: str = "tiled", **options):
+def assert_accurate(scores: Tensor, target: Tensor, weight: Tensor | None = None, method: str = "pairwise", **options):
     """ap_loss's loss and gradient against the float64 reference, by the rule above. Returns the result."""
     if weight is None:  # powers of two: the gradient is kept rounded, and another factor would round it again
         weight = 2.0 ** (torch.arange(len(scores)) % 3 - 1)

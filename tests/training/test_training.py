@@ -421,14 +421,14 @@ class TestLosses:
         given = ["--calibration-weight", 0.25, "--positive-margin", 0.8, "--negative-margin", 0.3, "--tau", 0.02]
         given += ["--calibration-reduction", "violating_pairs", "--no-normalize", "--include-self", "--chunk-size", 9]
         given += ["--surrogate", "smooth", "--rho", 50, "--delta", 0.1, "--start", 0.0, "--offset", 1.44]
-        given += ["--reduction", "sum", "--method", "tiled"]
+        given += ["--reduction", "sum", "--method", "pairwise"]
         made = losses.make(options(*given))
         assert type(made).__name__ == "RoadmapLoss"
         assert dict(made.settings) == {
             "calibration_weight": 0.25, "positive_margin": 0.8, "negative_margin": 0.3, "tau": 0.02,
             "calibration_reduction": "violating_pairs", "normalize": False, "include_self": True, "chunk_size": 9,
             "surrogate": "smooth", "rho": 50.0, "delta": 0.1, "start": 0.0, "offset": 1.44, "reduction": "sum",
-            "method": "tiled", "gather_across_devices": False,
+            "method": "pairwise", "gather_across_devices": False,
         }  # fmt: skip
 
     @pytest.mark.parametrize(
