@@ -597,7 +597,7 @@ def test_sums_do_not_cancel(low, dtype):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("is_positive", [True, False])
 def test_scores_too_large_to_be_summed(is_positive, surrogate):
-    """Finite, but not their sums times a count: the row goes the pairwise way, to the bit, wherever in it they stand."""
+    """Finite, but not their sums times a count: such a row is done pairwise, to the bit, wherever they stand."""
     scores, target = torch.randn(1, 9000, dtype=torch.float64) * 0.2, torch.rand(1, 9000) < 0.1
     for at in (0, -1):
         large = scores.clone()
