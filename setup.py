@@ -15,8 +15,8 @@ from setuptools.command.build_py import build_py
 # Before setup(), where an older one stops at pyproject.toml with 90 lines about the project's license.
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
-        f'roadmap_ext needs setuptools>=77 to build, found {setuptools.__version__}: pip install "setuptools>=77", then '
-        "build again."
+        f"roadmap_ext needs setuptools>=77 to build, found {setuptools.__version__}: "
+        'pip install "setuptools>=77", then build again.'
     )
 
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,6 @@
 """Draw the README's picture: one query's ranking before and after training, and what the loss asks of it in between.
 
-Data, network and training are the demo's (digits.py). A query ranks 16 held-out digits, 5 of them its positives. Of the
+Data, network and training are the demo's (digits.py). A query ranks 12 held-out digits, 4 of them its positives. Of the
 queries tried, the one that the untrained network ranks worst is drawn. `python examples/ranking_picture.py` writes
 docs/images/ranking.png; it takes seconds.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 import roadmap_ext
 from roadmap_ext.metrics import average_precision
 
-REFERENCES, POSITIVES, TRIED = 16, 5, 200
+REFERENCES, POSITIVES, TRIED = 12, 4, 200
 GREEN, RED = "#1a7f37", "#cf222e"
 
 
 def candidates(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [TRIED], the references of each [TRIED, REFERENCES], and which of these are positives [TRIED, REFERENCES]."""
+    """Queries [TRIED], the references of each [TRIED, REFERENCES], and which are positives, bool of the same."""
     queries = torch.randperm(len(labels))[:TRIED]
     references = []
     for query in queries.tolist():
@@ -44,37 +44,39 @@ def similarities(net: Embedding, images: Tensor, query: Tensor, references: Tens
 def strip(axes: list[Axes], images: Tensor, positive: Tensor) -> None:
     """A ranking, the most similar first: images [N, 1, 8, 8] and which of them are positives [N]."""
     for axis, picture, right in zip(axes, images, positive.tolist(), strict=True):
-        axis.imshow(picture[0], cmap="gray")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set(color=GREEN if right else RED, linewidth=2.5)
+        colour = GREEN if right else RED
+        axis.imshow(picture[0], cmap="gray_r")
+        axis.spines[:].set(color=colour, linewidth=3)
         mark = "\N{CHECK MARK}" if right else "\N{MULTIPLICATION X}"  # a mark that does not need colour
-        axis.set_xlabel(mark, color=GREEN if right else RED, fontsize=12, labelpad=1)
+        axis.text(0.95, 0.93, mark, transform=axis.transAxes, ha="right", va="top", color=colour, fontsize=15)
 
 
-def arrows(axis: Axes, pull: Tensor) -> None:
+def arrows(axes: list[Axes], pull: Tensor) -> None:
     """What the loss asks: an arrow up raises a similarity, one down lowers it, by `pull` [N]."""
-    lengths = (pull / pull.abs().max()).tolist()
-    for place, length in enumerate(lengths):
-        if abs(length) > 0.01:
-            colour, style = (GREEN if length > 0 else RED), {"arrowstyle": "simple,head_width=0.7,head_length=0.5"}
-            axis.annotate("", (place, length), (place, 0), arrowprops=style | {"color": colour, "shrinkA": 0, "shrinkB": 0})
-    axis.axhline(0, color="silver", linewidth=1)
-    axis.set(xlim=(-0.5, len(pull) - 0.5), ylim=(-1.1, 1.1))
-    axis.axis("off")
+    for axis, length in zip(axes, (pull / pull.abs().max()).tolist(), strict=True):
+        colour, head = (GREEN, "^") if length > 0 else (RED, "v")
+        axis.bar(0, length, width=0.25, color=colour)
+        axis.plot(0, length, marker=head, color=colour, markersize=min(11, 40 * abs(length)))
+        axis.axhline(0, color="gray", linewidth=1)
+        axis.set(xlim=(-1, 1), ylim=(-0.6, 1.2))
+        axis.spines[:].set_visible(False)
 
 
-def draw(query: Tensor, rankings: list[tuple[str, Tensor, Tensor]], pull: Tensor, path: Path) -> None:
-    """The query [1, 8, 8]; before and after: a title, the images in their order and which are positives; pull [N]."""
-    figure = pyplot.figure(figsize=(11, 4.2), facecolor="white")
-    rows = figure.add_gridspec(3, REFERENCES + 3, height_ratios=[1, 1.1, 1], left=0.01, right=0.99, top=0.9, bottom=0.06)
-    axis = figure.add_subplot(rows[1, :2])
-    axis.imshow(query[0], cmap="gray")
-    axis.set(xticks=[], yticks=[], title="the query")
-    for row, (title, images, positive) in zip((0, 2), rankings, strict=True):
-        axes = [figure.add_subplot(rows[row, 3 + place]) for place in range(REFERENCES)]
-        strip(axes, images, positive)
-        axes[0].set_title(title, loc="left", fontsize=12)
-    arrows(figure.add_subplot(rows[1, 3:]), pull)
+def draw(name: str, query: Tensor, rankings: list[tuple[str, Tensor, Tensor]], pull: Tensor, path: Path) -> None:
+    """The query [8, 8] and its name; before and after, a title, the images in order and the positives; pull [N]."""
+    figure = pyplot.figure(figsize=(11, 4.1), facecolor="white")
+    grid = figure.add_gridspec(3, REFERENCES + 2, left=0.01, right=0.99, top=0.93, bottom=0.01, wspace=0.1, hspace=0.35)
+    axis = figure.add_subplot(grid[1, :2], xticks=[], yticks=[], anchor="W")
+    axis.imshow(query, cmap="gray_r")
+    axis.set_title(f"query: a {name}", fontsize=13, loc="left")
+    rows = [[figure.add_subplot(grid[row, 2 + n], xticks=[], yticks=[]) for n in range(REFERENCES)] for row in range(3)]
+    (before, *shown_before), (after, *shown_after) = rankings
+    strip(rows[0], *shown_before)
+    arrows(rows[1], pull)
+    strip(rows[2], *shown_after)
+    asked = "the pull of the AP loss (its negative gradient): up is towards the query, down is away"
+    for axes, title in zip(rows, (before, asked, after), strict=True):
+        axes[0].set_title(title, loc="left", fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -100,12 +102,12 @@ def main() -> None:
     after = similarities(net, images, query, references)
 
     rankings = []
-    for when, scores in (("before training", before.detach()), (f"after {arguments.steps} steps", after)):
+    for when, scores in (("before training", before.detach()), (f"after {arguments.steps} steps of training", after)):
         order = scores[0].argsort(descending=True)
-        title = f"{when}: AP {average_precision(scores, positive).item():.2f}"
+        title = f"{when}, most similar first: AP {average_precision(scores, positive).item():.2f}"
         rankings.append((title, images[references[0, order]], positive[0, order]))
     pull = -before.grad[0, before[0].argsort(descending=True)]
-    draw(images[query[0]], rankings, pull, arguments.out)
+    draw(held.classes[labels[query[0]]], images[query[0], 0], rankings, pull, arguments.out)
     print(f"Wrote {arguments.out}")
 
 

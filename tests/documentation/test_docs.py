@@ -25,6 +25,13 @@ def test_readme():
     assert all(parameter.grad.abs().sum() > 0 for parameter in names["model"].parameters())
 
 
+def test_the_picture_of_the_readme(tmp_path, monkeypatch):
+    script = pytest.importorskip("ranking_picture")  # it takes packages that are not the library's
+    monkeypatch.setattr("sys.argv", ["ranking_picture.py", "--steps", "1", "--out", str(tmp_path / "ranking.png")])
+    script.main()
+    assert (tmp_path / "ranking.png").stat().st_size > 0
+
+
 def test_the_equivalent_code():
     """It gives the loss of the defaults, and its gradient."""
     torch.manual_seed(0)
