@@ -45,7 +45,7 @@ def strip(axes: list[Axes], images: Tensor, positive: Tensor) -> None:
     """A ranking, the most similar first: images [N, 1, 8, 8] and which of them are positives [N]."""
     for axis, picture, right in zip(axes, images, positive.tolist(), strict=True):
         colour = GREEN if right else RED
-        axis.imshow(picture[0], cmap="gray_r")
+        axis.imshow(picture[0].numpy(), cmap="gray_r")
         axis.spines[:].set(color=colour, linewidth=3)
         mark = "\N{CHECK MARK}" if right else "\N{MULTIPLICATION X}"  # a mark that does not need colour
         axis.text(0.95, 0.93, mark, transform=axis.transAxes, ha="right", va="top", color=colour, fontsize=15)
@@ -67,7 +67,7 @@ def draw(name: str, query: Tensor, rankings: list[tuple[str, Tensor, Tensor]], p
     figure = pyplot.figure(figsize=(11, 4.1), facecolor="white")
     grid = figure.add_gridspec(3, REFERENCES + 2, left=0.01, right=0.99, top=0.93, bottom=0.01, wspace=0.1, hspace=0.35)
     axis = figure.add_subplot(grid[1, :2], xticks=[], yticks=[], anchor="W")
-    axis.imshow(query, cmap="gray_r")
+    axis.imshow(query.numpy(), cmap="gray_r")
     axis.set_title(f"query: a {name}", fontsize=13, loc="left")
     rows = [[figure.add_subplot(grid[row, 2 + n], xticks=[], yticks=[]) for n in range(REFERENCES)] for row in range(3)]
     (before, *shown_before), (after, *shown_after) = rankings
