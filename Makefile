@@ -162,7 +162,7 @@ $(BUILT): $(MADE)/build $(SOURCES) $(if $(wildcard roadmap_ext/_C*.so),,FORCE)
 	  $(call FAIL,there is no C++ compiler: install g++ or clang++ (Debian and Ubuntu: build-essential) or set CXX)
 	@$(PY) -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null || \
 	  $(call FAIL,Python.h is not there: install the headers of this Python (Debian and Ubuntu: python3-dev))
-	@echo "building roadmap_ext for $(VENV) (half a minute; log in build/log)"
+	@echo "building roadmap_ext for $(VENV) (about 80 seconds on two cores; log in build/log)"
 	@mkdir -p build && rm -f build/for-* roadmap_ext/_reference_only.py
 	@root=$$($(PY) -m tools.toolkit) && env $${root:+CUDA_HOME="$$root"} \
 	  $(PY) setup.py build_ext --inplace --force >build/log 2>&1 || { cat build/log >&2; exit 1; }

@@ -9,8 +9,15 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
+
+# Before setup(), where an older one stops at pyproject.toml with 90 lines about the project's license.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"roadmap_ext needs setuptools>=77 to build, found {setuptools.__version__}: "
+        'pip install "setuptools>=77", then build again.'
+    )
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build frontend does not put it there
@@ -99,4 +106,4 @@ if not NO_BUILD and not {"egg_info", "sdist", "dist_info", "--version", "clean"}
     extensions.append(built)
     commands["build_ext"] = builder
 
-setup(ext_modules=extensions, cmdclass=commands)
+setuptools.setup(ext_modules=extensions, cmdclass=commands)

@@ -78,6 +78,13 @@ def compare_speed(embeddings: Tensor, labels: Tensor) -> None:
     print(f"The same in plain PyTorch, one query at a time:  {loop:.0f} ms a step ({ratio:.0f} times as long)")
 
 
+def split() -> tuple[image_files.Images, image_files.Images]:
+    """The digits to train on, and 600 that are held out."""
+    data = image_files.digits()
+    train, held = train_test_split(range(len(data)), test_size=600, random_state=0, stratify=data.labels)
+    return data.take(torch.tensor(train)), data.take(torch.tensor(held))
+
+
 def every(data: image_files.Images) -> Tensor:
     """All its images, [n, 1, 8, 8] uint8."""
     return data.pixels(torch.arange(len(data)))
@@ -97,9 +104,7 @@ def main() -> None:
     print("CUDA kernels: built" if build["cuda"] else f"CUDA kernels: not built because {build['cuda_reason']}")
 
     torch.manual_seed(arguments.seed)
-    data = image_files.digits()
-    split = train_test_split(range(len(data)), test_size=600, random_state=0, stratify=data.labels)
-    train_data, held = (data.take(torch.tensor(numbers)) for numbers in split)
+    train_data, held = split()
     train_images, held_images = (every(part).to(device) / 255 for part in (train_data, held))
     train_labels, held_labels = train_data.labels.to(device), held.labels.to(device)
 

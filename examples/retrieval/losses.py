@@ -57,7 +57,7 @@ def _settings(name: str) -> dict[str, inspect.Parameter]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """--loss, and an option for each setting of any loss; one that is not given is None."""
-    group = parser.add_argument_group("loss", "what the settings mean: docs/roadmap-loss.md")
+    group = parser.add_argument_group("loss", "what the settings mean: docs/api.md")
     group.add_argument("--loss", choices=LOSSES, default="roadmap", help="reference: roadmap in plain PyTorch")
     for name, parameter in _settings("roadmap").items():
         option, about = "--" + name.replace("_", "-"), f"{_ABOUT[name]}; default {parameter.default}"

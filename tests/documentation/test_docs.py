@@ -1,11 +1,11 @@
 """Code on the pages runs, what is called equivalent is, and commands have the options that they are given."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 import roadmap_ext
 
@@ -17,34 +17,57 @@ def blocks(page):
 
 
 def test_readme():
-    first, equivalent, use = blocks("README.md")
-    labels = torch.arange(60) % 12
-    names = {
-        "torch": torch,
-        "normalize": normalize,
-        "embeddings": torch.randn(60, 16, requires_grad=True),
-        "labels": labels,
-        "model": torch.nn.Linear(16, 16),
-        "images": torch.randn(60, 16),
-        "gallery": torch.randn(50, 16),
-        "gallery_labels": torch.arange(50) % 12,
-    }
-    exec(first, names)
-    ours = names["loss"].detach()
+    torch.manual_seed(0)
+    (training,) = blocks("README.md")
+    names = {}
+    exec(training, names)  # as pasted: it brings all that it needs
+    assert 0 < names["loss"] < 3
+    assert all(parameter.grad.abs().sum() > 0 for parameter in names["model"].parameters())
+
+
+def test_the_picture_of_the_readme(tmp_path, monkeypatch):
+    script = pytest.importorskip("ranking_picture")  # it takes packages that are not the library's
+    monkeypatch.setattr("sys.argv", ["ranking_picture.py", "--steps", "1", "--out", str(tmp_path / "ranking.png")])
+    script.main()
+    assert (tmp_path / "ranking.png").stat().st_size > 0
+
+
+def test_the_equivalent_code():
+    """It gives the loss of the defaults, and its gradient."""
+    torch.manual_seed(0)
+    names = {}
+    found = blocks("docs/roadmap-loss.md")
+    (equivalent,) = [block for block in found if "sigmoid" in block]
+    exec(found[0], names)  # the network and the batch
     exec(equivalent, names)
-    torch.testing.assert_close(names["loss"].detach(), ours, rtol=1e-4, atol=1e-5)
+    embeddings = names["embeddings"].detach().requires_grad_()
+    ours = roadmap_ext.roadmap_loss(embeddings, names["labels"])
+    torch.testing.assert_close(names["loss"].detach(), ours.detach(), rtol=1e-4, atol=1e-5)
+    (expected,) = torch.autograd.grad(names["loss"], names["embeddings"])
+    (gradient,) = torch.autograd.grad(ours, embeddings)
+    assert (gradient - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_the_reference_of_the_api():
+    torch.manual_seed(0)
+    names = {}
+    (use,) = blocks("docs/api.md")
     exec(use, names)
     expected = roadmap_ext.roadmap_loss(
-        names["model"](names["images"]), labels, names["gallery"], names["gallery_labels"]
+        names["model"](names["images"]), names["labels"], names["gallery"], names["gallery_labels"]
     )
     assert torch.equal(names["loss"], expected)
+    page = (ROOT / "docs/api.md").read_text()
+    assert all(f"`{name}" in page for name in roadmap_ext.__all__ if name != "__version__"), "a public name is missing"
+    settings = inspect.signature(roadmap_ext.RoadmapLoss).parameters
+    assert set(settings) <= set(re.findall(r"`([a-z_]+)`", page)), "a setting is missing"
 
 
 def test_the_page_of_the_loss():
     torch.manual_seed(0)
     names = {}
     found = blocks("docs/roadmap-loss.md")
-    assert len(found) == 5
+    assert len(found) == 6
     for block in found:
         exec(block, names)
         assert names["loss"].requires_grad
@@ -118,11 +141,19 @@ def test_commands_of_recipes():
         assert f"Published: R@1 {published}.\n" in (ROOT / f"examples/recipes/{name}.toml").read_text()
 
 
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+        for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert "://" in link or target.exists(), f"{page.name}: {link}"
+            assert not anchor or "://" in link or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
 
 
 def test_the_page_of_the_sorted_scan():

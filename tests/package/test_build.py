@@ -332,6 +332,16 @@ def test_build_without_torch_is_one_sentence(tree, tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_build_with_old_setuptools_is_one_sentence(tree, tmp_path):
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    (tmp_path / "setuptools" / "__init__.py").write_text('__version__ = "65.5.0"\n')
+    (tmp_path / "setuptools" / "command" / "build_py.py").write_text("class build_py: ...\n")
+    result = run("setup.py", "egg_info", cwd=tree, path=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("roadmap_ext needs setuptools>=77 to build, found 65.5.0: pip install")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_source_tree_without_its_extension_says_so(tree):
     result = run("-c", "import roadmap_ext", cwd=tree)
     assert result.returncode == 1
