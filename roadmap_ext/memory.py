@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +34,8 @@ class EmbeddingMemory(nn.Module):
         labels: [n] int64.
         ids: [n] int64.
 
-    A module for the sake of ``state_dict()`` (entries and place; that of another ``size`` or ``dim`` is refused),
-    ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that DistributedDataParallel wraps,
+    A module for the sake of ``state_dict()`` (entries and place, all of them tensors; that of another ``size`` or
+    ``dim`` is refused), ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that DistributedDataParallel wraps,
     which would send it along with every step.
 
     Raises:
@@ -167,16 +165,19 @@ class EmbeddingMemory(nn.Module):
         if embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings must have the memory's dimension, {self.dim}, got {embeddings.shape[1]}")
 
-    def get_extra_state(self) -> dict[str, int]:
-        """What state_dict() holds beside the entries."""
-        place = {"entries": self._entries, "next": self._next, "calls": self._calls}
-        return {"size": self.size, "dim": self.dim, **place}
+    def get_extra_state(self) -> Tensor:
+        """What state_dict() holds beside the entries, as a tensor, which is what those who walk a state_dict expect."""
+        state = [self.size, self.dim, self._entries, self._next, self._calls]
+        return torch.tensor(state, dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """The inverse of get_extra_state()."""
-        if (state["size"], state["dim"]) != (self.size, self.dim):
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """The inverse of get_extra_state(), and of that of checkpoints from before it was a tensor."""
+        if isinstance(state, dict):
+            state = torch.tensor([state[name] for name in ("size", "dim", "entries", "next", "calls")], device="cpu")
+        size, dim, *place = map(int, state.tolist())
+        if (size, dim) != (self.size, self.dim):
             return  # load_state_dict() raises when it is through, and no entries were loaded
-        self._entries, self._next, self._calls = (int(state[name]) for name in ("entries", "next", "calls"))
+        self._entries, self._next, self._calls = place
 
     def extra_repr(self) -> str:
         """The settings, as they were given, and how full it is."""
