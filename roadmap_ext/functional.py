@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, distributed, reference
-from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method
+from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method, savable
 from ._checks import (
     METHODS,
     REDUCTIONS,
@@ -73,7 +73,7 @@ class _SmoothRank(torch.autograd.Function):
             scores, target, ignore, *settings.for_op(), True, METHODS.index(method)
         )
         ctx.settings, ctx.method = settings, METHODS.index(method)
-        ctx.save_for_backward(scores, target, ignore, slope)
+        ctx.save_for_backward(scores, savable(target), None if ignore is None else savable(ignore), slope)
         ctx.mark_non_differentiable(query, column)
         if settings.surrogate == "sup":
             ctx.mark_non_differentiable(positive_rank)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ._checks import DTYPES, check_count, check_embeddings, check_flag
 from .distributed import gather_together, world_size
+
+
+def make_writable(module: nn.Module) -> None:
+    """Replaces the buffers that came to be under inference_mode(), which nothing outside of it may write to."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            setattr(module, name, buffer.clone())
 
 
 class EmbeddingMemory(nn.Module):
@@ -126,6 +135,7 @@ class EmbeddingMemory(nn.Module):
         self._calls += 1
         if self._calls <= self.warm_up or not len(rows):
             return
+        make_writable(self)
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
         rows, numbers = (x[-self.size :].to(self._embeddings.device) for x in (rows, numbers))
         place = torch.arange(self._next, self._next + len(rows), device=rows.device) % self.size
@@ -178,6 +188,10 @@ class EmbeddingMemory(nn.Module):
         if (size, dim) != (self.size, self.dim):
             return  # load_state_dict() raises when it is through, and no entries were loaded
         self._entries, self._next, self._calls = place
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        make_writable(self)
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """The settings, as they were given, and how full it is."""

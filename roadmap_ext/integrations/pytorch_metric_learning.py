@@ -20,7 +20,7 @@ from .._autograd import resolve_method
 from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
 from .._chunks import embedding_loss
 from .._relation import Lists, Relation, from_labels, from_pairs
-from ..memory import EmbeddingMemory
+from ..memory import EmbeddingMemory, make_writable
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
 
@@ -343,9 +343,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             TypeError: a tensor has the wrong type or dtype.
             ValueError: shapes differ, D is not the memory's, or more rows are enqueued than it holds.
         """
-        # The library moves labels to the embeddings.
-        moved = labels.to(embeddings.device) if isinstance(labels, Tensor) and isinstance(embeddings, Tensor) else labels
-        check_embeddings(embeddings, moved, None, None, None, None)
+        if isinstance(labels, Tensor) and isinstance(embeddings, Tensor):
+            labels = labels.to(embeddings.device)  # as the library does
+        check_embeddings(embeddings, labels, None, None, None, None)
         rows, dim = embeddings.shape
         if dim != self.embedding_size:
             raise ValueError(
@@ -385,11 +385,13 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if f"{prefix}embedding_memory" in state_dict:  # the library's class says no more than what is in it
             empty = torch.tensor([self.memory_size, self.embedding_size, 0, 0], device="cpu")
             state_dict.setdefault(f"{prefix}_extra_state", empty)
+        make_writable(self)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
         """Enqueue embeddings [batch_size, D] and labels [batch_size]."""
         filled = self.has_been_filled
+        make_writable(self)
         super().add_to_memory(embeddings, labels, batch_size)
         if not batch_size:  # the library takes this for having gone all the way round, and ranks what was never filled
             self.has_been_filled = filled

@@ -758,7 +758,6 @@ class TestMemory:
         fresh = CrossBatchMemory(RoadmapLoss(tau=0.03), 6, 11)
         assert memory(embeddings, labels) == fresh(embeddings, labels)
 
-
     @pytest.mark.parametrize("batches", [(), (3,), (7, 4), (7, 7), (11, 2)])
     def test_it_goes_on_from_a_state(self, batches):
         """To the same losses as one that never stopped: empty, partly filled, just full, and gone all the way round."""
@@ -779,7 +778,7 @@ class TestMemory:
         assert torch.equal(other["loss"].label_memory, memory.label_memory)
 
     def test_states_of_other_memories(self):
-        """That of the library's class says nothing of its place; that of another size is refused; no entries, no place."""
+        """That of the library's class says nothing of its place; that of another size is refused."""
         theirs, ours = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, 11), CrossBatchMemory(RoadmapLoss(), 6, 11)
         ours(*make_batch(7))
         ours.load_state_dict({}, strict=False)
@@ -792,6 +791,22 @@ class TestMemory:
             with pytest.raises(RuntimeError, match="size mismatch"):
                 other.load_state_dict(ours.state_dict())
             assert other.queue_idx == 0
+
+    @pytest.mark.parametrize("way", ["built", "copied", "used"])
+    def test_made_under_inference_mode(self, way):
+        """It can be written, loaded and ranked outside; "used": with embeddings of a dtype that it took there."""
+        expected = CrossBatchMemory(RoadmapLoss(), 6, 11)
+        (first, first_labels), (embeddings, labels) = make_batch(4), make_batch(5)
+        expected(first, first_labels)
+        with torch.inference_mode():
+            memory = CrossBatchMemory(RoadmapLoss(), 6, 11) if way == "built" else copy.deepcopy(expected)
+            if way == "used":
+                memory = CrossBatchMemory(RoadmapLoss(), 6, 11)
+                memory(first, first_labels)
+        if way == "built":
+            memory.load_state_dict(expected.state_dict())
+            expected.embedding_memory = expected.embedding_memory.float().double()  # as it is stored in the other
+        assert_same(memory(embeddings, labels), expected(embeddings, labels), embeddings)
 
     @pytest.mark.parametrize(
         ("kind", "match", "change"),
