@@ -453,9 +453,9 @@ def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any
     )
 
 
-# Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB.
-_LIBRARY = torch.library.Library("roadmap_ext", "FRAGMENT")
-_LIBRARY.define("sweep" + torch.library.infer_schema(sweep, mutates_args=()))
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("sweep", sweep, _key)
-torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes, lib=_LIBRARY)
+# Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
+# as in _ops.py.
+if not hasattr(torch.ops.roadmap_ext, "sweep"):
+    torch.library.define("roadmap_ext::sweep", torch.library.infer_schema(sweep, mutates_args=()))
+    torch.library.impl("roadmap_ext::sweep", ("cpu", "cuda"), sweep)
+    torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes)
