@@ -44,8 +44,8 @@ class EmbeddingMemory(nn.Module):
         ids: [n] int64.
 
     A module for the sake of ``state_dict()`` (entries and place, all of them tensors; that of another ``size`` or
-    ``dim`` is refused), ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that DistributedDataParallel wraps,
-    which would send it along with every step.
+    ``dim`` is refused), ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that
+    DistributedDataParallel wraps, which would send it along with every step.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -168,12 +168,15 @@ class EmbeddingMemory(nn.Module):
         # No copies: where a backward reads them after the next batch was written over them, torch raises.
         return self.embeddings, self.labels, self.ids
 
-    def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> None:
+    def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> dict[str, str]:
+        """Raises what is wrong with a batch, and returns what the memories of all ranks have to have in common."""
         if ids is None:
             raise TypeError("ids must be a torch.Tensor of integers, got None: a memory has to know what each row is")
         check_embeddings(embeddings, labels, None, None, ids, ids)
         if embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings must have the memory's dimension, {self.dim}, got {embeddings.shape[1]}")
+        place = f"next={self._next}, calls={self._calls}, warm_up={self.warm_up}, {self._embeddings.dtype}"
+        return {"call": "enqueue", "memory": f"{self}, {place}"}
 
     def get_extra_state(self) -> Tensor:
         """What state_dict() holds beside the entries, as a tensor, which is what those who walk a state_dict expect."""
