@@ -485,6 +485,48 @@ def test_rank_that_fails(how, failed):
         assert text.startswith(f"RuntimeError: rank {rank} of 3 waited in vain for the others"), text
 
 
+def sharded(rank, world, folder):
+    """Steps of a model under FSDP2, with as many mini-batches on each rank, and with different numbers of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    begin(rank, world, folder, 10)
+    mesh = init_device_mesh("cpu", (world,))
+    rows = [7, 9] if world == 2 else [7, 9, 8]
+    x, labels, _ = (tensor[Rank(rows, rank).mine] for tensor in batch(sum(rows)))
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=True)
+    found = {}
+    for name, size in {"one": 100, "equal": 5, "different": 3 - rank}.items():
+        model = network()
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+        began = time.monotonic()
+        try:
+            loss = cached_backward(model, x, labels, loss_function, mini_batch_size=size)
+            each = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
+            found[name] = {"loss": loss, "gradients": each}
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        assert time.monotonic() - began < 5
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("world", [2, 3])
+def test_fully_sharded(world, tmp_path):
+    """Equal numbers of mini-batches are as in one process; others, which abort in the backend, raise on every rank."""
+    assert statuses(start(world, sharded, tmp_path)) == [0] * world
+    rows = [7, 9] if world == 2 else [7, 9, 8]
+    expected = cached(Whole(rows), rows)
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name in ("one", "equal"):
+            torch.testing.assert_close(found[name]["loss"], expected["loss"])
+            torch.testing.assert_close(2 * found[name]["gradients"], expected["gradients"])
+        assert re.match("ValueError: the ranks have to agree in number of mini-batches", found["different"])
+
+
 # --- one process -----------------------------------------------------------------------------------------------------
 
 
