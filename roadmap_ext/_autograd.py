@@ -28,6 +28,11 @@ def anchor(leaf: Tensor) -> Tensor:
     return leaf.narrow(0, 0, 0).clone()
 
 
+def savable(x: Tensor) -> Tensor:
+    """``x``, or a copy of what was made under inference_mode(), of which autograd saves nothing."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 class FirstDerivativeOnly(torch.autograd.Function):
     """Passes a gradient on, joined to everything it depends on, so that a second derivative meets an error.
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import FirstDerivativeOnly, check_no_transform, is_known_to_be_1, resolve_method
+from ._autograd import (
+    FirstDerivativeOnly,
+    anchor,
+    check_no_transform,
+    is_known_to_be_1,
+    may_overwrite,
+    resolve_method,
+    savable,
+)
 from ._checks import METHODS, SMALLEST_NORM, Objective
 from ._relation import Relation
 
@@ -54,8 +62,9 @@ def embedding_loss(
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
     counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        anchors = [anchor(x) if x is not None and x.requires_grad else None for x in (embeddings, references)]
         loss: Tensor = _EmbeddingLoss.apply(
-            embeddings, references, counts, objective, rows, METHODS.index(method), total, *relation.flat()
+            embeddings, references, *anchors, counts, objective, rows, METHODS.index(method), total, *relation.flat()
         )
         return loss
     values, weight, _ = _evaluate(
@@ -72,6 +81,8 @@ class _EmbeddingLoss(torch.autograd.Function):
         ctx: Any,
         embeddings: Tensor,
         references: Tensor | None,
+        anchor: Tensor | None,
+        ref_anchor: Tensor | None,
         counts: Tensor,
         objective: Objective,
         chunk_size: int,
@@ -87,11 +98,15 @@ class _EmbeddingLoss(torch.autograd.Function):
         ctx.objective, ctx.chunk_size, ctx.method, ctx.first_own = objective, chunk_size, method, pairs.first_own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
         ctx.known = objective.reduction != "none"
-        # Held by ctx alone, the gradients can be handed on without a copy. A compiled graph has to see them saved.
-        compiling = torch.compiler.is_compiling()
-        ctx.held = None if compiling else gradients
-        ctx.saved = compiling and ctx.known
-        ctx.save_for_backward(embeddings, references, weight, *pairs.tensors(), *(gradients if ctx.saved else ()))
+        ctx.held = None
+        saved: list[Tensor | None] = []
+        if not ctx.known:
+            saved += [x if x is None else savable(x) for x in (embeddings, references, weight, *pairs.tensors())]
+        elif torch.compiler.is_compiling():  # a compiled graph has to see what is saved
+            saved += gradients
+        else:  # held by ctx alone, the gradients can be handed on without a copy
+            ctx.held = gradients
+        ctx.save_for_backward(anchor, ref_anchor, *saved)
         return _reduced(values, weight, objective, embeddings, references)
 
     @staticmethod
@@ -99,16 +114,17 @@ class _EmbeddingLoss(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             check_no_transform(grad_loss)
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        held, ctx.held = ctx.held, None
-        if ctx.known and held is not None:
-            gradients = held
-            if not is_known_to_be_1(grad_loss):
-                for gradient in gradients:
-                    gradient.mul_(grad_loss.detach())
-        elif ctx.saved:
-            gradients = [gradient * grad_loss for gradient in ctx.saved_tensors[-2:]]
-        else:  # reduction="none", or backward once more through a retained graph
-            embeddings, references, weight, *tensors = ctx.saved_tensors
+        if ctx.known:
+            gradients = ctx.saved_tensors[2:] if ctx.held is None else ctx.held
+            if may_overwrite(gradients[0]):
+                ctx.held = None
+                if not is_known_to_be_1(grad_loss):
+                    for gradient in gradients:
+                        gradient.mul_(grad_loss.detach())
+            else:
+                gradients = [gradient * grad_loss.detach() for gradient in gradients]
+        else:
+            embeddings, references, weight, *tensors = ctx.saved_tensors[2:]
             _, *gradients = _sweep(
                 embeddings.detach(),
                 None if references is None else references.detach(),
@@ -437,9 +453,9 @@ def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any
     )
 
 
-# Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB.
-_LIBRARY = torch.library.Library("roadmap_ext", "FRAGMENT")
-_LIBRARY.define("sweep" + torch.library.infer_schema(sweep, mutates_args=()))
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("sweep", sweep, _key)
-torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes, lib=_LIBRARY)
+# Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
+# as in _ops.py.
+if not hasattr(torch.ops.roadmap_ext, "sweep"):
+    torch.library.define("roadmap_ext::sweep", torch.library.infer_schema(sweep, mutates_args=()))
+    torch.library.impl("roadmap_ext::sweep", ("cpu", "cuda"), sweep)
+    torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes)

@@ -61,7 +61,8 @@ def _like_first(first: Tensor, *arguments: Any) -> Tensor:
     return first.new_empty(first.shape)
 
 
-if _C is not None:
+# Once in a process: imported again, after it was removed from sys.modules, the package finds them in place.
+if _C is not None and not torch._C._dispatch_has_kernel_for_dispatch_key("roadmap_ext::average_precision", "Meta"):
     torch.library.register_fake("roadmap_ext::average_precision", _average_precision)
     torch.library.register_fake("roadmap_ext::smooth_rank", _smooth_rank)
     torch.library.register_fake("roadmap_ext::count_pairs", _count_pairs)

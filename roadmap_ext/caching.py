@@ -9,14 +9,18 @@ The loss sees the whole batch, and only a mini-batch's activations are in memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map  # torch's pytrees have no public name yet
 
+from . import distributed
 from ._checks import check_count
 
 
@@ -46,10 +50,15 @@ def cached_backward(
     - GradScaler: pass it as ``scaler``; then ``scaler.step(optimizer)`` and ``scaler.update()`` as ever.
     - DistributedDataParallel: gradients are exchanged with the last mini-batch alone; ranks may have any number of
       mini-batches. With a loss that gathers (``gather_across_devices=True``) it is the batch of all ranks.
+    - FSDP and SyncBatchNorm exchange something in every forward: there the ranks need equal numbers of mini-batches.
+    - Where all ranks train the model, or the loss gathers, what one rank finds wrong is raised by all of them.
     - Gradients add to those that are there: ``optimizer.zero_grad()`` is the caller's.
 
     Args:
-        model: the network; any callable, of whose ``no_sync()`` use is made if it has one.
+        model: the network, in DistributedDataParallel or FSDP if it is trained in it; or a method of it, such as
+            ``model.encode_image``; or another function of it, which has to show it: as a variable that it refers to, or
+            as an attribute of what it is a method of. A network that lies deeper is not found, and its buffers would
+            see each mini-batch twice: pass it here, and the function as ``call``.
         inputs: a tensor [B, ...], or any structure of dicts, lists and tuples (a pytree) whose tensors all have the
             batch first. What is in it and is no tensor, or a tensor without dimensions, every mini-batch gets as it is.
         labels: what ``loss_fn`` takes beside the embeddings, whole.
@@ -64,11 +73,13 @@ def cached_backward(
         The loss, a scalar without graph and without the scaler's factor.
 
     Raises:
-        TypeError: ``mini_batch_size`` is no integer; the model or the loss returns no tensor.
+        TypeError: ``mini_batch_size`` is no integer, ``scaler`` no GradScaler; what has to be called cannot be; the
+            model or the loss returns no tensor.
         ValueError: ``mini_batch_size`` is below 1; inputs have no tensor, tensors of different length, or one that is
             itself the result of something differentiable; the model's rows are not those of its inputs, or have no
-            gradient; the loss is no scalar, or does not depend on the embeddings.
-        RuntimeError: gradients are switched off.
+            gradient; the loss is no scalar, or does not depend on the embeddings; the ranks do not agree, or have
+            different numbers of mini-batches where they need equal ones.
+        RuntimeError: gradients are switched off; another rank failed.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -78,38 +89,140 @@ def cached_backward(
         >>> model.weight.grad.shape
         torch.Size([2, 3])
     """
-    check_count("mini_batch_size", mini_batch_size, 1)
-    if not torch.is_grad_enabled():
-        raise RuntimeError("cached_backward computes gradients, and they are switched off: call it outside no_grad()")
-    rows = _length(inputs)
-    parts = [slice(begin, min(begin + mini_batch_size, rows)) for begin in range(0, max(rows, 1), mini_batch_size)]
+    modules = _modules_of(model)
+    wrappers = _wrappers(modules)
+    across = distributed.several() and (_spans_all_ranks(wrappers) or _gathers(loss_fn))
+    in_step = any(map(_exchanges_in_forward, modules))
+    near = next((parameter for module in modules for parameter in module.parameters()), None)
     run = _Forward(model, inputs, call)
+    parts: list[slice]
+
+    def describe() -> distributed.Facts:
+        nonlocal parts
+        _check_arguments(model, loss_fn, mini_batch_size, scaler, call)
+        rows = _length(inputs)
+        parts = [slice(begin, min(begin + mini_batch_size, rows)) for begin in range(0, max(rows, 1), mini_batch_size)]
+        wrapped = f"wrapped in {[type(wrapper).__name__ for wrapper in wrappers]}, exchanges in forward: {in_step}"
+        common: dict[str, int | str] = {
+            "call": "cached_backward",
+            "kind of model": wrapped,
+            "scaler": scaler is not None,
+        }
+        number = {"number of mini-batches (the model exchanges in each forward)": len(parts)}
+        return ({**common, **number}, {}) if in_step else (common, number)
+
+    def agreed(name: str, step: Callable[[], Tensor]) -> Tensor:
+        return distributed.agreed(f"cached_backward, {name}", step, near) if across else step()
+
+    if across:
+        distributed.handshake(describe, near)
+    else:
+        describe()
     # Where ranks train together, all do the same whatever their share: DistributedDataParallel exchanges more than
     # gradients in its forward, now and then, and that has to meet the loss's exchange in the same order on each.
-    if len(parts) == 1 and not hasattr(model, "no_sync"):
-        embeddings = run(parts[0])
-        loss, gradient = _loss_and_gradient(embeddings, labels, loss_fn, scaler)
-        _backward_through_model(embeddings, gradient)
+    no_sync = [wrapper.no_sync for wrapper in wrappers if hasattr(wrapper, "no_sync")]
+    if len(parts) == 1 and not (across or no_sync):
+        embeddings = _with_graph(run(parts[0]))
+        loss, gradient = _loss_and_gradient(embeddings, labels, loss_fn, scaler, agreed)
+        _backward(embeddings, gradient)
         return loss
 
     chance = _Chance(_devices(model, inputs))
-    before, first_pass = [], []
-    with torch.no_grad(), _kept_buffers(model):
-        for part in parts:
-            before.append(chance.state())
-            first_pass.append(run(part))
-    loss, gradient = _loss_and_gradient(torch.cat(first_pass), labels, loss_fn, scaler)
-    del first_pass
+    before: list[list[Tensor]] = []
+
+    def first_pass() -> Tensor:
+        out = []
+        with torch.no_grad(), _kept_buffers(modules):
+            for part in parts:
+                before.append(chance.state())
+                out.append(run(part))
+            return torch.cat(out)
+
+    first = agreed("first pass", first_pass)
+    loss, gradient = _loss_and_gradient(first, labels, loss_fn, scaler, agreed)
+    del first
     after = chance.state()
-    for part, state in zip(parts, before, strict=True):
-        chance.restore(state)
-        # DistributedDataParallel exchanges gradients once, when the last are there.
-        no_sync = nullcontext if part.stop == rows else getattr(model, "no_sync", nullcontext)
-        with no_sync():
-            embeddings = run(part)
-            _backward_through_model(embeddings, gradient[part])
+
+    def second_pass() -> Tensor:
+        """Up to the last backward, which exchanges gradients: once, when all of this rank's are there."""
+        for part, state in zip(parts[:-1], before, strict=False):
+            chance.restore(state)
+            with ExitStack() as held_back:
+                for context in no_sync:
+                    held_back.enter_context(context())
+                _backward(_with_graph(run(part)), gradient[part])
+        chance.restore(before[-1])
+        return _with_graph(run(parts[-1]))
+
+    embeddings = agreed("second pass", second_pass)
+    _backward(embeddings, gradient[parts[-1]])
     chance.restore(after)
     return loss
+
+
+def _check_arguments(model: object, loss_fn: object, mini_batch_size: object, scaler: object, call: object) -> None:
+    check_count("mini_batch_size", mini_batch_size, 1)
+    for name, value in (("loss_fn", loss_fn), ("model", model) if call is None else ("call", call)):
+        if not callable(value):
+            raise TypeError(f"{name} must be something to call, got {type(value).__name__}")
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("cached_backward computes gradients, and they are switched off: call it outside no_grad()")
+
+
+def _modules_of(model: object) -> list[nn.Module]:
+    """The modules that something is, is a method of, or shows: the outermost of them."""
+    found = _shown(model, 2)
+    inner = {child for module in found for child in module.modules() if child is not module}
+    return [module for module in dict.fromkeys(found) if module not in inner]
+
+
+def _shown(what: object, depth: int) -> list[nn.Module]:
+    if isinstance(what, partial):
+        near: list[Any] = [what.func, *what.args, *what.keywords.values()]
+        return [module for each in near for module in _shown(each, depth)]
+    owner = getattr(what, "__self__", what)
+    if isinstance(owner, nn.Module):
+        return [owner]
+    if not depth or isinstance(owner, ModuleType | type):
+        return []
+    near = list(getattr(owner, "__dict__", {}).values())
+    if isinstance(what, FunctionType):
+        near += [what.__globals__.get(name) for name in what.__code__.co_names]
+        near += [cell.cell_contents for cell in what.__closure__ or () if cell != CellType()]
+    return [module for each in near for module in _shown(each, depth - 1)]
+
+
+def _is_wrapper(module: object) -> bool:
+    """Whether it exchanges gradients in its backward: DistributedDataParallel, FSDP of either kind, and their like."""
+    return hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync")
+
+
+def _wrappers(modules: Iterable[nn.Module]) -> list[Any]:
+    """The outermost modules that exchange gradients."""
+    each = ([module] if _is_wrapper(module) else _wrappers(module.children()) for module in modules)
+    return [wrapper for found in each for wrapper in found]
+
+
+def _spans_all_ranks(wrappers: list[Any]) -> bool:
+    """Whether all ranks train together, and not those of a smaller group."""
+    groups = (getattr(wrapper, "process_group", None) for wrapper in wrappers)
+    return any(torch.distributed.get_world_size(group) == torch.distributed.get_world_size() for group in groups)
+
+
+def _gathers(loss_fn: object) -> bool:
+    return getattr(loss_fn, "gather_across_devices", False) is True
+
+
+def _exchanges_in_forward(module: nn.Module) -> bool:
+    """Whether every forward is one of all ranks: FSDP of either kind gathers parameters, SyncBatchNorm its sums."""
+    return any(
+        hasattr(each, "set_requires_gradient_sync")
+        or hasattr(each, "summon_full_params")
+        or (isinstance(each, nn.SyncBatchNorm) and each.training)
+        for each in module.modules()
+    )
 
 
 class _Forward:
@@ -160,8 +273,7 @@ def _length(inputs: Any) -> int:
 def _devices(model: object, inputs: Any) -> list[torch.device]:
     """Where the model may draw random numbers."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if isinstance(model, torch.nn.Module):
-        tensors += list(model.parameters())
+    tensors += [parameter for module in _modules_of(model) for parameter in module.parameters()]
     used = {torch.device("cpu")} | {tensor.device for tensor in tensors}
     if torch.cuda.is_initialized():  # a callable may have its parameters there, out of sight
         used.add(torch.device("cuda", torch.cuda.current_device()))
@@ -169,28 +281,42 @@ def _devices(model: object, inputs: Any) -> list[torch.device]:
 
 
 def _loss_and_gradient(
-    embeddings: Tensor, labels: Any, loss_fn: Callable[..., Tensor], scaler: torch.amp.GradScaler | None
+    embeddings: Tensor,
+    labels: Any,
+    loss_fn: Callable[..., Tensor],
+    scaler: torch.amp.GradScaler | None,
+    agreed: Callable[[str, Callable[[], Tensor]], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient with the scaler's factor, [B, D]."""
-    leaf = embeddings.detach().requires_grad_()
-    loss = loss_fn(leaf, labels)
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn has to return a tensor, got {type(loss).__name__}")
-    if loss.dim():
-        raise ValueError(f'loss_fn has to return a scalar, got shape {tuple(loss.shape)}: reduction="mean" is one')
-    if loss.requires_grad:
-        _backward(loss if scaler is None else scaler.scale(loss), None)
-    if leaf.grad is None:
-        raise ValueError("the loss does not depend on the embeddings that loss_fn was given")
-    return loss.detach(), leaf.grad
+    leaf = embeddings.detach()
+    independent = ValueError("the loss does not depend on the embeddings that loss_fn was given")
+
+    def forward() -> Tensor:
+        loss = loss_fn(leaf.requires_grad_(), labels)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn has to return a tensor, got {type(loss).__name__}")
+        if loss.dim():
+            raise ValueError(f'loss_fn has to return a scalar, got shape {tuple(loss.shape)}: reduction="mean" is one')
+        if not loss.requires_grad:
+            raise independent
+        return loss
+
+    def its_gradient() -> Tensor:
+        if leaf.grad is None:
+            raise independent
+        return leaf.grad
+
+    loss = agreed("loss", forward)
+    _backward(loss if scaler is None else scaler.scale(loss), None)
+    return loss.detach(), agreed("gradient of the loss", its_gradient)
 
 
-def _backward_through_model(embeddings: Tensor, gradient: Tensor) -> None:
+def _with_graph(embeddings: Tensor) -> Tensor:
     if not embeddings.requires_grad:
         raise ValueError(
             "the model's embeddings have no gradient: are all of its parameters frozen, or does it detach them?"
         )
-    _backward(embeddings, gradient)
+    return embeddings
 
 
 def _backward(of: Tensor, gradient: Tensor | None) -> None:
@@ -223,26 +349,25 @@ def _generator(device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Te
 
 
 @contextmanager
-def _kept_buffers(model: object) -> Iterator[None]:
-    """Puts a module's buffers back to what they were: the second pass is the one that counts.
+def _kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts buffers back to what they were: the second pass is the one that counts."""
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
-    DistributedDataParallel sends those of rank 0 to all others before its first forward, which then is where they were.
-    """
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
+    def keep(module: nn.Module, *_: object) -> None:
+        if isinstance(module, DistributedDataParallel):  # before its first forward it sends those of rank 0 to all
+            hooks.enter_context(module.module.register_forward_pre_hook(keep))
+            return
+        for name, buffer in module.named_buffers(recurse=False):
+            if (module, name) not in kept and not buffer.is_inference():  # which nothing can change
+                kept[module, name] = buffer, buffer.clone()
+        for child in module.children():
+            keep(child)
 
-    def sent(*_: object) -> None:
-        hook.remove()
-        before[:] = [buffer.clone() for buffer in buffers]
-
-    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    hook = inner.register_forward_pre_hook(sent)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    with ExitStack() as hooks:
+        for module in modules:
+            keep(module)
+        try:
+            yield
+        finally:
+            for (owner, name), (buffer, value) in kept.items():
+                setattr(owner, name, buffer.copy_(value))

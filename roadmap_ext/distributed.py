@@ -7,20 +7,21 @@ gather's backward gives each rank the sum of what all ranks have for its rows, a
 the sum of what arrives at all of them. So a backward on every rank makes the gradient of the sum of what the ranks
 return: W times the gradient of the one loss that all W of them return, which DistributedDataParallel divides by W.
 
-Before anything is sent, the ranks shake hands: each says what it brings, or that its arguments are bad, and where these
-do not fit together all ranks raise. Sums over ranks are taken in the order of the ranks.
+Every call begins with a handshake: each rank says what it brings, or what is wrong with it, and where that does not fit
+together all of them raise. Nothing that one rank can find wrong is found outside it. Sums over ranks are taken in the
+order of the ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ._autograd import resolve_method
+from ._autograd import resolve_method, savable
 from ._checks import Objective
 from ._chunks import embedding_loss
 from ._relation import from_labels
@@ -31,6 +32,10 @@ dist = torch.distributed
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 _MESSAGE = 256  # bytes of an error that the other ranks get to read
+
+_T = TypeVar("_T")
+# What all ranks have to have in common, by name, and what each has of its own.
+Facts = tuple[Mapping[str, int | str], Mapping[str, int]]
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def gather(rows: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: torch.distributed is not initialised; another rank failed.
-        TypeError: ``rows`` is no tensor.
+        TypeError: ``rows`` is no dense tensor.
         ValueError: the ranks' rows differ in shape or dtype; no backend for the device.
 
     Example:
@@ -52,36 +57,43 @@ def gather(rows: Tensor) -> Tensor:
         torch.Size([4, 3])  # of two ranks
     """
 
-    def check() -> None:
+    def check() -> Mapping[str, int | str]:
         if not isinstance(rows, Tensor):
             raise TypeError(f"gather takes a torch.Tensor, got {type(rows).__name__}")
+        if rows.layout != torch.strided:
+            raise TypeError(f"gather takes a dense tensor, got layout {rows.layout}: call to_dense()")
         if rows.dim() == 0:
             raise ValueError("gather takes a tensor of rows, [n, ...], got one without dimensions: use rows[None]")
+        return {"call": "gather"}
 
     world_size()
     return gather_together(check, rows)[0]
 
 
-def gather_together(check: Callable[[], None], *tensors: Tensor) -> list[Tensor]:
-    """:func:`gather` of tensors with as many rows each. What ``check`` raises on one rank ends the call on all."""
+def gather_together(check: Callable[[], Mapping[str, int | str]], *tensors: Tensor) -> list[Tensor]:
+    """:func:`gather` of tensors with as many rows each.
 
-    def check_all() -> None:
-        check()
-        for tensor in tensors:
+    What ``check`` raises on one rank ends the call on all; what it returns they have to have in common.
+    """
+
+    def describe() -> Facts:
+        common, own = dict(check()), {"rows": len(tensors[0])}
+        for place, tensor in enumerate(tensors):
             _check_backend(tensor.device)
+            common |= {f"{name} of tensor {place}": value for name, value in _kind(tensor).items()}
+            own[f"gradient of tensor {place}"] = _wants_gradient(tensor)
+        return common, own
 
-    error = _error_of(check_all)
-    facts: dict[str, int | str] = {}
-    for place, tensor in enumerate(() if error else tensors):
-        facts |= {f"{name} of tensor {place}": value for name, value in _kind(tensor).items()}
-    if not error:
-        facts["rows"] = len(tensors[0])
-    gradients = [f"gradient of tensor {place}" for place in range(len(tensors))]
-    brought = _handshake(error, tensors[0].device if not error else None, facts, ["rows", *gradients])
+    brought = handshake(describe, tensors[0])
     return [
-        _gather(_joined(tensor, brought[gradient]), brought["rows"])
-        for tensor, gradient in zip(tensors, gradients, strict=True)
+        _gather(_joined(tensor, brought[f"gradient of tensor {place}"]), brought["rows"])
+        for place, tensor in enumerate(tensors)
     ]
+
+
+def several() -> bool:
+    """Whether there are several ranks."""
+    return dist.is_available() and dist.is_initialized() and world_size() > 1
 
 
 def world_size() -> int:
@@ -98,9 +110,8 @@ def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
     ids: Tensor | None,
-    checked: Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None]],
+    checked: Callable[[], tuple[Objective, Tensor | None, Tensor | None, Tensor | None]],
     everywhere: bool,
-    objective: Objective,
     include_self: bool,
     chunk_size: int | None,
     method: str,
@@ -108,30 +119,33 @@ def roadmap_loss(
     """:func:`roadmap_ext.roadmap_loss` of the batches of all ranks as one.
 
     Args:
-        checked: checks all arguments of this rank, and returns ref_emb, ref_labels and ref_ids.
+        checked: checks all arguments of this rank, and returns the objective, ref_emb, ref_labels and ref_ids.
         everywhere: the references are the same on every rank, and need not be gathered.
-        embeddings, labels, ids, objective, include_self, chunk_size, method: as there.
+        embeddings, labels, ids, include_self, chunk_size, method: as there; not checked before.
     """
-    refs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    objective: Objective
+    ref_emb: Tensor | None
+    ref_labels: Tensor | None
+    ref_ids: Tensor | None
+    own = False  # whether the batch is its own reference
 
-    def check() -> None:
-        nonlocal refs, method
-        refs = checked()
+    def describe() -> Facts:
+        nonlocal objective, ref_emb, ref_labels, ref_ids, method, own
+        objective, ref_emb, ref_labels, ref_ids = checked()
         _check_backend(embeddings.device)
-        method = resolve_method(method, *(x for x in (embeddings, refs[0]) if x is not None))
-
-    error = _error_of(check)
-    ref_emb, ref_labels, ref_ids = refs
-    own = ref_emb is None or ref_emb is embeddings
-    facts: dict[str, int | str] = {}
-    free = ["rows", "gradient"]
-    if error is None:
-        facts = {"rows": len(embeddings), **_kind(embeddings)}
-        facts |= {"ids": ids is not None, "settings": f"{objective}, {include_self=}, {method == 'reference'}"}
+        method = resolve_method(method, *(x for x in (embeddings, ref_emb) if x is not None))
+        common = {"call": "a loss", **_kind(embeddings), "ids": ids is not None}
+        common["settings"] = f"{objective}, {include_self=}, {method == 'reference'}"
+        free = {"rows": len(embeddings), "gradient": _wants_gradient(embeddings)}
+        own = ref_emb is None or ref_emb is embeddings
         if ref_emb is not None and not own:
-            facts |= {"references": len(ref_emb), **{f"{name} of ref_emb": x for name, x in _kind(ref_emb).items()}}
-            free += ["gradient of ref_emb", *([] if everywhere else ["references"])]
-    brought = _handshake(error, embeddings.device if isinstance(embeddings, Tensor) else None, facts, free)
+            common |= {f"{name} of ref_emb": value for name, value in _kind(ref_emb).items()}
+            common["kind of references"] = "a memory" if everywhere else "a tensor"
+            free["gradient of ref_emb"] = _wants_gradient(ref_emb)
+            (common if everywhere else free)["references"] = len(ref_emb)
+        return common, free
+
+    brought = handshake(describe, embeddings)
 
     rank, rows = dist.get_rank(), brought["rows"]
     embeddings = _joined(embeddings, brought["gradient"])
@@ -162,29 +176,72 @@ def roadmap_loss(
 # --- the handshake ---------------------------------------------------------------------------------------------------
 
 
-def _error_of(check: Callable[[], object]) -> Exception | None:
+def handshake(describe: Callable[[], Facts], near: object = None) -> dict[str, list[int]]:
+    """Tells the other ranks what this one brings, or why it cannot, and hears the same of them.
+
+    Every rank has to come. All handshakes are alike, so that ranks whose calls differ find out, too. The host waits for
+    the others once.
+
+    Args:
+        describe: checks all that this rank can find wrong, and returns what all ranks have to have in common, and what
+            each has of its own.
+        near: by the device of this, if it is a tensor, the ranks exchange what they say where the CPU has no backend.
+
+    Returns:
+        What each rank has of its own, by name.
+
+    Raises:
+        Exception: whatever ``describe`` raises.
+        RuntimeError: on all other ranks, where it raises on one; a rank has stopped, or does not come.
+        ValueError: the ranks differ in what they have to have in common.
+    """
+    common: Mapping[str, int | str] = {}
+    own: Mapping[str, int] = {}
+    found: Exception | None = None
     try:
-        check()
+        common, own = describe()
     except Exception as error:  # whatever it is, the other ranks have to hear of it
-        return error
-    return None
+        if hasattr(error, "_heard_by_all"):  # it comes from a handshake within
+            raise
+        found = error
+    try:
+        return _exchange(found, near.device if isinstance(near, Tensor) else None, {**common, **own}, own)
+    except Exception as error:
+        error._heard_by_all = True  # type: ignore[attr-defined]
+        raise
+
+
+def agreed(name: str, step: Callable[[], _T], near: object = None) -> _T:
+    """What ``step`` returns, once all ranks are through with theirs; where one raises, all of them do."""
+    done: list[_T] = []
+
+    def describe() -> Facts:
+        done.append(step())
+        return {"call": name}, {}
+
+    handshake(describe, near)
+    return done[0]
 
 
 def _kind(x: Tensor) -> dict[str, int | str]:
-    """What the ranks' tensors have to have in common, and whether this one wants a gradient."""
-    wants = torch.is_grad_enabled() and x.requires_grad
-    sizes = {f"dimension {d}": size for d, size in enumerate(x.shape[1:], 1)}
-    return {"dtype": str(x.dtype), **sizes, "grad mode": torch.is_grad_enabled(), "gradient": wants}
+    """What the ranks' tensors have to have in common."""
+    sizes = {f"dimension {d}": size for d, size in enumerate(x.shape[1:5], 1)}
+    sizes_beyond = str([*x.shape[5:]])
+    return {"dtype": str(x.dtype), **sizes, "further dimensions": sizes_beyond, "grad mode": torch.is_grad_enabled()}
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def _handshake(
-    error: Exception | None, device: torch.device | None, facts: Mapping[str, int | str], free: Sequence[str]
+def _exchange(
+    error: Exception | None, device: torch.device | None, facts: Mapping[str, int | str], free: Collection[str]
 ) -> dict[str, list[int]]:
-    """What each rank brings, by name. The host waits for it once.
+    """What each rank brings of what is ``free``, by name.
 
     Raises ``error``, where this rank has one; RuntimeError where another has; ValueError where the ranks differ in
     anything but what is ``free``.
@@ -194,11 +251,13 @@ def _handshake(
     message = f"{type(error).__name__}: {error}".encode()[:_MESSAGE] if error else b""
     most = 32  # words: the same on every rank, whatever it brings
     assert len(words) <= most
-    sent = torch.zeros(most + _MESSAGE // 8, dtype=torch.int64)
-    sent[: len(words)] = torch.tensor(words, dtype=torch.int64)
+    # On the CPU, whatever the default device is.
+    sent = torch.zeros(most + _MESSAGE // 8, dtype=torch.int64, device="cpu")
+    sent[: len(words)] = torch.tensor(words, dtype=torch.int64, device="cpu")
     sent[most:] = torch.frombuffer(bytearray(message.ljust(_MESSAGE, b"\0")), dtype=torch.int64)
+    sent = sent.to(_place(device))
     try:
-        heard = _all_gather(sent.to(_place(device))).cpu()
+        heard = _all_gather(sent).cpu()
     except RuntimeError as missing:
         if error is not None:
             raise error from missing
@@ -222,7 +281,7 @@ def _handshake(
                 f"the ranks have to agree in {name}, and ranks 0 and {other} do not: this one, rank {dist.get_rank()}, "
                 f"has {facts[name]}"
             )
-    return brought
+    return {name: brought[name] for name in free}
 
 
 def _check_backend(device: torch.device) -> None:
@@ -244,7 +303,7 @@ def _place(device: torch.device | None) -> torch.device:
 
 def _joined(x: Tensor, gradient: Sequence[int]) -> Tensor:
     """``x``, in the graph of a backward that other ranks run, even if nobody wants its own gradient."""
-    return x.detach().requires_grad_() if any(gradient) and not x.requires_grad else x
+    return savable(x).detach().requires_grad_() if any(gradient) and not x.requires_grad else x
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -253,8 +312,13 @@ def _joined(x: Tensor, gradient: Sequence[int]) -> Tensor:
 def _all_gather(x: Tensor) -> Tensor:
     """[ranks, ...] of a tensor of the same shape on every rank."""
     received = x.new_empty((dist.get_world_size(), *x.shape))
-    getattr(dist, _ALL_GATHER)(_bytes(received), _bytes(x.contiguous()[None]))
+    getattr(dist, _ALL_GATHER)(_bytes(received), _bytes(_dense(x)[None]))
     return received
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The numbers as they are in memory: contiguous, and without the conjugate or the sign that a view may owe."""
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _bytes(rows: Tensor) -> Tensor:
@@ -313,7 +377,7 @@ class _Scatter(torch.autograd.Function):
         ctx.rows = rows
         world, own = len(rows), rows[dist.get_rank()]
         received = x.new_empty((world * own, *x.shape[1:]))
-        dist.all_to_all_single(_bytes(received), _bytes(x.contiguous()), [own] * world, rows)
+        dist.all_to_all_single(_bytes(received), _bytes(_dense(x)), [own] * world, rows)
         wide = torch.promote_types(x.dtype, torch.float32)
         return received.view(world, own, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
 

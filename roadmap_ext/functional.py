@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _ops, distributed, reference
-from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method
+from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method, savable
 from ._checks import (
     METHODS,
     REDUCTIONS,
+    Objective,
     Settings,
     check_embeddings,
+    check_flag,
     check_scores,
     make_embedding_objective,
     make_settings,
@@ -73,7 +75,7 @@ class _SmoothRank(torch.autograd.Function):
             scores, target, ignore, *settings.for_op(), True, METHODS.index(method)
         )
         ctx.settings, ctx.method = settings, METHODS.index(method)
-        ctx.save_for_backward(scores, target, ignore, slope)
+        ctx.save_for_backward(scores, savable(target), None if ignore is None else savable(ignore), slope)
         ctx.mark_non_differentiable(query, column)
         if settings.surrogate == "sup":
             ctx.mark_non_differentiable(positive_rank)
@@ -310,41 +312,41 @@ def roadmap_loss(
         >>> print(f"{loss.item():.4f}")
         0.3336
     """
-    objective = make_embedding_objective(
-        calibration_weight=calibration_weight,
-        positive_margin=positive_margin,
-        negative_margin=negative_margin,
-        calibration_reduction=calibration_reduction,
-        normalize=normalize,
-        include_self=include_self,
-        chunk_size=chunk_size,
-        gather_across_devices=gather_across_devices,
-        surrogate=surrogate,
-        tau=tau,
-        rho=rho,
-        delta=delta,
-        start=start,
-        offset=offset,
-        reduction=reduction,
-        method=method,
-    )
+    check_flag("gather_across_devices", gather_across_devices)
     memory = ref_emb if isinstance(ref_emb, EmbeddingMemory) else None
     given = None if isinstance(ref_emb, EmbeddingMemory) else ref_emb
 
-    def checked() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def checked() -> tuple[Objective, Tensor | None, Tensor | None, Tensor | None]:
+        objective = make_embedding_objective(
+            calibration_weight=calibration_weight,
+            positive_margin=positive_margin,
+            negative_margin=negative_margin,
+            calibration_reduction=calibration_reduction,
+            normalize=normalize,
+            include_self=include_self,
+            chunk_size=chunk_size,
+            surrogate=surrogate,
+            tau=tau,
+            rho=rho,
+            delta=delta,
+            start=start,
+            offset=offset,
+            reduction=reduction,
+            method=method,
+        )
         refs = (given, ref_labels, ref_ids) if memory is None else memory.as_references(ids, ref_labels, ref_ids)
         check_embeddings(embeddings, labels, refs[0], refs[1], ids, refs[2])
-        return refs
+        return objective, *refs
 
     if gather_across_devices and distributed.world_size() > 1:
         across_ranks = distributed.roadmap_loss
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
         loss: Tensor = across_ranks(
-            embeddings, labels, ids, checked, memory is not None, objective, include_self, chunk_size, method
+            embeddings, labels, ids, checked, memory is not None, include_self, chunk_size, method
         )
         return loss
-    ref_emb, ref_labels, ref_ids = checked()
+    objective, ref_emb, ref_labels, ref_ids = checked()
     alone = ref_emb is None or ref_emb is embeddings
     relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)
     return embedding_loss(embeddings, None if alone else ref_emb, relation, objective, chunk_size, method)

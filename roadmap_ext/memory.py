@@ -11,6 +11,13 @@ from ._checks import DTYPES, check_count, check_embeddings, check_flag
 from .distributed import gather_together, world_size
 
 
+def make_writable(module: nn.Module) -> None:
+    """Replaces the buffers that came to be under inference_mode(), which nothing outside of it may write to."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            setattr(module, name, buffer.clone())
+
+
 class EmbeddingMemory(nn.Module):
     """The last ``size`` embeddings, with labels and ids: a ring buffer, whose oldest entries make room for new ones.
 
@@ -36,9 +43,9 @@ class EmbeddingMemory(nn.Module):
         labels: [n] int64.
         ids: [n] int64.
 
-    A module for the sake of ``state_dict()`` (entries and place; that of another ``size`` or ``dim`` is refused),
-    ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that DistributedDataParallel wraps,
-    which would send it along with every step.
+    A module for the sake of ``state_dict()`` (entries and place, all of them tensors; that of another ``size`` or
+    ``dim`` is refused), ``to(device)`` and ``half()``; it has no parameters. Keep it out of the model that
+    DistributedDataParallel wraps, which would send it along with every step.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -128,6 +135,7 @@ class EmbeddingMemory(nn.Module):
         self._calls += 1
         if self._calls <= self.warm_up or not len(rows):
             return
+        make_writable(self)
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
         rows, numbers = (x[-self.size :].to(self._embeddings.device) for x in (rows, numbers))
         place = torch.arange(self._next, self._next + len(rows), device=rows.device) % self.size
@@ -160,23 +168,33 @@ class EmbeddingMemory(nn.Module):
         # No copies: where a backward reads them after the next batch was written over them, torch raises.
         return self.embeddings, self.labels, self.ids
 
-    def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> None:
+    def _check(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> dict[str, str]:
+        """Raises what is wrong with a batch, and returns what the memories of all ranks have to have in common."""
         if ids is None:
             raise TypeError("ids must be a torch.Tensor of integers, got None: a memory has to know what each row is")
         check_embeddings(embeddings, labels, None, None, ids, ids)
         if embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings must have the memory's dimension, {self.dim}, got {embeddings.shape[1]}")
+        place = f"next={self._next}, calls={self._calls}, warm_up={self.warm_up}, {self._embeddings.dtype}"
+        return {"call": "enqueue", "memory": f"{self}, {place}"}
 
-    def get_extra_state(self) -> dict[str, int]:
-        """What state_dict() holds beside the entries."""
-        place = {"entries": self._entries, "next": self._next, "calls": self._calls}
-        return {"size": self.size, "dim": self.dim, **place}
+    def get_extra_state(self) -> Tensor:
+        """What state_dict() holds beside the entries, as a tensor, which is what those who walk a state_dict expect."""
+        state = [self.size, self.dim, self._entries, self._next, self._calls]
+        return torch.tensor(state, dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """The inverse of get_extra_state()."""
-        if (state["size"], state["dim"]) != (self.size, self.dim):
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """The inverse of get_extra_state(), and of that of checkpoints from before it was a tensor."""
+        if isinstance(state, dict):
+            state = torch.tensor([state[name] for name in ("size", "dim", "entries", "next", "calls")], device="cpu")
+        size, dim, *place = map(int, state.tolist())
+        if (size, dim) != (self.size, self.dim):
             return  # load_state_dict() raises when it is through, and no entries were loaded
-        self._entries, self._next, self._calls = (int(state[name]) for name in ("entries", "next", "calls"))
+        self._entries, self._next, self._calls = place
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        make_writable(self)
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """The settings, as they were given, and how full it is."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ._checks import REDUCTIONS, check_method, make_embedding_objective, make_settings, one_of
+from .distributed import agreed, several
 from .functional import ap_loss, roadmap_loss
 from .memory import EmbeddingMemory
 
@@ -111,12 +112,16 @@ class _EmbeddingLoss(nn.Module):
 
         ``indices_tuple`` stands where pytorch-metric-learning's losses have it; anything but None raises ValueError.
         """
-        if indices_tuple is not None:
+
+        def refuse() -> None:
             raise ValueError(
                 f"the third argument is indices_tuple, which {type(self).__name__} does not take, got "
                 f"{type(indices_tuple).__name__}: name references, ref_emb=... and ref_labels=...; a miner's tuple is "
                 "for the class of the same name in roadmap_ext.integrations.pytorch_metric_learning"
             )
+
+        if indices_tuple is not None:
+            agreed("a loss", refuse) if self.settings["gather_across_devices"] and several() else refuse()
         return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self.settings)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autograd import savable
 from ._checks import (
     REDUCTIONS,
     SMALLEST_NORM,
@@ -190,8 +191,8 @@ def embedding_loss(
 ) -> Tensor:
     """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N]."""
     with torch.autocast(embeddings.device.type, enabled=False):
-        queries = _wide(embeddings)
-        references = queries if ref_emb is None else _wide(ref_emb)
+        queries = savable(_wide(embeddings))
+        references = queries if ref_emb is None else savable(_wide(ref_emb))
         dtype = torch.promote_types(queries.dtype, references.dtype)
         queries, references = queries.to(dtype), references.to(dtype)
         if objective.normalize:

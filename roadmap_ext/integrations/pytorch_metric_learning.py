@@ -20,7 +20,7 @@ from .._autograd import resolve_method
 from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
 from .._chunks import embedding_loss
 from .._relation import Lists, Relation, from_labels, from_pairs
-from ..memory import EmbeddingMemory
+from ..memory import EmbeddingMemory, make_writable
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
 
@@ -286,6 +286,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     With these, a query's own copy in the memory is never its positive, and without a miner no pair is listed. What the
     memory holds of an item from an earlier call is no own copy: it stays, as in the library, a positive.
 
+    ``state_dict()`` also holds the place of the next entry and whether the memory has been filled, as a tensor. From a
+    state of the library's class, which has neither, the memory starts empty, as it does there.
+
     Args:
         loss: a loss of this module, or one that the library supports.
         embedding_size: D.
@@ -304,6 +307,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """
 
     has_been_filled: bool
+    queue_idx: int
 
     def __init__(
         self, loss: torch.nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
@@ -321,9 +325,73 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """The names of the losses that it takes."""
         return [*losses.CrossBatchMemory.supported_losses(), *(ours.__name__ for ours in _OURS)]
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Indices | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of embeddings [B, D] with labels [B], against the memory with this batch in it.
+
+        Args:
+            embeddings, labels: the batch.
+            indices_tuple: pairs or triplets of the batch and of places in the memory; as in the library.
+            enqueue_mask: [B] bool: rows to enqueue, which are then no queries. None: all are both.
+
+        Raises:
+            TypeError: a tensor has the wrong type or dtype.
+            ValueError: shapes differ, D is not the memory's, or more rows are enqueued than it holds.
+        """
+        if isinstance(labels, Tensor) and isinstance(embeddings, Tensor):
+            labels = labels.to(embeddings.device)  # as the library does
+        check_embeddings(embeddings, labels, None, None, None, None)
+        rows, dim = embeddings.shape
+        if dim != self.embedding_size:
+            raise ValueError(
+                f"embeddings must have the memory's dimension, embedding_size={self.embedding_size}, got {dim}"
+            )
+        enqueued = rows
+        if enqueue_mask is not None:
+            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+                got = enqueue_mask.dtype if isinstance(enqueue_mask, Tensor) else type(enqueue_mask).__name__
+                raise TypeError(f"enqueue_mask must be a torch.Tensor of dtype torch.bool, got {got}")
+            if enqueue_mask.shape != (rows,):
+                raise ValueError(
+                    f"enqueue_mask must be 1-D with one entry a row of embeddings, {rows}, got shape "
+                    f"{tuple(enqueue_mask.shape)}"
+                )
+            enqueued = int(enqueue_mask.sum())
+        if enqueued > self.memory_size:
+            raise ValueError(
+                f"{enqueued} embeddings do not fit in a memory of {self.memory_size}: choose memory_size={enqueued} or "
+                "more, or a smaller batch"
+            )
+        loss: Tensor = super().forward(embeddings, labels, indices_tuple, enqueue_mask)
+        return loss
+
+    def get_extra_state(self) -> Tensor:
+        """What state_dict() holds beside the entries."""
+        state = [self.memory_size, self.embedding_size, self.queue_idx, self.has_been_filled]
+        return torch.tensor(state, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of get_extra_state()."""
+        size, dim, place, filled = map(int, state.tolist())
+        if (size, dim) == (self.memory_size, self.embedding_size):  # else load_state_dict() raises when it is through
+            self.queue_idx, self.has_been_filled = place, bool(filled)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if f"{prefix}embedding_memory" in state_dict:  # the library's class says no more than what is in it
+            empty = torch.tensor([self.memory_size, self.embedding_size, 0, 0], device="cpu")
+            state_dict.setdefault(f"{prefix}_extra_state", empty)
+        make_writable(self)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
         """Enqueue embeddings [batch_size, D] and labels [batch_size]."""
         filled = self.has_been_filled
+        make_writable(self)
         super().add_to_memory(embeddings, labels, batch_size)
         if not batch_size:  # the library takes this for having gone all the way round, and ranks what was never filled
             self.has_been_filled = filled

@@ -76,7 +76,7 @@ class Whole:
     gather = False
 
     def __init__(self, rows):
-        self.mine = slice(0, sum(rows))
+        self.rank, self.mine = 0, slice(0, sum(rows))
 
 
 class Rank:
@@ -86,7 +86,7 @@ class Rank:
     gather = True
 
     def __init__(self, rows, rank):
-        self.world, self.first = len(rows), sum(rows[:rank])
+        self.rank, self.world, self.first = rank, len(rows), sum(rows[:rank])
         self.mine = slice(self.first, self.first + rows[rank])
 
 
@@ -200,6 +200,47 @@ def no_gradient(who, rows):
         return {"loss": roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)(network()(x), labels)}
 
 
+def inference_references(who, rows, reduction="mean"):
+    """References that were made under torch.inference_mode()."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    with torch.inference_mode():
+        references = network()(x.flip(1))
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, reduction=reduction)
+    loss = loss_function(model(x), labels, ref_emb=references, ref_labels=labels, ids=ids, ref_ids=ids)
+    (loss if loss.dim() == 0 else loss.sum() * who.world / max(1, sum(rows))).backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def on_one_rank(who, rows):
+    """Rank 0 alone wants a gradient; what the others bring is of inference mode, and owes a conjugate."""
+    x = torch.complex(*batch(sum(rows))[0][who.mine].split(2, dim=1))
+    if who.rank == 0:
+        x = x.clone().requires_grad_()
+    else:
+        with torch.inference_mode():
+            x = x.conj_physical().conj()
+    every = distributed.gather(x) if who.gather else x
+    every.abs().sum().backward()
+    return {"rows": torch.view_as_real(every.detach().resolve_conj())}
+
+
+def default_device(who, rows):
+    """A default device that holds no numbers: what the ranks tell each other lies on the CPU, whatever it is."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    model = who.wrap(network())
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)
+    held = EmbeddingMemory(2 * sum(rows) + 3, DIM, gather_across_devices=who.gather, dtype=torch.float64, device="cpu")
+
+    def ranked(embeddings, labels):
+        held.enqueue(embeddings, labels, ids)
+        return loss_function(embeddings, labels, ref_emb=held, ids=ids) + loss_function(embeddings, labels)
+
+    with torch.device("meta"):
+        loss = cached_backward(model, x, labels, ranked, mini_batch_size=3)
+    return {"loss": loss, "gradients": gradients(model)}
+
+
 def gathered(who, rows):
     """distributed.gather, its gradient and its gradient's gradient."""
     x = batch(sum(rows))[0][who.mine].clone().requires_grad_()
@@ -214,6 +255,10 @@ CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | 
     "two views": two_views,
     "two views, reference": functools.partial(two_views, method="reference"),
     "detached references": detached_references,
+    "inference references": inference_references,
+    "inference references, none": functools.partial(inference_references, reduction="none"),
+    "on one rank": on_one_rank,
+    "default device": default_device,
     "memory": memory,
     "memory, reference": functools.partial(memory, method="reference"),
     "memory, cached": functools.partial(memory, mini_batch_size=3),
@@ -438,6 +483,48 @@ def test_rank_that_fails(how, failed):
     """No rank waits longer than the process group's timeout says."""
     for rank, text in enumerate(failed[how]):
         assert text.startswith(f"RuntimeError: rank {rank} of 3 waited in vain for the others"), text
+
+
+def sharded(rank, world, folder):
+    """Steps of a model under FSDP2, with as many mini-batches on each rank, and with different numbers of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    begin(rank, world, folder, 10)
+    mesh = init_device_mesh("cpu", (world,))
+    rows = [7, 9] if world == 2 else [7, 9, 8]
+    x, labels, _ = (tensor[Rank(rows, rank).mine] for tensor in batch(sum(rows)))
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=True)
+    found = {}
+    for name, size in {"one": 100, "equal": 5, "different": 3 - rank}.items():
+        model = network()
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+        began = time.monotonic()
+        try:
+            loss = cached_backward(model, x, labels, loss_function, mini_batch_size=size)
+            each = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
+            found[name] = {"loss": loss, "gradients": each}
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        assert time.monotonic() - began < 5
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("world", [2, 3])
+def test_fully_sharded(world, tmp_path):
+    """Equal numbers of mini-batches are as in one process; others, which abort in the backend, raise on every rank."""
+    assert statuses(start(world, sharded, tmp_path)) == [0] * world
+    rows = [7, 9] if world == 2 else [7, 9, 8]
+    expected = cached(Whole(rows), rows)
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name in ("one", "equal"):
+            torch.testing.assert_close(found[name]["loss"], expected["loss"])
+            torch.testing.assert_close(2 * found[name]["gradients"], expected["gradients"])
+        assert re.match("ValueError: the ranks have to agree in number of mini-batches", found["different"])
 
 
 # --- one process -----------------------------------------------------------------------------------------------------

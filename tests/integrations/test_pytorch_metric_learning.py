@@ -19,6 +19,7 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, samplers, trainers
 from pytorch_metric_learning.utils import distributed
 from ranks import begin, start, statuses
+from torch import nn
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -752,10 +753,87 @@ class TestMemory:
         loss = memory(embeddings, labels)
         for twin in twins:
             assert twin(embeddings, labels) == loss
-        assert set(memory.state_dict()) == {"embedding_memory", "label_memory"}
+        assert set(memory.state_dict()) == {"embedding_memory", "label_memory", "_extra_state"}
         memory.reset_queue()
         fresh = CrossBatchMemory(RoadmapLoss(tau=0.03), 6, 11)
         assert memory(embeddings, labels) == fresh(embeddings, labels)
+
+    @pytest.mark.parametrize("batches", [(), (3,), (7, 4), (7, 7), (11, 2)])
+    def test_it_goes_on_from_a_state(self, batches):
+        """To the same losses as one that never stopped: empty, partly filled, just full, and gone all the way round."""
+        memory = CrossBatchMemory(RoadmapLoss(), 6, 11)
+        for rows in batches:
+            memory(*(x.float() if x.is_floating_point() else x for x in make_batch(rows)))
+        state = memory.state_dict()
+        assert all(isinstance(x, torch.Tensor) for x in state.values())
+        assert len({x.untyped_storage().data_ptr() for x in state.values()}) == 3
+        other = nn.ModuleDict({"loss": CrossBatchMemory(RoadmapLoss(), 6, 11)})
+        other["loss"].add_to_memory(torch.ones(2, 6), torch.ones(2).long(), 2)
+        other.load_state_dict({f"loss.{name}": x.clone() for name, x in state.items()})
+        for rows in (4, 5, 6):
+            embeddings, labels = make_batch(rows)
+            embeddings = embeddings.detach().float().requires_grad_()
+            assert_same(other["loss"](embeddings, labels), memory(embeddings, labels), embeddings)
+        assert other["loss"].queue_idx == memory.queue_idx
+        assert torch.equal(other["loss"].label_memory, memory.label_memory)
+
+    def test_states_of_other_memories(self):
+        """That of the library's class says nothing of its place; that of another size is refused."""
+        theirs, ours = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, 11), CrossBatchMemory(RoadmapLoss(), 6, 11)
+        ours(*make_batch(7))
+        ours.load_state_dict({}, strict=False)
+        assert (ours.queue_idx, ours.has_been_filled) == (7, False)
+        ours.load_state_dict(theirs.state_dict())
+        assert (ours.queue_idx, ours.has_been_filled) == (0, False)
+        ours(*make_batch(7))
+        for size, dim in ((12, 6), (11, 5)):
+            other = CrossBatchMemory(RoadmapLoss(), dim, size)
+            with pytest.raises(RuntimeError, match="size mismatch"):
+                other.load_state_dict(ours.state_dict())
+            assert other.queue_idx == 0
+
+    @pytest.mark.parametrize("way", ["built", "copied", "used"])
+    def test_made_under_inference_mode(self, way):
+        """It can be written, loaded and ranked outside; "used": with embeddings of a dtype that it took there."""
+        expected = CrossBatchMemory(RoadmapLoss(), 6, 11)
+        (first, first_labels), (embeddings, labels) = make_batch(4), make_batch(5)
+        expected(first, first_labels)
+        with torch.inference_mode():
+            memory = CrossBatchMemory(RoadmapLoss(), 6, 11) if way == "built" else copy.deepcopy(expected)
+            if way == "used":
+                memory = CrossBatchMemory(RoadmapLoss(), 6, 11)
+                memory(first, first_labels)
+        if way == "built":
+            memory.load_state_dict(expected.state_dict())
+            expected.embedding_memory = expected.embedding_memory.float().double()  # as it is stored in the other
+        assert_same(memory(embeddings, labels), expected(embeddings, labels), embeddings)
+
+    @pytest.mark.parametrize(
+        ("kind", "match", "change"),
+        [
+            (ValueError, "12 embeddings do not fit in a memory of 11: choose memory_size=12", {}),
+            (ValueError, "12 embeddings do not fit", {"enqueue_mask": torch.ones(12, dtype=torch.bool)}),
+            (ValueError, r"enqueue_mask .* 12, got shape \(11,\)", {"enqueue_mask": torch.ones(11, dtype=torch.bool)}),
+            (TypeError, r"enqueue_mask .* got torch\.int64", {"enqueue_mask": torch.ones(12, dtype=torch.int64)}),
+            (TypeError, "enqueue_mask .* got list", {"enqueue_mask": [True] * 12}),
+            (ValueError, "embedding_size=6, got 5", {"embeddings": torch.randn(4, 5), "labels": torch.arange(4)}),
+            (ValueError, "embeddings must be 2-D", {"embeddings": torch.randn(6)}),
+            (TypeError, "embeddings must be a torch.Tensor", {"embeddings": [[1.0] * 6]}),
+            (ValueError, "labels must be 1-D with one entry a row of embeddings, 12", {"labels": torch.ones(1).long()}),
+            (TypeError, "labels must have an integer dtype", {"labels": torch.ones(12)}),
+        ],
+    )
+    def test_batches_that_do_not_fit(self, kind, match, change):
+        """Whatever loss is in it, and before anything is written."""
+        for loss in (RoadmapLoss(), losses.ContrastiveLoss()):
+            memory = CrossBatchMemory(loss, 6, 11)
+            given = {"embeddings": torch.randn(12, 6), "labels": torch.arange(12) % 3}
+            with pytest.raises(kind, match=match):
+                memory(**(given | change))
+            assert memory.queue_idx == 0
+            assert not memory.embedding_memory.any()
+        mask = torch.arange(20) < 11  # a batch may be larger than the memory, if what is enqueued is not
+        memory(torch.randn(20, 6), torch.arange(20) % 3, enqueue_mask=mask)
 
 
 class TestTraining:

@@ -5,6 +5,7 @@ Of several ranks: test_distributed.py.
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -255,6 +256,113 @@ def test_batch_norm_sees_each_mini_batch_once():
     torch.testing.assert_close(gradients(model), gradients(other), rtol=1e-9, atol=1e-12)
 
 
+class Towers(nn.Module):
+    """A network of several methods, of which none is its forward, with buffers of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(nn.BatchNorm1d(16))
+        for name in ("seen", "largest", "constant"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def encode(self, x, scale=1.0):
+        self.seen += len(x)  # in place
+        self.largest = torch.maximum(self.largest, x.detach().max())  # by another tensor
+        return self.net(x * scale)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def call(*arguments):
+        return function(*arguments)
+
+    return call
+
+
+class Pipeline:
+    """No module, but it has one."""
+
+    def __init__(self, towers):
+        self.towers = towers
+
+    def __call__(self, x):
+        return self.towers.encode(x)
+
+
+def global_encoder(towers):
+    """A function that refers to the network as a notebook's does: by a name of its module."""
+    scope = {"network": towers}
+    exec("def encode(x):\n    return network.encode(x)", scope)
+    return scope["encode"]
+
+
+CALLABLES = {
+    "method": lambda towers: towers.encode,
+    "partial": lambda towers: functools.partial(towers.encode, scale=1.0),
+    "partial of a partial": lambda towers: functools.partial(functools.partial(towers.encode), scale=1.0),
+    "function": lambda towers: lambda x: towers.net(x),
+    "function of the module": lambda towers: functools.partial(lambda model, x: model.encode(x), towers),
+    "function of a method": lambda towers: (lambda encode: lambda x: encode(x))(towers.encode),
+    "wrapped": lambda towers: wrapped(towers.net),
+    "object": lambda towers: Pipeline(towers),
+    "method of an object": lambda towers: Pipeline(towers).__call__,
+    "function of an object": lambda towers: (lambda pipeline: lambda x: pipeline(x))(Pipeline(towers)),
+    "global": lambda towers: global_encoder(towers),
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_buffers_of_whatever_is_called_count_once(name):
+    """The network is found in methods, partials, closures, global names and attributes."""
+    (x, labels), towers = batch(), Towers()
+    other = copy.deepcopy(towers)
+    by_parts(CALLABLES[name](other), x, labels, RoadmapLoss(), 5)
+    for times in (1, 2):
+        cached_backward(CALLABLES[name](towers), x, labels, RoadmapLoss(), mini_batch_size=5)
+        assert towers.net[2].num_batches_tracked == 3 * times
+    by_parts(CALLABLES[name](other), x, labels, RoadmapLoss(), 5)
+    for (buffer, ours), theirs in zip(towers.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=buffer)
+    torch.testing.assert_close(gradients(towers), gradients(other), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["method", "partial", "inner"])
+def test_no_sync_of_a_method(name):
+    """It is that of the module that the method is of, or of the modules in it."""
+
+    class Synced(Towers):
+        log = ()
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.log += ("off",)
+            yield
+            self.log += ("on",)
+
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def run(self, x):
+            return self.inner.encode(x)
+
+    (x, labels), towers = batch(), Synced()
+    given = Outer(towers).run if name == "inner" else CALLABLES[name](towers)
+    cached_backward(given, x, labels, RoadmapLoss(), mini_batch_size=5)
+    assert towers.log == ("off", "on", "off", "on")  # all but the last of three mini-batches
+
+
+def test_a_compiled_function():
+    (x, labels), towers = batch(), Towers()
+    function = torch.compile(lambda x: towers.net(x), backend="aot_eager")
+    other = copy.deepcopy(towers)
+    by_parts(other.net, x, labels, RoadmapLoss(), 5)
+    cached_backward(function, x, labels, RoadmapLoss(), mini_batch_size=5)
+    torch.testing.assert_close(gradients(towers.net), gradients(other.net), rtol=1e-9, atol=1e-12)
+    assert towers.net[2].num_batches_tracked == 3
+
+
 def test_inputs_and_a_loss_that_learn():
     """Leaves among the inputs, and parameters of the loss, have their gradients, too."""
     (x, labels), model = batch(), network()
@@ -314,6 +422,10 @@ def test_an_empty_batch():
         (ValueError, r"scalar, got shape \(13,\): reduction", {"loss_fn": RoadmapLoss(reduction="none")}),
         (ValueError, "does not depend on the embeddings", {"loss_fn": lambda e, y: torch.ones(())}),
         (ValueError, "embeddings have no gradient: are all", {"model": lambda x: x.detach()}),
+        (TypeError, "model must be something to call, got NoneType", {"model": None}),
+        (TypeError, "loss_fn must be something to call, got float", {"loss_fn": 1.0}),
+        (TypeError, "call must be something to call, got str", {"call": "encode"}),
+        (TypeError, r"scaler must be a torch\.amp\.GradScaler or None, got float", {"scaler": 2.0**10}),
     ],
 )
 def test_errors(size, kind, match, change):

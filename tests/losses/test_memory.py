@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import roadmap_ext
 from roadmap_ext import EmbeddingMemory, RoadmapLoss, SmoothAPLoss, SupAPLoss, roadmap_loss
 
 DIM = 3
@@ -63,6 +65,80 @@ def test_it_goes_on_from_a_state():
         with pytest.raises(RuntimeError, match="size mismatch"):
             other.load_state_dict(memory.state_dict())
         assert len(other) == 0
+
+
+def as_safetensors_walks(state):
+    """What safetensors asks of each value of a state_dict before it writes it: a file as {name: tensor}."""
+    places = set()
+    for name, x in state.items():
+        assert isinstance(x, torch.Tensor), name
+        assert x.layout == torch.strided, name
+        assert x.is_contiguous(), name
+        if x.untyped_storage().size():
+            place = x.device, x.untyped_storage().data_ptr()
+            assert place not in places, name  # nothing is shared
+            places.add(place)
+    return {name: x.clone() for name, x in state.items()}
+
+
+MODULES = {
+    "RoadmapLoss": roadmap_ext.RoadmapLoss,
+    "SupAPLoss": roadmap_ext.SupAPLoss,
+    "SmoothAPLoss": roadmap_ext.SmoothAPLoss,
+    "CalibrationLoss": roadmap_ext.CalibrationLoss,
+    "APLoss": roadmap_ext.APLoss,
+    "EmbeddingMemory": lambda: EmbeddingMemory(5, DIM),
+}
+
+
+def test_every_module_is_looked_at():
+    public = [value for name in roadmap_ext.__all__ if isinstance(value := getattr(roadmap_ext, name), type)]
+    assert {kind.__name__ for kind in public if issubclass(kind, nn.Module)} == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_state_holds_tensors_alone(name):
+    """So that a model with it can be saved by whatever walks a state_dict, and is itself when it is loaded."""
+    model, other = (nn.ModuleDict({"network": nn.Linear(4, DIM), "ours": MODULES[name]()}) for _ in range(2))
+    if name == "EmbeddingMemory":
+        for first in (0, 3):
+            model["ours"].enqueue(*rows(3, first=first))
+    written = as_safetensors_walks(model.state_dict())
+    half = {key: x.half() for key, x in written.items()}  # as some loops do, to all alike
+    for state in (written, half):
+        other.load_state_dict(state)
+        again = other.state_dict()
+        assert all(torch.allclose(again[key], x, atol=1e-3) for key, x in written.items())
+    if name == "EmbeddingMemory":
+        for each in (model, other):
+            each["ours"].enqueue(*rows(2, first=6))
+        assert torch.equal(other["ours"].ids, model["ours"].ids)
+
+
+def test_safetensors(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    model, other = (nn.ModuleDict({"network": nn.Linear(4, DIM), "memory": filled(5, 7)}) for _ in range(2))
+    other["memory"].clear()
+    library.save_model(model, str(tmp_path / "model.safetensors"))
+    assert library.load_model(other, str(tmp_path / "model.safetensors")) == (set(), [])
+    assert len(other["memory"]) == 5
+    assert torch.equal(other["memory"].ids, model["memory"].ids)
+
+
+def test_a_state_from_when_its_place_was_a_dict():
+    memory = filled(5, 7)
+    state = memory.state_dict()
+    names = ("size", "dim", "entries", "next", "calls")
+    state["_extra_state"] = dict(zip(names, state["_extra_state"].tolist(), strict=True))
+    other = EmbeddingMemory(5, DIM)
+    other.load_state_dict(state)
+    for one in (memory, other):
+        one.enqueue(*rows(2, first=50))
+    assert torch.equal(other.ids, memory.ids)
+    smaller = EmbeddingMemory(4, DIM)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        smaller.load_state_dict(state)
+    assert len(smaller) == 0
 
 
 def test_dtypes():

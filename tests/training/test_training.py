@@ -828,7 +828,7 @@ class TestRuns:
         assert program(*given, tmp_path / "a", "--resume") == 0
         assert program(*given, tmp_path / "b") == 0
         assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
-        assert outcome(tmp_path / "b")[0]["memory"]["_extra_state"]["entries"] == 70
+        assert outcome(tmp_path / "b")[0]["memory"]["_extra_state"][2] == 70
 
     def test_a_shorter_run(self, tmp_path, capsys):
         constant = [*TINY, "--schedule", "constant", "--out", tmp_path / "a"]
@@ -1018,7 +1018,7 @@ class TestTwoProcesses:
         assert [int(row["step"]) for row in metrics] == [0, 20, 40]
         assert [int(row["step"]) for row in steps] == list(range(1, 41))
         assert float(metrics[-1]["mAP@R"]) > float(metrics[0]["mAP@R"]) + 0.1
-        assert state["memory"]["_extra_state"]["entries"] == 50
+        assert state["memory"]["_extra_state"][2] == 50
 
         def stop(processes):
             deadline = time.monotonic() + 60
