@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from retrieval.errors import InputError
-from tqdm import tqdm
+from retrieval.progress import Progress
 
 from ..measure import provenance
 from . import plan, report, runs
@@ -25,10 +25,8 @@ from .runs import Results, Run
 def carry_out(comparison: Comparison, results: Results, images: tuple[runs.Images, runs.Images]) -> None:
     """All runs that are not done yet."""
     done = sum(run in results for run in comparison.runs(results))
-    quiet = not sys.stderr.isatty()
-    unit = {"unit": " images", "unit_scale": True, "mininterval": 30 if quiet else 0.5}
     whole, options = len(comparison) * comparison.images, [*comparison.data, *comparison.network]
-    with tqdm(total=whole, initial=done * comparison.images, **unit) as progress:
+    with Progress("runs", whole, "images", initial=done * comparison.images, unit_scale=True) as progress:
         for run in comparison.runs(results):
             if run in results:
                 continue
