@@ -4,7 +4,7 @@ Without --data-root it takes scikit-learn's handwritten digits, four losses and 
 two small splits: nine losses at batches of 128, and four of them also at 32 and 512. Each loss takes the learning rate
 that is best for it on held-out training classes; then it is trained with each seed and tested. Every finished run is a
 row of a CSV in --out, at once: the same command goes on from there after a stop, and --report draws what is there
-already. docs/paper.md says what came of it.
+already. docs/paper.md has the results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from retrieval.errors import InputError
 from retrieval.progress import Progress
 
-from ..measure import provenance
+from ..report import provenance
 from . import plan, report, runs
 from .plan import Comparison
 from .runs import Results, Run
