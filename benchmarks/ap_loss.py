@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 OURS, LOOP, FLOOR = "pairwise", "torch loop", "memory copy"
 METHODS: dict[str, Loss] = {
-    OURS: functools.partial(roadmap_ext.ap_loss, method="tiled"),
+    OURS: functools.partial(roadmap_ext.ap_loss, method=OURS),
     LOOP: torch_loop,
     "reference": roadmap_ext.reference.ap_loss,
     "KeOps": keops.keops_loop,

@@ -170,7 +170,6 @@ def own_class(shape: Shape, noise: float, *, dim: int = 64, seed: int = 0) -> tu
 
 
 def loss_of(method: str, target: Tensor, settings: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
-    method = {PAIRWISE: "tiled"}.get(method, method)
     return functools.partial(roadmap_ext.ap_loss, target=target, method=method, **(settings or {}))
 
 
