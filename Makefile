@@ -31,7 +31,7 @@ else
 TORCH := $(MADE)/constraints.txt
 CONSTRAINTS := $(TORCH)
 endif
-PIP = $(PY) -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
+PIP = $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOML := 'tomli;python_version<"3.11"'
@@ -191,7 +191,7 @@ CUDA_TORCH := .venv-cuda/.made/torch-$(CUDA_TORCH_VERSION)
 $(CUDA_TORCH):
 	$(call NEW_VENV,.venv-cuda)
 	@echo "installing torch $(CUDA_TORCH_VERSION) with CUDA into .venv-cuda (5 GB, once)"
-	@$(CUDA_PY) -m pip install -q --disable-pip-version-check torch==$(CUDA_TORCH_VERSION)
+	@$(CUDA_PY) -m pip install -qq --disable-pip-version-check torch==$(CUDA_TORCH_VERSION)
 	@mkdir -p $(@D) && touch $@
 endif
 
@@ -221,6 +221,6 @@ recipes-check: $(BUILT) $(RECIPES_MADE)
 
 $(RECIPES_MADE): $(CUDA_TORCH)
 	@echo "installing timm, the torchvision that fits and what training takes into $(CUDA_VENV) (once)"
-	@$(CUDA_PY) -m pip install -q --disable-pip-version-check timm torchvision $(TOOLS_train) $(TOOLS_ops) \
+	@$(CUDA_PY) -m pip install -qq --disable-pip-version-check timm torchvision $(TOOLS_train) $(TOOLS_ops) \
 	  torch==$$($(CUDA_PY) -c 'import torch; print(torch.__version__.partition("+")[0])')
 	@mkdir -p $(@D) && touch $@

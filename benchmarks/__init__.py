@@ -1,3 +1,4 @@
-"""Benchmarks of roadmap_ext: each of `python -m benchmarks.ap_loss` and `python -m benchmarks.roadmap_loss` measures,
-prints and writes benchmarks/results/.
+"""Benchmarks of roadmap_ext. Each `python -m benchmarks.NAME` measures, prints and writes benchmarks/results/.
+
+measure.py times two sides in turns, loop.py has their data, report.py what they print and write, plots.py the plots.
 """

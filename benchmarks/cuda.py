@@ -17,16 +17,13 @@ such, and the others go on, in a new process.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
 import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -34,10 +31,10 @@ from torch import Tensor
 
 import roadmap_ext
 
-from . import keops
-from .ap_loss import NONE, duration, mebibytes, three_digits
-from .loop import clustered_embeddings
-from .measure import MIB, Spread, provenance
+from . import keops, report
+from .loop import NOISES, SEPARABILITY, clustered_embeddings
+from .measure import MIB, Spread
+from .report import NONE, duration, interval, mebibytes, three_digits
 
 DEVICE = torch.device("cuda", 0)
 ROUNDS = 5
@@ -51,7 +48,10 @@ Side = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Case:
-    """B queries and N references, of which a query has so many positives; from embeddings if it has a dimension."""
+    """B queries and N references, of which a query has so many positives; from embeddings if it has a dimension.
+
+    Noise is that of loop.py.
+    """
 
     queries: int
     references: int
@@ -72,7 +72,7 @@ class Case:
         name, last = ("RoadmapLoss", f" x {self.dim}") if self.dim else ("ap_loss", "")
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{self.queries:,} x {self.references:,}{last}"
-        return f"{name} {sizes}, {self.positives} positives, {dtype}, noise {self.noise:g}"
+        return f"{name} {sizes}, {self.positives} positives, {dtype}, {SEPARABILITY[self.noise]}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,29 @@ class Row:
             parts.append(f"<= {mebibytes(self.comparison.memory_goal)} {'met' if met else 'MISSED'}")
         return ", ".join(parts)
 
+    def columns(self) -> dict[str, object]:
+        """Of the CSV: times in ms, memory in MiB."""
+        case, goal, columns = self.comparison.case, self.comparison.goal, {}
+        for side, value in (("", self.ours), ("against_", self.other)):
+            times = zip(
+                (f"{side}median_ms", f"{side}p20_ms", f"{side}p80_ms"), report.figures(value, 1e-3), strict=True
+            )
+            columns[side] = {**dict(times), f"{side}repeats": value.repeats if value else ""}
+        return {
+            **asdict(case),
+            "dim": case.dim or "",
+            "dtype": str(case.dtype).removeprefix("torch."),
+            **columns[""],
+            "against": self.comparison.against,
+            **columns["against_"],
+            "ratio": "" if self.ratio is None else f"{self.ratio:.6g}",
+            "goal": "" if goal is None else goal,
+            "verdict": self.verdict,
+            "memory_mib": f"{self.memory / MIB:.6g}",
+            "against_memory_mib": f"{self.other_memory / MIB:.6g}",
+            "error": self.error,
+        }
+
 
 FEW = Case(4096, 65_536, 3)
 MANY = Case(4096, 65_536, 100)
@@ -125,10 +148,9 @@ SMALL = Case(256, 1024, 4)
 
 
 def plan(quick: bool, full: bool) -> list[Comparison]:
-    """The goals first, at both noises; then sizes that show the rest."""
-    noises = (1.0,) if quick else (1.0, 2.0)
+    """The goals first, with every noise; then sizes that show the rest."""
     rows = []
-    for noise in noises:
+    for noise in NOISES[:1] if quick else NOISES:
         rows.append(Comparison(replace(FEW, noise=noise), COPY, 1.5))
         rows.append(Comparison(replace(MANY, noise=noise), COPY, 25))
         rows.append(Comparison(replace(EMBEDDINGS, noise=noise), PRODUCTS, 2, 768 * MIB))
@@ -383,63 +405,35 @@ def about() -> dict[str, str]:
         "driver": driver,
         "cuda": str(torch.version.cuda),
         "cuda_archs": str(roadmap_ext.build_info()["cuda_archs"]),
-        **provenance(),
+        **report.provenance(),
     }
-
-
-def spread_text(value: Spread) -> str:
-    """Median and percentiles in one unit."""
-    median, unit = duration(value.median).split()
-    scale = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
-    return f"{median} {unit} ({three_digits(value.p20 * scale)} - {three_digits(value.p80 * scale)})"
 
 
 def table(rows: Sequence[Row], where: dict[str, str]) -> str:
     """All rows, and where they were measured."""
-    layout = "{:<66}{:<27}{:<14}{:<27}{:>7}  {:<26}{:>12}{:>12}"
-    heads = "forward and backward", "ours (p20 - p80)", "against", "(p20 - p80)", "ratio", "goal", "memory", "theirs"
-    lines = [", ".join(f"{name} {value}" for name, value in where.items()), "", layout.format(*heads)]
+    lines, failed = [], []
     for row in rows:
         case, against = str(row.comparison.case), row.comparison.against
-        if row.ours is None or row.other is None or row.ratio is None:
-            lines.append(f"{case:<66}{'FAILED':<27}{against:<14}{row.error}")
+        if row.ratio is None:
+            lines.append([case, "FAILED", against, *[NONE] * 5])
+            failed.append(f"\nFAILED: {case}, {against}: {row.error}")
             continue
         ratio = f"{row.ratio:.2f}" if row.ratio < 10 else three_digits(row.ratio)
         theirs = mebibytes(row.other_memory) if against not in (*FLOORS, GRAPH) else NONE
-        times = spread_text(row.ours), against, spread_text(row.other)
-        lines.append(layout.format(case, *times, ratio, row.verdict, mebibytes(row.memory), theirs).rstrip())
-    lines.append("ratio: our time to a floor's (copy, products), another's time to ours. memory: peak beside inputs.")
-    return "\n".join(lines)
-
-
-def write_csv(rows: Sequence[Row], where: dict[str, str], path: Path) -> None:
-    """A line a comparison, each with its provenance; times in ms, memory in MiB."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        case_names, times = "queries references positives dim dtype noise", ("median_ms", "p20_ms", "p80_ms", "repeats")
-        compared = ["against", *(f"against_{name}" for name in times), "ratio", "goal", "verdict"]
-        writer.writerow([*case_names.split(), *times, *compared, "memory_mib", "against_memory_mib", "error", *where])
-        for row in rows:
-            case, cells = row.comparison.case, []
-            for value in (row.ours, row.other):
-                points = (value.median, value.p20, value.p80) if value else ()
-                cells.append([*(f"{1e3 * x:.6g}" for x in points), value.repeats] if value else [""] * 4)
-            sizes = [case.queries, case.references, case.positives, case.dim or "", str(case.dtype)[6:], case.noise]
-            ratio = "" if row.ratio is None else f"{row.ratio:.6g}"
-            goal = "" if row.comparison.goal is None else row.comparison.goal
-            memory = [f"{x / MIB:.6g}" for x in (row.memory, row.other_memory)]
-            after = [ratio, goal, row.verdict, *memory, row.error]
-            writer.writerow([*sizes, *cells[0], row.comparison.against, *cells[1], *after, *where.values()])
+        times = [interval(row.ours, duration), against, interval(row.other, duration)]
+        lines.append([case, *times, ratio, row.verdict, mebibytes(row.memory), theirs])
+    heads = ["forward and backward", "ours (p20 - p80)", "against", "(p20 - p80)", "ratio", "goal", "memory", "theirs"]
+    note = "ratio: our time to a floor's (copy, products), another's time to ours. memory: peak beside inputs."
+    return f"{report.table(report.in_words(where), heads, lines)}\n{note}{''.join(failed)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="the rows with a goal, at noise 1; writes with --out alone"
+    parser = report.parser(
+        __doc__,
+        quick=f"the rows with a goal, {SEPARABILITY[1.0]}; writes with --out alone",
+        full=f"PyTorch at {FEW} as well",
     )
-    parser.add_argument("--full", action="store_true", help=f"PyTorch at {FEW}, too")
-    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
-    parser.add_argument("--out", type=Path, help="folder of the CSV and the table (default benchmarks/results)")
+    parser.set_defaults(out=None)
     arguments = parser.parse_args()
 
     why = "there is no CUDA device" if not torch.cuda.is_available() else roadmap_ext.build_info()["cuda_reason"]
@@ -448,7 +442,7 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     where, rows = about(), []
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
+    out = arguments.out or (None if arguments.quick else report.RESULTS)
     if not keops.installed():
         print("KeOps is left out: pykeops is not installed.")
     comparisons = plan(arguments.quick, arguments.full)
@@ -457,8 +451,7 @@ def main() -> None:
         told = row.error or f"{duration(row.ours.median)}, {row.comparison.against} {duration(row.other.median)}"
         print(f"[{len(rows)}/{len(comparisons)}] {row.comparison.case}: {told}", flush=True)
         if out:  # after every row, lest all be lost with one
-            out.mkdir(parents=True, exist_ok=True)
-            write_csv(rows, where, out / "cuda.csv")
+            report.write_csv(out / "cuda.csv", [row.columns() for row in rows], where)
             (out / "cuda.txt").write_text(table(rows, where) + "\n")
     print("\n" + table(rows, where))
     sys.exit(1 if any(row.error for row in rows) else 0)

@@ -39,8 +39,8 @@ def keops_loop(scores: Tensor, target: Tensor, *, tau: float = 0.01, rho: float 
         gap = LazyTensor(negatives[None, :, None]) - LazyTensor(positives[:, None, None])  # [P, Neg, 1]
         # Beyond 50 the exponential's square overflows in the gradient.
         below = 1 / (1 + (-(gap / tau).clamp(-50.0, 50.0)).exp()) + 0.5 * gap.step()
-        tail = rho * (gap - delta) + offset
-        rank_negative = (delta - gap).ifelse(below, tail).sum(1)[:, 0]
+        linear = rho * (gap - delta) + offset
+        rank_negative = (delta - gap).ifelse(below, linear).sum(1)[:, 0]
         fixed = positives.detach()
         rank_positive = (fixed[None] >= fixed[:, None]).sum(1)
         losses.append(1 - (rank_positive / (rank_positive + rank_negative)).mean())

@@ -17,7 +17,8 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .measure import MIB, provenance
+from . import report
+from .measure import MIB, status_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 4 << 30  # bytes of a batch of 16,384, all processes together
@@ -33,6 +34,10 @@ class Run:
     mini_batch: int = 0
     memory: int = 0
     processes: int = 1
+
+    def __str__(self) -> str:
+        parts = {"in mini-batches of": self.mini_batch, "memory of": self.memory, "processes:": self.processes}
+        return ", ".join([f"{self.batch:,}", *(f"{name} {value:,}" for name, value in parts.items() if value)])
 
     def command(self, steps: int, out: Path) -> list[str]:
         """The program's, as a user would start it."""
@@ -104,10 +109,9 @@ def _descendants(process: int) -> list[int]:
 
 def _high_water_mark(process: int) -> int:
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
+        return status_bytes("VmHWM", process)
+    except (OSError, RuntimeError):  # it has ended
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def measure(run: Run, steps: int) -> dict[str, float]:
@@ -132,31 +136,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="of each run (default 3)")
     parser.add_argument("--largest", type=int, default=max(run.batch for run in RUNS), help="leave out larger batches")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV")
     arguments = parser.parse_args()
     if not Path("/proc/self/status").exists():
         parser.error("memory is read from Linux's /proc, which is not there")
 
-    about = provenance() | {"threads": f"{CORES} in all", "steps": str(arguments.steps)}
-    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    print(f"{'batch':>8}{'mini-batch':>12}{'memory':>8}{'processes':>11}{'step':>10}{'its loss':>10}{'MiB in all':>12}")
-    rows = []
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for run in (run for run in RUNS if run.batch <= arguments.largest):
+    about = report.provenance() | {"threads": f"{CORES} in all", "steps": str(arguments.steps)}
+    lines, cells, goals = [], [], []
+    for text, run in report.told([(str(run), run) for run in RUNS if run.batch <= arguments.largest]):
         measured = measure(run, arguments.steps)
-        rows.append({**asdict(run), **{name: f"{value:.4g}" for name, value in measured.items()}, **about})
-        settings = f"{run.batch:>8,}{run.mini_batch or '-':>12}{run.memory or '-':>8}{run.processes:>11}"
-        times = f"{measured['step_s']:>8.2f} s{measured['loss_s']:>8.2f} s"
-        print(settings + times + f"{measured['all_processes_mib']:>12,.0f}", flush=True)
-        with (arguments.out / "large_batches_cpu.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    judged = [row for row in rows if row["batch"] == 16384 and row["mini_batch"]]
-    for row in judged:
-        used = float(row["all_processes_mib"]) * MIB
-        words = f"16,384 in mini-batches, {row['processes']} process(es): {used / 2**30:.2f} GiB"
-        print(f"Goal: {words}, less than {LIMIT / 2**30:.0f}: {'met' if used < LIMIT else 'MISSED'}")
+        lines.append(asdict(run) | {name: f"{value:.4g}" for name, value in measured.items()})
+        report.write_csv(arguments.out / "large_batches_cpu.csv", lines, about)
+        settings = [f"{value:,}" if value else "" for value in (run.batch, run.mini_batch, run.memory, run.processes)]
+        times = [report.duration(measured[name]) for name in ("step_s", "loss_s")]
+        used = measured["all_processes_mib"] * MIB
+        cells.append([*settings, *times, report.mebibytes(used)])
+        if run.batch == 16384 and run.mini_batch:
+            goals.append((f"{text}: {used / 2**30:.2f} GiB, less than {LIMIT / 2**30:.0f}", used < LIMIT))
+    heads = ["batch", "mini-batch", "memory", "processes", "step", "of it the loss", "memory of all processes"]
+    print("\n" + report.table(report.in_words(about), heads, cells))
+    report.print_goals(goals, about)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The common yardstick of every speed ratio: the data, and the loop that a careful user would write by hand.
 
-`clustered_embeddings` draws class centres and unit vectors around them: at noise 1 most pairs are settled, as in a
-half-trained net; at noise 2 most are not. `clustered` is the scores of these. `torch_loop` takes one query at a time,
-|P| x |Neg| in memory, plain autograd, and computes nothing twice: it is faster than the code published with the paper.
+`clustered_embeddings` draws class centres and unit vectors around them: at noise 1, as large as the spread of the
+centres, most pairs are settled, as in a half-trained network; at noise 2 most are not. `clustered` is the scores of
+these. `torch_loop` takes one query at a time, |P| x |Neg| in memory, plain autograd, and computes nothing twice: it is
+faster than the code published with the paper.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# What the noise, a number in the CSVs, makes of the data.
+SEPARABILITY = {1.0: "as separable as a half-trained network", 2.0: "hardly separable"}
+NOISES = tuple(SEPARABILITY)
 
 
 def clustered_embeddings(

@@ -1,4 +1,4 @@
-"""How things are measured here: two sides timed in turns, peak memory in a fresh process, provenance.
+"""How things are measured here: two sides that agree, timed in turns; peak memory in a fresh process.
 
 Nothing in this file knows what is measured.
 """
@@ -8,23 +8,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-import roadmap_ext
 
 MIB = 1 << 20
 
@@ -45,6 +39,11 @@ class Spread:
     def of(cls, values: np.ndarray, median: float | None = None) -> Spread:
         p20, p50, p80 = np.percentile(values, [20, 50, 80])
         return cls(float(p50 if median is None else median), float(p20), float(p80), len(values))
+
+    @classmethod
+    def once(cls, value: float) -> Spread:
+        """A single measurement."""
+        return cls(value, value, value, 1)
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,35 @@ def step(loss: Callable[..., Tensor], *inputs: Tensor) -> Side:
     return run
 
 
+def timed(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> Side:
+    """A side on the CPU without passes: all its time is that of both. ``before`` is not timed."""
+
+    def run() -> tuple[float, float, float]:
+        before()
+        begin = time.perf_counter()
+        call()
+        return 0.0, 0.0, time.perf_counter() - begin
+
+    return run
+
+
 def memory_copy(scores: Tensor) -> Side:
     """The floor of any such step: the scores read once and as many bytes written once, to memory already there."""
     source, destination = scores.detach().clone(), torch.empty_like(scores)
+    return timed(lambda: destination.copy_(source))
 
-    def run() -> tuple[float, float, float]:
-        _synchronise(source.device)
-        begin = time.perf_counter()
-        destination.copy_(source)
-        _synchronise(source.device)
-        seconds = time.perf_counter() - begin
-        return 0.0, 0.0, seconds
 
-    return run
+def gradient_of(loss: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient."""
+    leaf = inputs.detach().clone().requires_grad_()
+    value = loss(leaf)
+    return value.detach(), *torch.autograd.grad(value, leaf)
+
+
+def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether two losses and their gradients differ by rounding alone."""
+    far = float((one[1] - other[1]).norm()) > 1e-3 * float(other[1].norm())
+    return torch.allclose(one[0], other[0], rtol=1e-4) and not far
 
 
 def turn(side: Side, budget: float = 0.02) -> tuple[float, np.ndarray]:
@@ -144,10 +159,13 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def peak_growth(function: Callable[[], Any]) -> float | None:
-    """Bytes by which this process's resident memory rises, at the most, while ``function`` runs; None off Linux."""
+def peak_growth(function: Callable[[], Any], left: int = 0) -> float | None:
+    """Bytes by which this process's resident memory rises, at the most, while ``function`` runs; None off Linux.
+
+    ``left`` is what it leaves behind and is not counted.
+    """
     memory = peak_memory(function)
-    return None if memory is None else memory[1] - memory[0]
+    return None if memory is None else max(0.0, memory[1] - memory[0] - left)
 
 
 def peak_memory(function: Callable[[], Any]) -> tuple[int, int] | None:
@@ -162,57 +180,16 @@ def peak_memory(function: Callable[[], Any]) -> tuple[int, int] | None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     kept = function()
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     del kept
     return before, peak
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """A line of /proc/PID/status; OSError if there is no such process, RuntimeError if it has no such line."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).resolve().parent
-    try:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _cpu_model() -> str:
-    if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
-        ).stdout.strip()
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    # Some virtual machines leave the name bare: family and model tell what it is.
-    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
-
-
-def provenance() -> dict[str, str]:
-    """Where, when and with what the figures were taken."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    dirty = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    return {
-        "cpu": _cpu_model(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "instruction_set": str(roadmap_ext.build_info()["cpu"]),
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "roadmap_ext": roadmap_ext.__version__,
-        "commit": commit + ("-dirty" if dirty else ""),
-        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute, before: near 0, or other work is in the figures
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }
+    raise RuntimeError(f"/proc/{process}/status has no {field}")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .measure import provenance
+from . import report
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["--image-size", "28", "--blocks", "3", "--dim", "64", "--batch-size", "128", "--steps", "300"]
@@ -37,31 +37,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True, help="the folder of the two zips")
     parser.add_argument("--seeds", type=int, default=3, help="runs (default 3)")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV and PNGs"
-    )
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV and PNGs")
     arguments = parser.parse_args()
 
-    about = provenance() | {"options": " ".join(OPTIONS)}
+    about = report.provenance() | {"options": " ".join(OPTIONS)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         runs = [run(arguments.data_root, seed, OPTIONS, Path(folder, str(seed))) for seed in range(arguments.seeds)]
         for picture in ("curves", "neighbours"):
             shutil.copy(Path(folder, "0", f"{picture}.png"), arguments.out / f"omniglot_{picture}.png")
-    with (arguments.out / "omniglot.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*runs[0][0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | about for rows in runs for row in rows)
+    report.write_csv(arguments.out / "omniglot.csv", [row for rows in runs for row in rows], about)
 
-    print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"\nUnseen characters, {arguments.seeds} seeds: mean (least - most)")
-    print(f"{'':<14}{'untrained':>26}{'after ' + runs[0][-1]['step'] + ' steps':>26}")
+    lines = []
     for name in ("mAP", "mAP@R", "R-precision", "R@1", "R@10", "R@100"):
         sides = [[float(rows[place][name]) for rows in runs] for place in (0, -1)]
         shown = [f"{statistics.fmean(side):.3f} ({min(side):.3f} - {max(side):.3f})" for side in sides]
-        print(f"{name:<14}{shown[0]:>26}{shown[1]:>26}")
+        lines.append([name, *shown])
+    title = f"\n{report.in_words(about)}\n\nUnseen characters, {arguments.seeds} seeds: mean (least - most)"
+    print(report.table(title, ["", "untrained", f"after {runs[0][-1]['step']} steps"], lines))
     least = min(float(rows[-1]["mAP@R"]) for rows in runs)
-    print(f"\nGoal: mAP@R of every seed at least {GOAL}: {'met' if least >= GOAL else 'MISSED'} ({least:.3f})")
+    report.print_goals([(f"mAP@R of every seed at least {GOAL} ({least:.3f})", least >= GOAL)], about)
     took = [statistics.median(float(row[name]) for rows in runs for row in rows[1:]) for name in ("loss_ms", "step_ms")]
     print(f"Of a step of {took[1]:.0f} ms the loss and its gradient take {took[0]:.1f} ms")
     print(f"Wrote omniglot.csv, omniglot_curves.png and omniglot_neighbours.png in {arguments.out}")

@@ -12,7 +12,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from retrieval.options import parse
 from retrieval.recipes import FOLDER
 from retrieval.training import make_network
+
+from . import report
 
 # Images to train on, and of the test (docs/recipes.md); super-classes of the hierarchical sampler.
 SIZES = {"sop": (59_551, 60_502), "cub": (5_864, 5_924), "inat": (325_846, 136_093)}
@@ -86,7 +87,7 @@ def count(name: str) -> Cost:
 def line(cost: Cost, speed: float) -> str:
     """A row of the table."""
     activations = [f"{cost.activations[amp] / GIB:.1f}" for amp in ("none", "bf16")]
-    cells: list[Any] = [
+    cells = [
         f"`{cost.name}`",
         f"{cost.steps:,}",
         f"{cost.images / 1e6:.1f} million",
@@ -95,7 +96,7 @@ def line(cost: Cost, speed: float) -> str:
         f"{cost.state / GIB:.2f} GiB",
         f"{cost.images / speed / 3600:.1f} h",
     ]
-    return f"| {' | '.join(cells)} |"
+    return report.markdown_row(cells)
 
 
 def main() -> None:
@@ -103,10 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images-per-second", type=float, default=1000.0, help="of the training; default 1000")
     speed = parser.parse_args().images_per_second
-    print(
-        "| recipe | steps | images | 1e12 operations a step | kept for backward, float32 / 16 bits | weights and Adam "
-        f"| at {speed:,.0f} images a second |\n|{' --- |' * 7}"
-    )
+    heads = ["recipe", "steps", "images", "1e12 operations a step", "kept for backward, float32 / 16 bits"]
+    print(report.markdown_head([*heads, "weights and Adam", f"at {speed:,.0f} images a second"]))
     for path in sorted(FOLDER.glob("*.toml")):
         print(line(count(path.stem), speed), flush=True)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from retrieval import images as image_files
 from retrieval import pictures
+from retrieval.progress import Progress
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import roadmap_ext
 from roadmap_ext.metrics import retrieval_metrics
@@ -56,14 +56,15 @@ def batch_scores(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
 def train(net: Embedding, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     loss_function = roadmap_ext.RoadmapLoss()
-    with tqdm(range(steps), desc="training", unit="step") as progress:
-        for _ in progress:
+    with Progress("training", steps, "steps") as progress:
+        for _ in range(steps):
             batch = torch.randperm(len(images))[:batch_size].to(images.device)
             loss = loss_function(net(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+            progress.set_postfix_str(f"loss {loss.item():.3f}", False)
+            progress.update()
 
 
 def compare_speed(embeddings: Tensor, labels: Tensor) -> None:

@@ -34,11 +34,11 @@ from retrieval.errors import InputError, reason
 from retrieval.images import Images
 from retrieval.options import complete, parse
 from retrieval.photos import Photos
+from retrieval.progress import Progress
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training, make_sampler
 from torch import Tensor
-from tqdm import tqdm
 
 import roadmap_ext
 from roadmap_ext.metrics import decomposability_gap, retrieval_metrics
@@ -150,8 +150,7 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
     for row in run.metrics.rows:
         print(line(row))
     try:
-        silent = None if ranks.first else True
-        with tqdm(total=options.steps, initial=step, desc="training", unit="step", disable=silent) as progress:
+        with Progress("training", options.steps, "steps", initial=step, silent=not ranks.first) as progress:
             while True:
                 if due(options, step) and step not in run.metrics.column("step"):
                     evaluate(training, test, run, step, within)

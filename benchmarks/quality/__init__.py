@@ -7,5 +7,5 @@ plan.py which runs there are, report.py intervals, table and plots.
 import sys
 from pathlib import Path
 
-# The training program's rooms, which are no installed package.
+# The modules of the training program are not an installed package.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

@@ -4,7 +4,7 @@ Without --data-root it takes scikit-learn's handwritten digits, four losses and 
 two small splits: nine losses at batches of 128, and four of them also at 32 and 512. Each loss takes the learning rate
 that is best for it on held-out training classes; then it is trained with each seed and tested. Every finished run is a
 row of a CSV in --out, at once: the same command goes on from there after a stop, and --report draws what is there
-already. docs/paper.md says what came of it.
+already. docs/paper.md has the results.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from retrieval.errors import InputError
-from tqdm import tqdm
+from retrieval.progress import Progress
 
-from ..measure import provenance
+from ..report import provenance
 from . import plan, report, runs
 from .plan import Comparison
 from .runs import Results, Run
@@ -25,10 +25,8 @@ from .runs import Results, Run
 def carry_out(comparison: Comparison, results: Results, images: tuple[runs.Images, runs.Images]) -> None:
     """All runs that are not done yet."""
     done = sum(run in results for run in comparison.runs(results))
-    quiet = not sys.stderr.isatty()
-    unit = {"unit": " images", "unit_scale": True, "mininterval": 30 if quiet else 0.5}
     whole, options = len(comparison) * comparison.images, [*comparison.data, *comparison.network]
-    with tqdm(total=whole, initial=done * comparison.images, **unit) as progress:
+    with Progress("runs", whole, "images", initial=done * comparison.images, unit_scale=True) as progress:
         for run in comparison.runs(results):
             if run in results:
                 continue

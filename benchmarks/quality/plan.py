@@ -16,7 +16,7 @@ from retrieval.options import parse
 from .losses import LOSSES
 from .runs import Results, Run
 
-# To be raised with a change after which a run comes to something else.
+# Raise it with every change that alters the outcome of a run.
 VERSION = 1
 MAIN = ("smooth-ap", "sup-ap", "roadmap", "contrastive")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

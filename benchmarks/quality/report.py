@@ -15,11 +15,12 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from scipy.stats import t as student
 
+from ..report import markdown_head, markdown_row
 from .losses import LOSSES
 from .plan import Comparison
 from .runs import CURVE, EVALUATIONS, Results, Run
 
-# The paper's claims: the tail against the sigmoid, calibration against none; and both against pairs.
+# The paper's claims: the linear part against the sigmoid, calibration against none; and both against pairs.
 DIFFERENCES = (("sup-ap", "smooth-ap"), ("roadmap", "sup-ap"), ("roadmap", "smooth-ap"), ("roadmap", "contrastive"))
 COLOURS = dict(zip(LOSSES, pyplot.get_cmap("tab10").colors, strict=False))
 
@@ -89,24 +90,22 @@ class Findings:
 def table(found: Findings) -> str:
     """Markdown: every loss, and the paired differences that the claims are about."""
     points = "In points of 100: mean ± half of the 95 % interval (Student's t over seeds)."
-    lines = [points, "", "| batch | loss | learning rate | runs | mAP@R | R@1 | mAP | gap |", "|" + " --- |" * 8]
+    lines = [points, "", markdown_head(["batch", "loss", "learning rate", "runs", "mAP@R", "R@1", "mAP", "gap"])]
     for size in found.batch_sizes:
         for loss in found.losses(size):
             cells = [found.mean(size, loss, name).show() for name in ("mAP@R", "R@1", "mAP", "gap")]
             count, lost = found.mean(size, loss, "mAP@R").values, found.diverged(size, loss)
             runs = f"{count}" + (f", {lost} diverged" if lost else "")
-            start = f"| {size} | {LOSSES[loss].title} | {found.rates[size, loss]:g} | {runs} | "
-            lines.append(start + " | ".join(cells) + " |")
+            lines.append(markdown_row([size, LOSSES[loss].title, f"{found.rates[size, loss]:g}", runs, *cells]))
     early = CURVE[0]
     lines += ["", "Differences, paired by seed: the same network, batches and distortions.", ""]
-    lines += [f"| batch | difference | mAP@R {early.removeprefix('mAP@R ')} of the images | mAP@R | R@1 | gap |"]
-    lines += ["|" + " --- |" * 6]
+    lines += [markdown_head(["batch", "difference", f"{early} of the images", "mAP@R", "R@1", "gap"])]
     for size in found.batch_sizes:
         for ours, theirs in DIFFERENCES:
             if {ours, theirs} <= {*found.losses(size)}:
                 names = (early, "mAP@R", "R@1", "gap")
                 cells = [found.difference(size, ours, theirs, name).show(True) for name in names]
-                lines.append(f"| {size} | {LOSSES[ours].title} - {LOSSES[theirs].title} | {' | '.join(cells)} |")
+                lines.append(markdown_row([size, f"{LOSSES[ours].title} - {LOSSES[theirs].title}", *cells]))
     return "\n".join(lines) + "\n"
 
 

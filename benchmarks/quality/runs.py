@@ -44,7 +44,7 @@ class Run(NamedTuple):
 def train(
     run: Run, options: list[str], images: int, train: Images, test: Images, report: Callable[[int], object]
 ) -> dict[str, Any]:
-    """What the network comes to that a run trains on ``images`` in all.
+    """Trains the network of a run on ``images`` in all, and measures it.
 
     Of one seed, initialisation, batches and distortions are the same whatever the loss is.
 

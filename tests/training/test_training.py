@@ -28,6 +28,7 @@ from retrieval.batches import Distortion, Feed, PerClassBatches, generator
 from retrieval.data import load
 from retrieval.errors import InputError
 from retrieval.options import complete, parse
+from retrieval.progress import Progress
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Run, Table, replace
 from retrieval.training import Training
@@ -1232,3 +1233,17 @@ def test_replace_is_whole_or_not_at_all(tmp_path, monkeypatch):
     replace(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
     assert calls == ["fsync", "fsync", "replace", "fsync"]
+
+
+def test_progress_in_a_file_is_a_line_every_ten_per_cent(capsys):
+    with Progress("training", 40, "steps", initial=10) as progress:
+        for step in range(10, 40):
+            progress.set_postfix_str(f"loss {step}", False)
+            progress.update()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "training: 30 % (12 of 40 steps), loss 11"
+    assert said[-1] == "training: 100 % (40 of 40 steps), loss 39"
+    assert len(said) == 8
+    with Progress("training", 40, "steps", silent=True) as progress:
+        progress.update(40)
+    assert capsys.readouterr().err == ""
