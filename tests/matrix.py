@@ -1,8 +1,8 @@
 """What `make test-deep` runs: a flat table of cells, each a choice of tests by their markers under one condition.
 
-    python -m tests.matrix                 all cells but "quick"; a table of what they came to stands at the end
+    python -m tests.matrix                 all cells but "quick"; the table of results comes last
     python -m tests.matrix quick           what `make test` runs
-    python -m tests.matrix avx2 emulated   these cells; options that begin with - go to pytest
+    python -m tests.matrix avx2 emulated   these cells; from the first option on all goes to pytest
     python -m tests.matrix --list          the table, without running anything
 
 tests/package/test_matrix.py sees to it that every test is in a cell.
@@ -10,7 +10,6 @@ tests/package/test_matrix.py sees to it that every test is in a cell.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,20 +136,21 @@ def run(cell: Cell, options: list[str], alone: bool) -> tuple[bool, str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="which cells, by name; all but the first by default")
-    parser.add_argument("--list", action="store_true", help="say what each cell runs")
-    arguments, options = parser.parse_known_args()
+    names = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    options = sys.argv[1 + len(names) :]
     known = {cell.name: cell for cell in CELLS}
-    unknown = [name for name in arguments.cells if name not in known]
-    if unknown:
-        parser.error(f"there is no cell {', '.join(unknown)}; there are {', '.join(known)}")
-    cells = [known[name] for name in arguments.cells or list(known)[1:]]
-    if arguments.list:
+    if options[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if options[:1] == ["--list"]:
         for cell in CELLS:
             condition = "".join(f" {name}={value}" for name, value in cell.environ.items())
             print(f"{cell.name:<16}{cell.runs}{condition}{f' -p {cell.plugin}' if cell.plugin else ''}")
         return
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"there is no cell {', '.join(unknown)}; there are {', '.join(known)}")
+    cells = [known[name] for name in names or list(known)[1:]]
     with ThreadPoolExecutor(CORES) as pool:
         outcomes = list(pool.map(lambda cell: run(cell, options, len(cells) == 1), cells))
     print(f"\n{'cell':<16}{'seconds':>8}", *(row for _, row in outcomes), sep="\n")
