@@ -35,7 +35,7 @@ PIP = $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOML := 'tomli;python_version<"3.11"'
-TOOLS_test := 'pytest>=8' pytest-cov pytest-xdist hypothesis build scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
+TOOLS_test := 'pytest>=8' pytest-cov pytest-xdist hypothesis build safetensors scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
 TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
@@ -77,7 +77,7 @@ help:
 build: $(BUILT)
 	@echo "roadmap_ext is built for $(VENV)"
 
-# Every behaviour once, in two processes; what has to be made once for many tests is made in one of them.
+# Every behaviour once. Each core has a process; the tests of a module, or of a class, stay in one of them.
 test: $(BUILT) $(MADE)/test
 	@$(PY) -m tests.matrix quick --cov=roadmap_ext --cov-fail-under=90 $(ARGS)
 
@@ -178,7 +178,7 @@ CUDA_VENV ?= .venv-cuda
 CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 CUDA_TORCH_VERSION := 2.11.0
 CUDA_TREE := build/cuda-tree
-CUDA_COPIED := Makefile README.md LICENSE constraints.txt pyproject.toml setup.py csrc roadmap_ext tests tools benchmarks
+CUDA_COPIED := Makefile README.md LICENSE constraints.txt pyproject.toml setup.py csrc roadmap_ext tests tools benchmarks examples docs
 CUDA_SETTINGS := $(abspath $(CUDA_VENV)) $(CXX) $(CUDA_HOME) $(CUDA_PATH) $(TORCH_CUDA_ARCH_LIST)
 CUDA_TESTED := $(CUDA_TREE)/tested-$(firstword $(shell echo '$(CUDA_SETTINGS)' | cksum))
 
@@ -195,10 +195,10 @@ $(CUDA_TORCH):
 	@mkdir -p $(@D) && touch $@
 endif
 
-$(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools benchmarks -name '*.py') Makefile
+$(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools benchmarks examples -name '*.py') Makefile
 	@$(CUDA_PY) -c 'import sys, torch; sys.exit(not torch.version.cuda)' || \
 	  $(call FAIL,$(CUDA_VENV) has no CUDA build of torch: install one there or leave CUDA_VENV out)
-	@mkdir -p $(CUDA_TREE) && rm -rf $(addprefix $(CUDA_TREE)/,csrc tests tools benchmarks tested-*)
+	@mkdir -p $(CUDA_TREE) && rm -rf $(addprefix $(CUDA_TREE)/,csrc tests tools benchmarks examples docs tested-*)
 	@find $(CUDA_TREE) -path '*/roadmap_ext/*.py' -delete
 	@tar cf - --exclude='*.so' --exclude=__pycache__ --exclude=_reference_only.py $(CUDA_COPIED) | tar xf - -C $(CUDA_TREE)
 	@root=$$(FORCE_CUDA=1 $(CUDA_PY) -m tools.toolkit) && { [ -n "$$root" ] || \

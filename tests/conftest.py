@@ -18,7 +18,7 @@ NEEDS = {
     "comparison": (*_TRAINING, "pytorch_metric_learning"),
     "integrations": ("pytorch_metric_learning",),
 }
-"""What a folder's tests take, and the package does not: without it the folder is left out, and the report says so."""
+"""Packages that a folder's tests need and the package does not. Where one is missing, the folder is left out."""
 MARKERS_OF_ALL = pytest.StashKey[dict[str, set[str]]]()
 
 
@@ -29,24 +29,24 @@ def pytest_configure(config):
 
 
 def lacking(folder):
-    """What a folder needs and this environment has not."""
+    """The packages that this folder needs and that are not installed."""
     return [name for name in NEEDS.get(folder, ()) if find_spec(name) is None]
 
 
 def pytest_ignore_collect(collection_path):
-    """Whole folders alone."""
+    """Leaves out folders whose packages are missing."""
     return True if collection_path.parent == HERE and lacking(collection_path.name) else None
 
 
 def pytest_report_header():
-    """Says what is not tested."""
+    """Says which folders are left out."""
     return [f"tests/{name} is left out: there is no {', '.join(lacking(name))}" for name in NEEDS if lacking(name)]
 
 
 def each_value_once(cases):
-    """Of the cases of one parametrized test, enough to meet each value of each parameter; values alone, in order.
+    """Picks from the cases of one test enough to use every value of every parameter: values, not combinations.
 
-    `make test` meets every dtype, size and setting so; `make test-deep` all their combinations.
+    So `make test` meets every dtype, size and setting, and `make test-deep` all their combinations.
     """
     chosen, seen = [], set()
     cases = [(case, {(name, id(value)) for name, value in case.callspec.params.items()}) for case in cases]
@@ -59,9 +59,9 @@ def each_value_once(cases):
     return chosen
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m takes its choice
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Each test gets the marker of its folder, and what adds no new value of a parameter becomes deep."""
+    """Marks each test with its folder, and as deep each case that uses no new value of a parameter."""
     functions = {}
     for item in items:
         item.add_marker(item.path.relative_to(HERE).parts[0])

@@ -1,6 +1,6 @@
 """What `make test-deep` runs: a flat table of cells, each a choice of tests by their markers under one condition.
 
-    python -m tests.matrix                 all cells but "quick"; the table of results comes last
+    python -m tests.matrix                 all cells but "quick", and a table of results at the end
     python -m tests.matrix quick           what `make test` runs
     python -m tests.matrix avx2 emulated   these cells; from the first option on all goes to pytest
     python -m tests.matrix --list          the table, without running anything
@@ -53,11 +53,13 @@ class Cell:
 
     name: str
     runs: str
-    at_least: int
-    """How many tests: fewer, and something has dropped out."""
+    tests: int
+    """How many there are, so that one that drops out is noticed."""
     environ: dict[str, str] = field(default_factory=dict)
     plugin: str | None = None
     """A module of tests/support that puts another implementation of the ops in place."""
+    by: str | None = None
+    """The make target that runs it on a machine that has what it needs, where `make test-deep` cannot."""
 
     def command(self, *options: str) -> list[str]:
         plugin = ["-p", self.plugin] if self.plugin else []
@@ -67,8 +69,8 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 1418),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 1004),
+    Cell("quick", "not deep and not gpu and not timm", 1421),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 1005),
     Cell("sorted", OPS, 653, plugin="every_row_sorted"),
     *(
         cell
@@ -87,6 +89,8 @@ CELLS = [
     Cell("training", "deep and (training or comparison) and not recipes", 21),
     Cell("recipes", "recipes and not timm", 66),
     Cell("documentation", "documentation", 12),
+    Cell("timm", "timm", 5, by="recipes-check"),
+    Cell("gpu", "gpu", 540, by="gpu-check"),
 ]
 
 
@@ -105,17 +109,21 @@ def instruction_sets() -> tuple[str, list[str]]:
 
 def left_out(cell: Cell) -> str | None:
     """Why a cell is not run here, if it is not."""
+    if cell.by:
+        return f"make {cell.by}"
+    if cell.plugin == "emulated_ops" and sys.platform != "linux":
+        return "needs Linux"
     used, available = instruction_sets()
     name = cell.environ.get("ROADMAP_EXT_CPU")
     if name and name not in available:
         return "not on this processor"
     if name == used:
-        return "the one in use: its cells are kernels and sorted"
+        return "in use already: quick, kernels and sorted"
     return None
 
 
 def run(cell: Cell, options: list[str], alone: bool) -> tuple[bool, str]:
-    """Whether all passed, and a row for the table. Alone, a cell shares its modules out to a process a core."""
+    """Whether all tests passed, and a row for the table. A cell that runs alone spreads over a process per core."""
     reason = left_out(cell)
     if reason:
         return True, f"{cell.name:<16}       -  {reason}"
@@ -130,7 +138,7 @@ def run(cell: Cell, options: list[str], alone: bool) -> tuple[bool, str]:
     passed, seconds = done.returncode == 0, time.monotonic() - begin
     if not alone:
         print(f"--- {cell.name}\n{done.stdout.rstrip()}", flush=True)
-    last = "" if alone else done.stdout.rstrip().splitlines()[-1].strip("= ")
+    last = "" if alone else (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     return passed, f"{cell.name:<16}{seconds:>8.0f}  {'' if passed else 'FAILED '}{last}"
 
 
@@ -150,7 +158,7 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"there is no cell {', '.join(unknown)}; there are {', '.join(known)}")
-    cells = [known[name] for name in names or list(known)[1:]]
+    cells = [known[name] for name in names] or [cell for cell in CELLS if cell.name != "quick"]
     with ThreadPoolExecutor(CORES) as pool:
         outcomes = list(pool.map(lambda cell: run(cell, options, len(cells) == 1), cells))
     print(f"\n{'cell':<16}{'seconds':>8}", *(row for _, row in outcomes), sep="\n")

@@ -73,6 +73,7 @@ from roadmap_ext import (
     _relation,
     ap_loss,
     cached_backward,
+    metrics,
     reference,
     roadmap_loss,
     smooth_rank,
@@ -745,3 +746,11 @@ def test_build_info_names_the_gpus():
     info = roadmap_ext.build_info()
     assert info["cuda"]
     assert info["cuda_archs"]
+
+
+def test_retrieval_metrics():
+    """By sorting, in plain PyTorch, as on every device without a kernel of its own for them."""
+    labels = torch.arange(500) % 15
+    x = torch.randn(15, 8, dtype=torch.float64)[labels] + torch.randn(500, 8, dtype=torch.float64)
+    on_gpu = metrics.retrieval_metrics(x.to(DEVICE), labels.to(DEVICE))
+    assert on_gpu == pytest.approx(metrics.retrieval_metrics(x, labels), rel=1e-9)

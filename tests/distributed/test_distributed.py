@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from cases import deep
 from ranks import begin, start, statuses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -293,7 +294,7 @@ def work(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.deep)])
+@pytest.fixture(scope="module", params=[2, *deep(3)])
 def ranks(request, tmp_path_factory):
     """What each rank brought of all cases, the errors of all wrong calls, and the bytes of a step."""
     folder = tmp_path_factory.mktemp(f"{request.param} ranks")

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import roadmap_ext
+from tests import conftest
 
 ROOT = Path(__file__).parents[2]
+
+needs_training = pytest.mark.skipif(bool(conftest.lacking("training")), reason="needs the packages of training")
 
 
 def blocks(page):
@@ -25,8 +28,10 @@ def test_readme():
     assert all(parameter.grad.abs().sum() > 0 for parameter in names["model"].parameters())
 
 
+@needs_training
 def test_the_picture_of_the_readme(tmp_path, monkeypatch):
-    script = pytest.importorskip("ranking_picture")  # it takes packages that are not the library's
+    import ranking_picture as script
+
     monkeypatch.setattr("sys.argv", ["ranking_picture.py", "--steps", "1", "--out", str(tmp_path / "ranking.png")])
     script.main()
     assert (tmp_path / "ranking.png").stat().st_size > 0
@@ -84,8 +89,10 @@ def test_the_page_of_training():
     assert names["each"].shape == (1000,)
 
 
+@needs_training
 def test_commands_of_training(capsys):
-    options = pytest.importorskip("retrieval.options")  # it takes packages that are not the library's
+    from retrieval import options
+
     page = (ROOT / "docs/training.md").read_text()
     commands = re.findall(r'^    make train (?:VENV=my )?ARGS="(.*)"$', page, re.MULTILINE)
     assert len(commands) == 3
@@ -128,8 +135,10 @@ def test_the_page_of_large_batches(tmp_path):
     torch.testing.assert_close(torch.autograd.grad(parts, scores), torch.autograd.grad(whole, scores))
 
 
+@needs_training
 def test_commands_of_recipes():
-    options = pytest.importorskip("retrieval.options")
+    from retrieval import options
+
     page = (ROOT / "docs/recipes.md").read_text()
     commands = re.findall(r'^    make train VENV=my ARGS="(.*)"$', page, re.MULTILINE)
     assert len(commands) == 2

@@ -8,9 +8,7 @@ import torch
 @pytest.fixture
 def emulated(request, monkeypatch):
     """The library itself, its ops in place of the CPU's until the test ends."""
-    import roadmap_ext  # noqa: F401 - registers the real ones
-
     library = emulated_ops.load()
-    monkeypatch.setattr(torch.ops, "roadmap_ext", emulated_ops.in_place_of(torch.ops.roadmap_ext))
+    monkeypatch.setattr(torch.ops, "roadmap_ext", emulated_ops.Ops(torch.ops.roadmap_ext))
     emulated_ops.play_a_device(request.node.nodeid)
     return library

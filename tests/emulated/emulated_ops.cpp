@@ -1,5 +1,5 @@
 // The CUDA ops on the CPU, as torch.ops.roadmap_ext_emulated: csrc/cuda/ops.cpp as it is, with launchers that run the
-// kernel bodies under the emulator. tests/emulated/test_emulated.py builds this and runs the real ops' tests on it.
+// kernel bodies under the emulator. tests/support/emulated_ops.py builds this and puts it in place of the real ops.
 #include <cstring>
 #include <stdexcept>
 #include <string>

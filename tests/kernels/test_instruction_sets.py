@@ -12,8 +12,10 @@ import roadmap_ext
 AVAILABLE = roadmap_ext.build_info()["cpu_available"]
 
 
-@pytest.mark.parametrize("name", ["", *deep(*AVAILABLE)])
+@pytest.mark.parametrize("name", ["", *deep("avx512", "avx2", "baseline")])
 def test_is_chosen_by_the_environment(name):
+    if name and name not in AVAILABLE:
+        pytest.skip(f"this processor runs {', '.join(AVAILABLE)}")
     code = "import roadmap_ext; print(roadmap_ext.build_info()['cpu'])"
     environ = os.environ | {"ROADMAP_EXT_CPU": name}
     out = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout

@@ -621,10 +621,3 @@ def test_bad_embeddings():
         retrieval_metrics(x, labels.float())
     with pytest.raises(ValueError, match="ref_emb must have the dimension of embeddings, 8, got 7"):
         retrieval_metrics(x, labels, x[:, :7], labels)
-
-
-@pytest.mark.gpu
-def test_cuda():
-    x, labels = points(500)
-    on_gpu = retrieval_metrics(x.cuda(), labels.cuda())
-    assert on_gpu == pytest.approx(retrieval_metrics(x, labels), rel=1e-9)

@@ -4,8 +4,6 @@ Tests call the package as ever; what they ask of "auto" and of "pairwise" is ask
 rounding alone.
 """
 
-import inspect
-
 import oracle
 from implementation import Counted
 
@@ -28,6 +26,6 @@ def pytest_configure(config):
     """Put it where the functions look."""
     oracle.ULPS_FLOAT64 = oracle.ULPS_FLOAT64_SORTED  # before a test module takes it
     for module in (functional, _chunks):
-        assert inspect.getattr_static(module, "resolve_method") is resolve_method
+        assert module.resolve_method is resolve_method
         module.resolve_method = _sorted
     config.pluginmanager.register(Counted("calls sorted", lambda: _calls[0]))
