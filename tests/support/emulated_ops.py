@@ -89,8 +89,9 @@ class Ops:
         self._real, self._emulated = real, torch.ops.roadmap_ext_emulated
 
     def __getattr__(self, name):
-        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"roadmap_ext_emulated::{name}", "CPU")
-        return getattr(self._emulated if has else self._real, name)
+        op, has_kernel = f"roadmap_ext_emulated::{name}", torch._C._dispatch_has_kernel_for_dispatch_key
+        emulated = hasattr(self._emulated, name) and has_kernel(op, "CPU")
+        return getattr(self._emulated if emulated else self._real, name)
 
 
 def play_a_device(test):
