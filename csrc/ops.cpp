@@ -102,9 +102,10 @@ struct Listed {
 // not worth waking them.
 Parallel torch_threads(int64_t elements) {
   Parallel parallel;
-  parallel.workers = elements < 8192 ? 1 : static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
-  const int workers = parallel.workers;
-  parallel.run = [workers](int64_t tasks, const std::function<void(int64_t, int)>& task) {
+  if (elements < 8192) return parallel;
+  const int workers = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
+  parallel.workers = workers;
+  parallel.share = [workers](int64_t tasks, const std::function<void(int64_t, int)>& task) {
     const int64_t shares = std::min<int64_t>(workers, tasks);
     struct alignas(64) Counter {
       std::atomic<int64_t> next;
@@ -121,11 +122,7 @@ Parallel torch_threads(int64_t elements) {
         }
       }
     };
-    if (shares <= 1) {
-      work(0, shares);
-    } else {
-      torch::stable::parallel_for(0, shares, 1, work);
-    }
+    torch::stable::parallel_for(0, shares, 1, work);
   };
   return parallel;
 }

@@ -17,8 +17,6 @@ void equal_lists(const int64_t* values,      // [rows]
                  int64_t* span,              // [rows, 2]
                  int64_t* column);           // [columns]
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A relation as bits, a block at a time.
 class PairMasks {
  public:

@@ -1,14 +1,12 @@
-// The row op on the CPU: what happens to a row, and how rows are divided among threads. Knows nothing of torch.
+// The ops on rows of scores on the CPU. Know nothing of torch.
 //
-// A row goes through five steps: its positives are collected; they are sorted; every block of its columns adds to their
-// ranks; ranks become weights; every block gets its gradient. With many positives the two passes over the blocks give
-// way to the sorted scan (sorted.h), which sorts positives only where it has to. Many rows: a thread does a whole row.
-// Few rows: all threads share the steps of one row, split by columns and by positives. Either way each sum is taken
-// over fixed spans of columns in fixed order, so the bits of a result do not depend on the number of threads.
+// Each takes every row through the five steps of row.h. With many positives the pairwise kernels (pairwise_body.h) give
+// way to the sorted scan (sorted.h). Bits of a result do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
-#include <functional>
+
+#include "parallel.h"
 
 namespace roadmap {
 
@@ -95,12 +93,6 @@ struct RankGradient {
   const T* positive_weight;  // [nnz]  gradient that arrives at positive_rank; null for none
   const T* negative_weight;  // [nnz]
   void* gradient;            // [rows, columns]
-};
-
-// Runs task(index, worker) for every index below tasks, each once, workers below `workers` in parallel.
-struct Parallel {
-  int workers;
-  std::function<void(int64_t tasks, const std::function<void(int64_t, int)>&)> run;
 };
 
 template <typename T>

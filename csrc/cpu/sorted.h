@@ -20,13 +20,6 @@ namespace roadmap {
 template <typename T>
 constexpr double kLargestSorted = sizeof(T) == 4 ? 3.5e38 : 1e150;
 
-// Runs tasks one after the other on the calling thread.
-inline Parallel serial() {
-  return {1, [](int64_t tasks, const std::function<void(int64_t, int)>& task) {
-            for (int64_t index = 0; index < tasks; ++index) task(index, 0);
-          }};
-}
-
 // Sorts entries that were collected in parts, each on its own span of one buffer.
 template <typename T>
 class Sorter {
