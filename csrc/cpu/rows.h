@@ -1,6 +1,6 @@
 // The ops on rows of scores on the CPU. Know nothing of torch.
 //
-// Each takes every row through the five steps of row.h. With many positives the pairwise kernels (pairwise_body.h) give
+// Each takes every row through the five steps of row.h. With many positives the pairwise kernels give
 // way to the sorted scan (sorted.h). Bits of a result do not depend on the number of threads.
 #pragma once
 

@@ -2,7 +2,9 @@
 // reason no body includes a header: kernels.h has all that they need.
 
 // clang-format off: each stands on those before it
-#include "../pairwise_body.h"
+#include "../block_kernels.h"
+#include "../pairwise_rank_kernels.h"
+#include "../pairwise_gradient_kernels.h"
 #include "../counting_body.h"
 #include "../sorting_body.h"
 #include "../sums_body.h"
