@@ -83,7 +83,7 @@ def _of_splits(root: Path, where: str, splits: Sequence[str], folders: Sequence[
         message += " tests on what was meant for that; "
     elif train or test:
         message += f"--data-root {_quoted(whole / (train or test)[0])} takes that one alone; "
-    return message + "or say what a class is: " + _choices(sorted(set(folders)), "" if where else "first")
+    return message + "or say what a class is: " + _choices(sorted(set(folders)), besides="first")
 
 
 def _splits(folders: Sequence[str]) -> tuple[str, list[str]]:

@@ -58,7 +58,8 @@ def class_of(parts: Sequence[Images], place: Place) -> str:
 def where(parts: Sequence[Images], groups: Sequence[Sequence[Place]]) -> str:
     """In which classes the pictures of groups are, those that most have in common first."""
     together = Counter(" and ".join(sorted({class_of(parts, place) for place in group})) for group in groups)
-    return some([f"{count:,} in {names}" for names, count in together.most_common()], 5)
+    order = sorted(together.items(), key=lambda counted: (-counted[1], counted[0]))
+    return some([f"{count:,} in {names}" for names, count in order], 5)
 
 
 def without(parts: Sequence[Images], copies: Copies) -> list[Images]:

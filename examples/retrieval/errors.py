@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and the words in it."""
+"""The one kind of error that is the user's to mend, and words for it and for what is told."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def some(names: Sequence[str], shown: int = 10) -> str:
     """The first few of some names, and how many more there are."""
     first = ", ".join(names[:shown])
     return first if len(names) <= shown else f"{first} and {len(names) - shown:,} more"
+
+
+def counted(count: int, thing: str) -> str:
+    """How many of a thing there are, which takes an s."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")

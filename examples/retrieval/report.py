@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import some
+from .errors import counted, some
 from .images import Images
 from .sources import suffix
 from .survey import Survey
 
-LISTS = ("damaged.txt", "astray.txt", "blank.txt", "duplicates.txt", "skipped.txt")
+LISTS = ("damaged.txt", "astray.txt", "blank.txt", "duplicates.txt", "small-classes.txt", "skipped.txt")
 Row = tuple[str, str]
 
 
@@ -68,6 +68,7 @@ def rows(found: Survey, images: Images, named_by: str) -> list[Row]:
     order = sorted(range(len(counts)), key=lambda label: (-counts[label], images.classes[label]))
     said: list[Row] = [("classes", f"{len(counts):,}, named by {named_by}")]
     if counts:
+        said.append(("", f"such as {images.classes[int(images.labels[0])]} of {images.names[0]}"))
         fewest, most = min(counts), max(counts)
         each = f"{fewest:,} to {most:,} a class, median {statistics.median(counts):g}"
         each = f"{fewest:,} a class" if fewest == most else each
@@ -79,11 +80,11 @@ def rows(found: Survey, images: Images, named_by: str) -> list[Row]:
     turned, frames = (sum(getattr(facts, name) for facts in found.facts) for name in ("turned", "frames"))
     blank = sum(facts.spread == 0 for facts in found.facts)
     said += [("turned", f"{turned:,} upright, as their EXIF orientation says")] if turned else []
-    said += [("frames", f"{frames:,} images have several: the first is taken")] if frames else []
-    said.append(("blank", f"{blank:,} images of a single value" if blank else "none"))
+    said += [("frames", f"{counted(frames, 'image')} with several: the first is taken")] if frames else []
+    said.append(("blank", f"{counted(blank, 'image')} of a single value" if blank else "none"))
     said.append(("damaged", f"{len(found.damaged):,}" if found.damaged else "none"))
     if found.astray:
-        said.append(("astray", f"{len(found.astray):,} images lie in no class's folder"))
+        said.append(("astray", f"{counted(len(found.astray), 'image')} in no class's folder"))
     said.append(("skipped", _skipped(found.source.skipped)))
     lacking = _without_images(found)
     said += [("", f"no image is left in {some(lacking, 5)}")] if lacking else []
@@ -109,7 +110,7 @@ def _modes(found: Survey, values: tuple[int, int] | None) -> list[str]:
     for mode, count in Counter(facts.mode for facts in found.facts).most_common():
         those = [facts for facts in found.facts if facts.mode == mode]
         low, high = min(facts.low for facts in those), max(facts.high for facts in those)
-        text = f"{mode}: {count:,} images, values {low:,} to {high:,}"
+        text = f"{mode}: {counted(count, 'image')}, values {low:,} to {high:,}"
         if those[0].deep and values is not None:
             text += f", of which {values[0]:,} becomes black and {values[1]:,} white"
             text += " (those beyond are cut)" if low < values[0] or high > values[1] else ""
@@ -128,7 +129,9 @@ def _skipped(skipped: Sequence[tuple[str, str]]) -> str:
         by_reason.setdefault(reason, Counter())[suffix(name)] += 1
     said = []
     for reason, suffixes in sorted(by_reason.items()):
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in suffixes.most_common())
+        kinds = ", ".join(
+            f"{count:,} {kind}" for kind, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+        )
         said.append(f"{suffixes.total():,} {reason} ({kinds})")
     return "; ".join(said)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from . import classes, duplicates
 from .classes import folder_of
 from .duplicates import Copies
-from .errors import InputError, some
+from .errors import InputError, counted, some
 from .images import Images
 from .report import Findings
 from .survey import Survey
@@ -29,7 +29,7 @@ def files(found: Survey, options: argparse.Namespace, findings: Findings) -> Non
     findings.list("skipped.txt", [(root / name, reason) for name, reason in found.source.skipped])
     everywhere = findings.list("damaged.txt", [(root / name, reason) for name, reason in found.damaged])
     if found.damaged and options.skip_damaged:
-        findings.note(f"Left out: {len(found.damaged):,} damaged images{everywhere}")
+        findings.note(f"Left out: {counted(len(found.damaged), 'damaged image')}{everywhere}")
     elif found.damaged:
         many = f"{len(found.damaged):,} images are" if len(found.damaged) > 1 else "an image is"
         named = some([f"{name} ({reason})" for name, reason in found.damaged])
@@ -37,7 +37,7 @@ def files(found: Survey, options: argparse.Namespace, findings: Findings) -> Non
         findings.stops.append(f"{found.root}: {many} damaged or unreadable: {named}{everywhere}: {mend}")
     everywhere = findings.list("astray.txt", [(root / name, "in no class's folder") for name in found.astray])
     if found.astray and options.skip_astray:
-        findings.note(f"Left out: {len(found.astray):,} images in no class's folder{everywhere}")
+        findings.note(f"Left out: {counted(len(found.astray), 'image')} in no class's folder{everywhere}")
     elif found.astray:
         lies = "lies" if len(found.astray) == 1 else "lie"
         findings.stops.append(
@@ -69,13 +69,16 @@ def small_classes(part: Images, options: argparse.Namespace, findings: Findings)
         raise InputError(f"{part.root}: no image is left")
     if len(single) == len(part.classes):
         raise InputError(f"{part.root}: every class has a single image: nothing can be retrieved")
+    labels = zip(part.names, part.labels.tolist(), strict=True)
+    alone = [(part.root / name, f"alone in class {part.classes[label]}") for name, label in labels if count[label] == 1]
+    everywhere = findings.list("small-classes.txt", alone)
+    many = f"{len(single):,} classes have" if len(single) > 1 else "a class has"
     if single and options.skip_small_classes:
-        findings.note(f"Left out: {len(single):,} classes of a single image ({some(single, 5)})")
+        findings.note(f"Left out: {many} a single image: {some(single, 5)}{everywhere}")
     elif single:
-        many = f"{len(single):,} classes have" if len(single) > 1 else "a class has"
         findings.stops.append(
-            f"{part.root}: {many} a single image, which nothing can be retrieved for: {some(single)}: add images, or "
-            "leave such classes out by --skip-small-classes"
+            f"{part.root}: {many} a single image, which nothing can be retrieved for: {some(single)}{everywhere}: add "
+            "images, or leave such classes out by --skip-small-classes"
         )
     return part.without(single)
 
@@ -89,9 +92,12 @@ def copies(parts: tuple[Images, Images], options: argparse.Namespace, findings: 
     if options.duplicates == "skip":
         train, test = duplicates.without(parts, found)
         dropped = sum(map(len, parts)) - len(train) - len(test)
-        findings.note(f"Left out: {dropped:,} images of pictures in several classes or in training and test")
+        findings.note(f"Left out: {counted(dropped, 'image')} of pictures in several classes or in training and test")
         return train, test
-    spoiled = {"several classes": found.across, "training and test": found.split}
+    alone = [group for group in found.split if len({duplicates.class_of(parts, place) for place in group}) == 1]
+    mixed = len(found.split) - len(alone)
+    both = f", {mixed:,} of them in training and test" if mixed else ""
+    spoiled = {f"several classes{both}": found.across, "training and test": alone}
     said = [
         f"{len(groups):,} in {what} ({duplicates.where(parts, groups)})" for what, groups in spoiled.items() if groups
     ]
@@ -105,12 +111,12 @@ def copies(parts: tuple[Images, Images], options: argparse.Namespace, findings: 
 def tell_duplicates(found: Copies, parts: Sequence[Images], findings: Findings) -> str:
     """Adds what training and test are, and their copies; says where these are listed."""
     names = ("training", "test")[: len(parts)]
-    sizes = [f"{len(part):,} images of {len(part.classes):,} classes" for part in parts]
+    sizes = [f"{counted(len(part), 'image')} of {len(part.classes):,} classes" for part in parts]
     said = list(zip(names, sizes, strict=True))
     listed = []
     kinds = {"within a class": found.within, "across classes": found.across, "in training and test": found.split}
     for kind, groups in kinds.items():
-        many = f"{sum(map(len, groups)):,} images of {len(groups):,} pictures" if groups else "none"
+        many = f"{counted(sum(map(len, groups)), 'image')} of {counted(len(groups), 'picture')}" if groups else "none"
         said.append(("" if kind != "within a class" else "duplicates", f"{kind}: {many}"))
         for number, group in enumerate(groups, 1):
             for place in group:

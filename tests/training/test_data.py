@@ -214,7 +214,7 @@ class TestSplit:
         assert len(train.classes) == 4
         assert test.classes == ["kind0/class4", "kind1/class5"]
         assert "Left out of the test: 4 classes" in capsys.readouterr().out
-        with pytest.raises(InputError, match="nothing is left to test on; .* add --split images"):
+        with pytest.raises(InputError, match=r"nothing is left to test on; .* add --split images"):
             load(options("--data-root", second, "--test-root", first))
         # Names are those below the roots: of other folders they are others.
         alone = write(tmp_path / "d", {f"kind9/class7/{i}.png": png(900 + i) for i in range(3)})
@@ -246,5 +246,3 @@ class TestSplit:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match="do not apply"):
             load(options(*arguments))
-
-
