@@ -26,7 +26,7 @@ GOAL = 0.35  # mAP@R of the unseen characters
 def run(data_root: Path, seed: int, options: list[str], out: Path) -> list[dict[str, str]]:
     """The evaluations of one run."""
     roots = [f"images_background_small{split}.zip" for split in (1, 2)]
-    arguments = ["--data-root", data_root / roots[0], "--test-root", data_root / roots[1]]
+    arguments = ["--data-root", data_root / roots[0], "--test-root", data_root / roots[1], "--class-by", "path"]
     command = [sys.executable, ROOT / "examples" / "train_retrieval.py", *arguments, *options, "--seed", str(seed)]
     subprocess.run([*command, "--out", out], check=True)
     with (out / "metrics.csv").open(newline="") as file:

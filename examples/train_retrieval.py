@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, redirect_stdout
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,10 +28,10 @@ import PIL
 import torch
 from retrieval import losses, pictures
 from retrieval.batches import generator
-from retrieval.data import load
+from retrieval.data import check, load
 from retrieval.errors import InputError, reason
 from retrieval.images import Images
-from retrieval.options import complete, parse
+from retrieval.options import complete, folder_of, parse
 from retrieval.photos import Photos
 from retrieval.progress import Progress
 from retrieval.ranks import Ranks
@@ -230,7 +229,8 @@ def settings(
     options: argparse.Namespace, training: Training, train_on: Images | Photos, test: Images | Photos
 ) -> dict[str, Any]:
     """All that the bits of a run depend on."""
-    of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "skip_small_classes"}
+    of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "check", "class_by"}
+    of_the_data |= {"value_range", "duplicates", "skip_small_classes", "skip_damaged", "skip_astray", "keep_blank"}
     free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard", "notes"}
     given = {
         name: value for name, value in vars(options).items() if name not in of_the_data | free | losses.setting_names()
@@ -242,6 +242,7 @@ def settings(
         "per_class": training.per_class,
         "training images": train_on.digest,  # which hold all that the options of the data say
         "test images": test.digest,
+        "value range": train_on.values and list(train_on.values),
         "device": training.device.type,
         "weights": options.weights and options.weights.name,
     }
@@ -268,15 +269,14 @@ def prepare(
 ) -> tuple[Training, Images | Photos, Run | Onlooker, Board]:
     """All that can go wrong before training starts."""
     device = usable(options.device, ranks)
-    train_on, test = load(options)
+    folder = folder_of(options)
+    train_on, test = load(options, folder)
     complete(options, len(train_on), make_sampler(options, train_on).epoch)
     ranks.join(device)
     stack.callback(ranks.leave)
     training = Training(options, train_on, device, ranks)
     stack.callback(training.close)
     training.probe()
-    name = "digits" if options.data_root is None else options.data_root.resolve().stem
-    folder = options.out or Path("runs") / (options.recipe or f"{name}-{options.loss}")
     depends_on = settings(options, training, train_on, test)
     opened: list[tuple[Run, Board]] = []
 
@@ -347,6 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
                 name += f", rank {ranks.rank}"
             if not ranks.first:
                 stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            if options.check:
+                return check(options, folder_of(options))
             ready = prepare(options, ranks, stack)
             status = 1
             return carry_out(*ready)

@@ -95,7 +95,7 @@ def omniglot(data_root: Path, seeds: int) -> Comparison:
             f"{data_root} has no {' and no '.join(missing)}: --data-root has to be the folder of both zips of "
             "github.com/brendenlake/omniglot (python/images_background_small1.zip and ...small2.zip)"
         )
-    data = ("--data-root", str(roots[0]), "--test-root", str(roots[1]), "--image-size", "24")
+    data = ("--data-root", str(roots[0]), "--test-root", str(roots[1]), "--class-by", "path", "--image-size", "24")
     others = tuple(loss for loss in LOSSES if loss not in MAIN)
     stages = ((128, MAIN), (128, others), (32, MAIN), (512, MAIN))
     return Comparison("omniglot", stages, RATES, 1, seeds, 24_576, data, ("--width", "32"))

@@ -1,4 +1,4 @@
-"""Which images are to train on and which to test on, as the options want them."""
+"""Which images are to train on and which to test on, as the options want them, and what would spoil them."""
 
 from __future__ import annotations
 
@@ -9,75 +9,106 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import datasets, images
-from .errors import InputError
+from . import classes, datasets, duplicates, images, spoilers, survey
+from .classes import class_of, folder_of
+from .errors import InputError, some
 from .images import Images
 from .photos import Photos, Transform
+from .report import Findings, rows
+from .sources import Folder
 
 
-def load(options: argparse.Namespace) -> tuple[Images, Images] | tuple[Photos, Photos]:
-    """Which images are to train on and which to test on, as the options want them."""
+def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Images, Images] | tuple[Photos, Photos]:
+    """The images to train on and those to test on, after what was found in them is printed.
+
+    Args:
+        folder: for the lists of damaged, skipped and other files; None to write none.
+
+    Raises:
+        InputError: something would spoil the training, and no option says to go on.
+    """
     if options.data_set is not None:
         return _load_data_set(options)
     if options.data_root is None:
         if options.test_root is not None or options.image_size is not None:
             raise InputError("without --data-root it is digits of 8 pixels: --test-root and --image-size do not apply")
-        every = images.digits()
+        return _split(images.digits(), options)
+    findings = Findings(folder)
+    parts = _examine(options, findings)
+    print(findings)
+    if findings.stops or parts is None:
+        raise InputError("\n  ".join(findings.stops))
+    return parts
+
+
+def check(options: argparse.Namespace, folder: Path) -> int:
+    """Reads everything once and prints what is there. Returns 1 if something would stop training, else 0."""
+    findings = Findings(folder)
+    if options.data_set is not None:
+        _examine_data_set(options, findings)
     else:
-        size = options.image_size or 64
-        every = images.read(options.data_root, size, options.channels, options.hold_mib)
-    if every.skipped:
-        print(f"Left aside: {every.skipped:,} files that are no images by their names, or hidden")
-    every = _checked_classes(every, options, options.data_root)
-    if options.test_root is None:
-        by_class = options.split == "classes" if options.split else options.data_root is not None
-        fraction = options.test_fraction or (1 / 2 if by_class else 1 / 3)
-        return (_split_classes if by_class else _split_images)(every, fraction, options.seed)
-    if options.split is not None or options.test_fraction is not None:
-        raise InputError("--test-root says what the test is: --split and --test-fraction do not apply")
-    test = images.read(options.test_root, every.size, every.channels, options.hold_mib)
-    shared = _shared_classes(every, test)
-    if shared:
-        print(f"Left out of the test: {len(shared):,} classes that are trained on ({images.some(shared, 3)})")
-        test = _without_classes(test, shared)
-    if not len(test):
-        raise InputError(
-            f"every class of {options.test_root} is in {options.data_root}, too, by its name or by an image: nothing "
-            "is left to test on; to hold out images of the same classes take --split images and no --test-root"
-        )
-    return every, _checked_classes(test, options, options.test_root)
+        _examine(options, findings)
+    print(findings)
+    print("Training would stop:" if findings.stops else "Nothing here stops training.")
+    for stop in findings.stops:
+        print(f"  {stop}")
+    return 1 if findings.stops else 0
 
 
-def _load_data_set(options: argparse.Namespace) -> tuple[Photos, Photos]:
-    listings = datasets.read(options.data_set, options.data_root)
-    for note in datasets.notes(options.data_set, *listings):
-        print(f"Note: {note}")
-    transform = Transform(
-        options.image_size,
-        options.train_resize,
-        tuple(options.crop_scale or (0.16, 1.0)),
-        tuple(options.crop_ratio or (0.75, 1.33)),
-        tuple(options.test_resize),
-    )
-    train, test = (Photos(options.data_root, listing, transform) for listing in listings)
-    return train, test
+def _examine(options: argparse.Namespace, findings: Findings) -> tuple[Images, Images] | None:
+    """Reads all images, and puts what is found in them into ``findings``; None where there is no split of them."""
+    if options.test_root is not None and (options.split == "classes" or options.test_fraction is not None):
+        raise InputError("--test-root says what the test is: --split classes and --test-fraction do not apply")
+    size = options.image_size or 64
+    held = None if options.check else size
+    found = [survey.read(options.data_root, options.channels, held, options.hold_mib)]
+    channels = options.channels or (1 if found[0].gray else 3)
+    if options.test_root is not None:
+        found.append(survey.read(options.test_root, channels, held, options.hold_mib))
+    spoilers.doubt(found, options, findings)
+    given = options.value_range and tuple(options.value_range)
+    values = next((each for each in (given, *(one.values for one in found)) if each is not None), None)
+    named_by = f"{classes.BY[options.class_by or 'path']} (--class-by {options.class_by or 'path'})"
+    parts = []
+    for one in found:
+        named = [class_of(folder_of(name), options.class_by) for name in one.names]
+        parts.append(images.of(one, named, channels, size, options.hold_mib, values))
+        findings.table(f"{one.root}", rows(one, parts[-1], named_by))
+        spoilers.files(one, options, findings)
+        spoilers.blanks(one, values, options, findings)
+    try:
+        return _parts(parts, options, findings)
+    except InputError as error:
+        findings.stops.append(str(error))
+        return None
+    finally:
+        findings.write()
 
 
-def _checked_classes(every: Images, options: argparse.Namespace, root: Path | None) -> Images:
-    """The images of classes that have two at least; others are an error unless they are to be skipped."""
-    single = _single_image_classes(every)
-    if not single:
-        return every
-    if not options.skip_small_classes:
-        many = f"{len(single):,} classes have" if len(single) > 1 else "a class has"
-        raise InputError(
-            f"{root}: {many} a single image, which nothing can be retrieved for: {images.some(single)}: add images, "
-            "or leave such classes out by --skip-small-classes"
-        )
-    if len(single) == len(every.classes):
-        raise InputError(f"{root}: every class has a single image: nothing can be retrieved")
-    print(f"Left out: {len(single):,} classes of a single image")
-    return _without_classes(every, single)
+def _parts(every: Sequence[Images], options: argparse.Namespace, findings: Findings) -> tuple[Images, Images]:
+    """Training and test, without what the options leave out."""
+    every = [spoilers.small_classes(part, options, findings) for part in every]
+    try:
+        if options.test_root is None:
+            parts = _split(every[0], options)
+        else:
+            parts = every[0], every[1] if options.split == "images" else _unseen(*every, findings)
+    except InputError:
+        spoilers.tell_duplicates(duplicates.find(every), every, findings)
+        raise
+    train, test = spoilers.copies(parts, options, findings)
+    # Classes may have a single image now.
+    return spoilers.small_classes(train, options, findings), spoilers.small_classes(test, options, findings)
+
+
+# --- training and test -----------------------------------------------------------------------------------------------
+
+
+def _split(every: Images, options: argparse.Namespace) -> tuple[Images, Images]:
+    """What the options hold out."""
+    by_class = options.split == "classes" if options.split else options.data_root is not None
+    fraction = options.test_fraction or (1 / 2 if by_class else 1 / 3)
+    return (_split_classes if by_class else _split_images)(every, fraction, options.seed)
 
 
 def _split_classes(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -109,26 +140,54 @@ def _split_images(images: Images, fraction: float, seed: int) -> tuple[Images, I
     return _parted(images, tested)
 
 
-def _shared_classes(train: Images, test: Images) -> list[str]:
-    """The classes of the test that training has, by name or because an image is in both."""
-    names, contents = set(train.classes), set(train.contents)
-    labels = zip(test.labels.tolist(), test.contents, strict=True)
-    met = {test.classes[label] for label, content in labels if content in contents}
-    return [name for name in test.classes if name in names or name in met]
-
-
-def _without_classes(images: Images, names: Sequence[str]) -> Images:
-    """The images of all classes but these."""
-    left_out = set(names)
-    kept = torch.tensor([name not in left_out for name in images.classes], dtype=torch.bool)
-    return images.take(kept[images.labels].nonzero().flatten())
-
-
-def _single_image_classes(images: Images) -> list[str]:
-    """The classes of which there is one image alone."""
-    count = images.labels.bincount(minlength=len(images.classes))
-    return [images.classes[label] for label in (count == 1).nonzero().flatten().tolist()]
+def _unseen(train: Images, test: Images, findings: Findings) -> Images:
+    """The test images of classes that are not trained on."""
+    shared = sorted(set(train.classes) & set(test.classes))
+    if len(shared) == len(test.classes):
+        raise InputError(
+            f"every class of {test.root} is in {train.root}, too: nothing is left to test on; to test on other images "
+            "of the same classes add --split images"
+        )
+    if shared:
+        findings.note(f"Left out of the test: {len(shared):,} classes that are trained on ({some(shared, 3)})")
+    return test.without(shared)
 
 
 def _parted(images: Images, tested: Tensor) -> tuple[Images, Images]:
     return images.take((~tested).nonzero().flatten()), images.take(tested.nonzero().flatten())
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+def _load_data_set(options: argparse.Namespace) -> tuple[Photos, Photos]:
+    listings = datasets.read(options.data_set, options.data_root)
+    for note in datasets.notes(options.data_set, *listings):
+        print(f"Note: {note}")
+    transform = Transform(
+        options.image_size,
+        options.train_resize,
+        tuple(options.crop_scale or (0.16, 1.0)),
+        tuple(options.crop_ratio or (0.75, 1.33)),
+        tuple(options.test_resize),
+    )
+    train, test = (Photos(options.data_root, listing, transform) for listing in listings)
+    return train, test
+
+
+def _examine_data_set(options: argparse.Namespace, findings: Findings) -> None:
+    """Reads all images that a data set lists, and puts what is found in them into ``findings``."""
+    listings = datasets.read(options.data_set, options.data_root)
+    for note in datasets.notes(options.data_set, *listings):
+        findings.note(f"Note: {note}")
+    parts = []
+    for name, listing in zip(("train", "test"), listings, strict=True):
+        source = Folder(options.data_root, listing.names)
+        found = survey.look_at_all(options.data_root, source, 3, None, 0)
+        label_of = dict(zip(listing.names, listing.labels, strict=True))
+        named = [listing.classes[label_of[image]] for image in found.names]
+        parts.append(images.of(found, named, 3, options.image_size, 0, found.values))
+        findings.table(f"{options.data_root}, {name}", rows(found, parts[-1], "the data set's lists"))
+        spoilers.files(found, options, findings)
+    spoilers.tell_duplicates(duplicates.find(parts), parts, findings)
+    findings.write()

@@ -1,4 +1,8 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that is the user's to mend, and words for it and for what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class InputError(Exception):
@@ -10,3 +14,14 @@ def reason(error: BaseException) -> str:
     lines = str(error).splitlines()
     said = lines[0][:200] if lines else ""
     return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
+def some(names: Sequence[str], shown: int = 10) -> str:
+    """The first few of some names, and how many more there are."""
+    first = ", ".join(names[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown:,} more"
+
+
+def counted(count: int, thing: str) -> str:
+    """How many of a thing there are, which takes an s."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")

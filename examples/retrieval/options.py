@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 
 from . import losses, recipes
+from .classes import BY
 from .datasets import LAYOUTS
 from .errors import InputError
 
@@ -18,7 +19,8 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPOCHS = 15
 LEAST_STEPS = 300  # unless it is said how many: an epoch of few images is a step or two
 EVALUATIONS = 50  # at the most, unless it is said how often
-_OF_FOLDERS = ("test_root", "split", "test_fraction", "channels")  # and zips: data sets say it themselves
+_OF_FILES = ("class_by", "value_range", "skip_damaged", "skip_astray", "keep_blank", "duplicates")  # digits have none
+_OF_FOLDERS = ("test_root", "split", "test_fraction", "channels", "skip_small_classes", *_OF_FILES)  # data sets say it
 _OF_DATA_SETS = ("train_resize", "crop_scale", "crop_ratio", "test_resize")
 
 
@@ -57,11 +59,23 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = data.add_argument
     add("--data-root", type=Path, metavar="PATH", help="folder or zip, a folder a class; without it digits")
     add("--data-set", choices=LAYOUTS, help="--data-root is this data set, as it lies on disk (docs/recipes.md)")
+    add(
+        "--check",
+        action="store_true",
+        help="read everything once, print what is there and what would stop training, and end",
+    )
+    add(
+        "--class-by",
+        choices=BY,
+        help="what names a class: the path of its folder (default, unless it can be meant in several ways), the path's "
+        "first folder, or its last",
+    )
     add("--test-root", type=Path, metavar="PATH", help="test on the classes of this one that --data-root has not")
     add(
         "--split",
         choices=("classes", "images"),
-        help="what is held out for the test; default classes, of digits images",
+        help="what is held out for the test; default classes, of digits images; images with --test-root: test on all "
+        "of it, though its classes are trained on",
     )
     add("--test-fraction", type=share, metavar="X", help="how much is held out; default 1/2 of classes, 1/3 of images")
     size = _whole(1, 4096)
@@ -79,7 +93,23 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=4096,
         help="keep images in memory up to this size; default 4096",
     )
+    add(
+        "--value-range",
+        type=_integer,
+        nargs=2,
+        metavar="N",
+        help="of images of more than 8 bits: the values that become black and white; default the least and largest of "
+        "--data-root",
+    )
     add("--skip-small-classes", action="store_true", help="leave out classes of a single image")
+    add("--skip-damaged", action="store_true", help="leave out images that cannot be decoded")
+    add("--skip-astray", action="store_true", help="leave out images that lie in no class's folder")
+    add("--keep-blank", action="store_true", help="train though every image is blank, or nearly")
+    add(
+        "--duplicates",
+        choices=("skip", "keep"),
+        help="leave out pictures that are in several classes, and those of the test that are trained on; or keep them",
+    )
     add("--train-resize", type=size, metavar="N", help="data sets: pixels of the shorter side before a random crop")
     add(
         "--crop-scale",
@@ -246,10 +276,15 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"{_option(named[0])} is for --data-set")
         if options.sampler == "hierarchical":
             parser.error("--sampler hierarchical takes a --data-set that has super-classes")
+        if options.value_range is not None and options.value_range[0] >= options.value_range[1]:
+            parser.error("--value-range takes the least first, got {} {}".format(*options.value_range))
+        named = [name for name in ("check", *_OF_FILES) if getattr(options, name)]
+        if named and options.data_root is None:
+            parser.error(f"{_option(named[0])} is for --data-root")
         return
-    named = [name for name in _OF_FOLDERS if getattr(options, name) is not None]
-    if named or options.skip_small_classes:
-        parser.error(f"{_option(named[0] if named else 'skip_small_classes')} does not go with --data-set")
+    named = [name for name in _OF_FOLDERS if getattr(options, name)]
+    if named:
+        parser.error(f"{_option(named[0])} does not go with --data-set")
     if options.data_root is None:
         parser.error(
             f"--data-set {options.data_set} takes --data-root: the folder of {LAYOUTS[options.data_set].title}"
@@ -269,6 +304,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """The folder of the run."""
+    name = "digits" if options.data_root is None else options.data_root.resolve().stem
+    return options.out or Path("runs") / (options.recipe or f"{name}-{options.loss}")
 
 
 def complete(options: argparse.Namespace, images_to_train_on: int, epoch: int | None = None) -> None:
@@ -295,6 +336,13 @@ def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
         return int(text)
 
     return of
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"has to be a whole number, got {text!r}") from None
 
 
 def _number(least: float, most: float, including_least: bool = False, most_too: bool = False) -> Callable[[str], float]:

@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .datasets import Listing
-from .errors import InputError, reason
-from .images import digest_of, in_threads, some
+from .errors import InputError, reason, some
+from .images import digest_of, in_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,11 +84,13 @@ class Photos:
         names, classes, labels: of the listing; labels [n] int64.
         groups, group_of: the super-classes by name, and the one of each class, [classes] int64.
         channels, size: of an image.
+        values: as those of Images; None.
         digest: of the listing, the files' sizes and the transform of the test: of all that bits depend on but the
             pixels, which are not read.
     """
 
     channels = 3
+    values = None
 
     def __init__(self, root: Path, listing: Listing, transform: Transform) -> None:
         self._root, self._transform, self.size = root, transform, transform.size

@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import io
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ import torch
 import train_retrieval
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_trees import png, some_classes, write
 from PIL import Image
 from retrieval import images, losses, pictures
 from retrieval.batches import Distortion, Feed, PerClassBatches, generator
@@ -37,25 +36,6 @@ ROOT = Path(__file__).parents[2]
 # A net and batches as small as they may be, 8 steps, an evaluation every 4.
 TINY = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "20", "--per-class", "4", "--steps", "8"]
 TINY += ["--evaluate-every", "4", "--checkpoint-every", "2", "--lr", "0.01", "--warmup", "2", "--k", "1", "5"]
-
-
-def png(seed, size=(12, 10), mode="L"):
-    channels = {"L": (), "RGB": (3,), "RGBA": (4,), "LA": (2,)}[mode]
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels, mode).save(file, "PNG")
-    return file.getvalue()
-
-
-def write(root, files):
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def some_classes(classes=6, each=4, mode="L"):
-    return {f"kind{c % 2}/class{c}/{i}.png": png(100 * c + i, mode=mode) for c in range(classes) for i in range(each)}
 
 
 def options(*arguments):
@@ -80,241 +60,6 @@ def refused(capsys, *arguments):
     assert "step" not in captured.out  # the table's heading: training had not begun
     assert (sorted(out.rglob("*")) if out and out.exists() else []) == before
     return captured.err
-
-
-class TestImages:
-    def test_each_folder_of_images_is_a_class(self, tmp_path):
-        files = some_classes(4, 2) | {
-            "kind0/1.png": png(1),  # a folder that holds images and folders
-            "kind0/2.PNG": png(2),
-            "kind0/class0/.hidden.png": b"",
-            "__MACOSX/kind0/3.png": b"",
-            "kind1/notes.txt": b"of no matter",
-        }
-        found = images.read(write(tmp_path, files), 8)
-        assert found.classes == ["kind0", "kind0/class0", "kind0/class2", "kind1/class1", "kind1/class3"]
-        assert [found.classes[label] for label in found.labels] == [str(Path(name).parent) for name in found.names]
-        assert found.labels.bincount().tolist() == [2] * 5
-        assert (found.channels, found.size, len(found)) == (1, 8, 10)
-
-    def test_a_zip_is_its_folder(self, tmp_path):
-        files = some_classes()
-        folder = images.read(write(tmp_path / "folder", files), 8)
-        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-            archive.writestr("top/", "")
-            for name, data in files.items():
-                archive.writestr("top/" + name, data)
-        packed = images.read(tmp_path / "images.zip", 8)
-        every = torch.arange(len(folder))
-        assert torch.equal(folder.pixels(every), packed.pixels(every))
-        assert (folder.names, folder.classes, folder.digest) == (packed.names, packed.classes, packed.digest)
-
-    def test_images_that_are_not_held_are_the_same(self, tmp_path):
-        root = write(tmp_path, some_classes(mode="RGB"))
-        held, decoded = images.read(root, 8), images.read(root, 8, hold_mib=0)
-        index = torch.tensor([5, 0, 5, 17])
-        assert torch.equal(held.pixels(index), decoded.pixels(index))
-        part = torch.tensor([20, 3, 1])
-        assert torch.equal(held.take(part).pixels(torch.tensor([2, 0])), held.pixels(torch.tensor([1, 20])))
-        assert torch.equal(decoded.take(part).pixels(torch.tensor([2, 0])), held.pixels(torch.tensor([1, 20])))
-        assert held.take(part).labels.tolist() == [1, 0, 0]
-        assert held.digest == decoded.digest != held.take(part).digest
-
-    def test_the_digest_is_of_the_pixels(self, tmp_path):
-        files = some_classes()
-        first = images.read(write(tmp_path / "a", files), 8).digest
-        assert images.read(tmp_path / "a", 9).digest != first
-        name = next(iter(files))
-        assert images.read(write(tmp_path / "b", files | {name: png(9999)}), 8).digest != first
-
-    @pytest.mark.parametrize(
-        ("made", "channels", "expected"),
-        [
-            (Image.new("L", (30, 20), 70), 1, [70]),
-            (Image.new("RGB", (30, 20), (10, 20, 30)), 3, [10, 20, 30]),
-            (Image.new("RGBA", (30, 20), (10, 20, 30, 0)), 3, [255, 255, 255]),
-            (Image.new("LA", (30, 20), (10, 0)), 1, [255]),
-            (Image.new("1", (30, 20), 1), 1, [255]),
-            (Image.new("P", (30, 20), 0), 3, [0, 0, 0]),
-            (Image.fromarray(np.full((20, 30), 0x4000, dtype=np.uint16)), 1, [0x40]),
-        ],
-        ids=["gray", "rgb", "transparent", "gray transparent", "bits", "palette", "16 bits"],
-    )
-    def test_modes(self, tmp_path, made, channels, expected):
-        (tmp_path / "a").mkdir()
-        made.save(tmp_path / "a" / "1.png")
-        found = images.read(tmp_path, 5)
-        assert found.channels == channels
-        assert found.pixels(torch.tensor([0]))[0, :, 2, 2].tolist() == expected
-        assert images.read(tmp_path, 5, channels=3).pixels(torch.tensor([0])).shape == (1, 3, 5, 5)
-
-    def test_the_middle_square_is_taken_upright(self, tmp_path):
-        pixels = np.zeros((10, 30), dtype=np.uint8)
-        pixels[:5, 10:20] = 200  # the upper half of the middle
-        image = Image.fromarray(pixels)
-        turned = image.getexif()
-        turned[0x0112] = 3  # upside down
-        (tmp_path / "a").mkdir()
-        image.save(tmp_path / "a" / "1.png")
-        image.save(tmp_path / "a" / "2.png", exif=turned)
-        upright, flipped = images.read(tmp_path, 10).pixels(torch.tensor([0, 1]))
-        assert (upright[0, :4] > 150).all()
-        assert (upright[0, 6:] < 50).all()
-        assert torch.equal(flipped, upright.flip(1, 2))
-
-    def test_zips_of_other_programs(self, tmp_path):
-        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-            for name, data in some_classes().items():
-                archive.writestr("/top/" + name, data)
-            archive.writestr("top/kind0/class0/0.png", png(7))  # once more: the last counts
-            archive.writestr("top\\kind0\\class0\\9.png", png(9))
-        found = images.read(tmp_path / "images.zip", 8)
-        assert len(found) == len(some_classes()) + 1
-        assert found.classes == images.read(write(tmp_path / "folder", some_classes()), 8).classes
-        first = images.read(write(tmp_path / "other", {"a/0.png": png(7), "b/0.png": png(9)}), 8)
-        assert first.contents == [found.contents[found.names.index(f"kind0/class0/{i}.png")] for i in (0, 9)]
-
-    def test_what_is_no_file(self, tmp_path):
-        root = write(tmp_path, some_classes())
-        os.mkfifo(root / "kind0" / "class0" / "pipe.png")
-        (root / "kind0" / "class0" / "folder.png").mkdir()
-        assert len(images.read(root, 8)) == 24
-        (root / "kind0" / "class0" / "gone.png").symlink_to(root / "nowhere")
-        with pytest.raises(InputError, match=r"an image is .*: kind0/class0/gone\.png"):
-            images.read(root, 8)
-
-    def test_pixels_without_a_range(self, tmp_path):
-        (tmp_path / "a").mkdir()
-        Image.fromarray(np.ones((9, 9), dtype=np.float32)).save(tmp_path / "a" / "1.tiff")
-        with pytest.raises(InputError, match=r"a/1\.tiff \(32 bits a pixel"):
-            images.read(tmp_path, 8)
-
-    def test_links_in_a_circle(self, tmp_path):
-        write(tmp_path / "data", some_classes())
-        (tmp_path / "data" / "kind0" / "again").symlink_to(tmp_path / "data")
-        (tmp_path / "data" / "linked").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1), "2.png": png(2)}))
-        found = images.read(tmp_path / "data", 8)
-        assert found.classes == [f"kind{c % 2}/class{c}" for c in (0, 2, 4, 1, 3, 5)] + ["linked"]
-
-    def test_digits(self):
-        found = images.digits()
-        assert (len(found), found.channels, found.size, len(found.classes)) == (1797, 1, 8, 10)
-        assert found.pixels(torch.arange(1797)).max() == 255
-
-    @pytest.mark.parametrize("which", ["held", "decoded"])
-    def test_every_damaged_image_is_named(self, tmp_path, which):
-        files = some_classes()
-        whole = files["kind0/class2/1.png"]
-        files["kind0/class2/1.png"] = whole[: len(whole) // 2]
-        files["kind1/class3/0.png"] = b"no image at all"
-        files["kind1/class5/0.png"] = b""
-        with pytest.raises(InputError) as caught:
-            images.read(write(tmp_path, files), 8, 1, 4096 if which == "held" else 0)
-        message = str(caught.value)
-        assert "3 images are damaged" in message
-        assert " at 0x" not in message
-        for name in ("kind0/class2/1.png", "kind1/class3/0.png", "kind1/class5/0.png"):
-            assert name in message
-        assert "class0" not in message
-
-    def test_many_damaged_images(self, tmp_path):
-        with pytest.raises(InputError, match=r"40 images are damaged or unreadable: .* and 30 more"):
-            images.read(write(tmp_path, {f"a/{i:02}.png": b"" for i in range(40)}), 8)
-
-    def test_a_damaged_entry_of_a_zip(self, tmp_path):
-        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-            for name, data in some_classes().items():
-                archive.writestr(name, data)
-        data = bytearray((tmp_path / "images.zip").read_bytes())
-        place = data.index(b"kind1/class1/2.png") + 100
-        data[place] ^= 255
-        (tmp_path / "images.zip").write_bytes(data)
-        with pytest.raises(InputError, match=r"an image is damaged or unreadable: kind1/class1/2\.png \(Bad CRC-32"):
-            images.read(tmp_path / "images.zip", 8)
-
-    def test_roots_that_are_none(self, tmp_path):
-        with pytest.raises(InputError, match="nowhere: there is no such folder or zip"):
-            images.read(tmp_path / "nowhere", 8)
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(InputError, match=r"empty holds no images .*a folder of images for each class"):
-            images.read(tmp_path / "empty", 8)
-        write(tmp_path / "zips", {"a.zip": b""})
-        with pytest.raises(InputError, match=r"zips holds no images .* name one of them: a\.zip"):
-            images.read(tmp_path / "zips", 8)
-        (tmp_path / "file.tar").write_bytes(b"not a zip")
-        with pytest.raises(InputError, match=r"file\.tar is no folder, and cannot be read as a zip"):
-            images.read(tmp_path / "file.tar", 8)
-        flat = write(tmp_path / "flat", some_classes() | {"astray.png": png(0)})
-        with pytest.raises(InputError, match=r"astray\.png lies in no class's folder"):
-            images.read(flat, 8)
-
-
-class TestSplit:
-    def test_classes(self, tmp_path):
-        root = write(tmp_path, some_classes(6))
-        train, test = load(options("--data-root", root))
-        assert not set(train.classes) & set(test.classes)
-        assert (len(train.classes), len(test.classes)) == (3, 3)
-        assert train.labels.bincount().tolist() == [4] * 3
-        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 1
-        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 1
-        others = {tuple(load(options("--data-root", root, "--seed", seed))[0].classes) for seed in range(9)}
-        assert len(others) > 3
-
-    def test_images(self, tmp_path):
-        train, test = load(options("--data-root", write(tmp_path, some_classes(3, 6)), "--split", "images"))
-        assert train.classes == test.classes
-        assert train.labels.bincount().tolist() == [4] * 3
-        assert not set(train.names) & set(test.names)
-
-    def test_digits_hold_out_images(self):
-        train, test = load(options())
-        assert (len(train.classes), len(test.classes)) == (10, 10)
-        assert len(train) + len(test) == 1797
-        assert abs(len(test) - 599) <= 5
-
-    def test_another_root_without_what_is_trained_on(self, tmp_path, capsys):
-        first = write(tmp_path / "a", some_classes(4))
-        second = write(tmp_path / "b", some_classes(6))
-        train, test = load(options("--data-root", first, "--test-root", second))
-        assert len(train.classes) == 4
-        assert test.classes == ["kind0/class4", "kind1/class5"]
-        assert "Left out of the test: 4 classes" in capsys.readouterr().out
-        with pytest.raises(InputError, match="nothing is left to test on"):
-            load(options("--data-root", second, "--test-root", first))
-        # By an image that is in both, whatever the names are.
-        third = write(tmp_path / "c", {"x/1.png": png(0), "x/2.png": png(1), "y/1.png": png(8), "y/2.png": png(9)})
-        assert load(options("--data-root", first, "--test-root", third))[1].classes == ["y"]
-        # Names are those below the roots: of other folders they are others.
-        alone = write(tmp_path / "d", {f"kind9/class0/{i}.png": png(900 + i) for i in range(3)})
-        assert load(options("--data-root", first, "--test-root", alone))[1].classes == ["kind9/class0"]
-
-    def test_a_class_of_one_image(self, tmp_path, capsys):
-        root = write(tmp_path, some_classes(4) | {"alone/1.png": png(1)})
-        with pytest.raises(InputError, match=r"a class has a single image.*: alone: add images"):
-            load(options("--data-root", root))
-        train, test = load(options("--data-root", root, "--skip-small-classes"))
-        assert "alone" not in train.classes + test.classes
-        only = write(tmp_path / "only", {"a/1.png": png(1), "b/1.png": png(2)})
-        with pytest.raises(InputError, match="every class has a single image"):
-            load(options("--data-root", only, "--skip-small-classes"))
-
-    def test_too_little_to_split(self, tmp_path):
-        root = write(tmp_path, {"a/1.png": png(1), "a/2.png": png(2), "a/3.png": png(3)})
-        with pytest.raises(InputError, match="only the class 'a'"):
-            load(options("--data-root", root))
-        with pytest.raises(InputError, match=r"class 'a' has 3 images.*--split classes"):
-            load(options("--data-root", root, "--split", "images"))
-
-    @pytest.mark.parametrize(
-        "arguments",
-        [("--test-root", "a"), ("--image-size", 8), ("--data-root", "a", "--test-root", "b", "--split", "images")],
-    )
-    def test_options_that_do_not_apply(self, arguments, tmp_path, monkeypatch):
-        write(tmp_path / "a", some_classes())
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(InputError, match="do not apply"):
-            load(options(*arguments))
 
 
 class TestBatches:
@@ -406,7 +151,7 @@ class TestBatches:
         assert 150 < mirrored.sum() < 250
 
     def test_feed(self, tmp_path):
-        found = images.read(write(tmp_path, some_classes()), 8, hold_mib=0)
+        found, _ = load(options("--data-root", write(tmp_path, some_classes()), "--image-size", 8, "--hold-mib", 0))
         sampler = PerClassBatches(found.labels, 8, 4, 0)
         for share in (slice(0, 8), slice(3, 5)):
             feed = Feed(found, sampler, share)
@@ -1057,7 +802,7 @@ class TestTwoProcesses:
 
 @pytest.mark.deep
 def test_a_query_is_not_its_own_neighbour(tmp_path, monkeypatch):
-    found = images.read(write(tmp_path, some_classes()), 8)
+    found, _ = load(options("--data-root", write(tmp_path, some_classes(12)), "--image-size", 8))
     drawn = []
     monkeypatch.setattr(found, "pixels", lambda index, whole=found.pixels: drawn.append(index.tolist()) or whole(index))
     pictures.neighbours(torch.randn(len(found), 4), found, tmp_path / "n.png", "title")
@@ -1068,11 +813,11 @@ def test_a_query_is_not_its_own_neighbour(tmp_path, monkeypatch):
 @pytest.mark.deep
 def test_names_are_drawn_as_they_are(tmp_path, recwarn):
     files = {
-        f"{name}/{i}.png": png(i)
-        for name in (r"$\frac{1$ x", "x$^2$", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
+        f"{name}/{i}.png": png(100 * number + i)
+        for number, name in enumerate((r"$\frac{1$ x", "x$^2$", "\N{CJK UNIFIED IDEOGRAPH-4E00}", "a", "b", "c"))
         for i in range(3)
     }
-    found = images.read(write(tmp_path, files), 8)
+    found, _ = load(options("--data-root", write(tmp_path, files), "--image-size", 8))
     pictures.neighbours(torch.randn(9, 4), found, tmp_path / "n.png", "a title with $")
     assert Image.open(tmp_path / "n.png").size[0] > 300
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
@@ -1083,10 +828,6 @@ class TestBadInput:
         assert "there is no such folder or zip" in refused(
             capsys, "--data-root", tmp_path / "no", "--out", tmp_path / "run"
         )
-
-    def test_a_damaged_image(self, tmp_path, capsys):
-        root = write(tmp_path / "data", some_classes() | {"kind0/class0/1.png": png(1)[:60]})
-        assert "kind0/class0/1.png" in refused(capsys, "--data-root", root, "--out", tmp_path / "run")
 
     def test_a_single_image(self, tmp_path, capsys):
         root = write(tmp_path / "data", some_classes() | {"alone/1.png": png(1)})
@@ -1120,7 +861,8 @@ class TestBadInput:
         for number, path in enumerate(sorted(second.rglob("*.png"))):
             path.write_bytes(png(5000 + number))
         renamed = (second / "kind0").rename(second / "kind2")
-        given = [*TINY, "--data-root", first, "--test-root", second, "--image-size", 8, "--out", tmp_path / "run"]
+        given = [*TINY, "--data-root", first, "--test-root", second, "--class-by", "path", "--image-size", 8]
+        given += ["--out", tmp_path / "run"]
         assert program(*given, "--steps", 2) == 0
         (renamed / "class0" / "0.png").write_bytes(png(77))
         message = refused(capsys, *given, "--steps", 2, "--resume")
