@@ -1,8 +1,19 @@
-"""The one kind of error that is the user's to mend."""
+"""The errors that are the user's to mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 
 class InputError(Exception):
     """What is wrong with what was given, and what to do about it."""
+
+
+class FileError(InputError):
+    """A file that cannot be used: which, what is wrong with it, and what to do about it."""
+
+    def __init__(self, path: Path, wrong: str, remedy: str) -> None:
+        super().__init__(f"{path} {wrong}: {remedy}")
 
 
 def reason(error: BaseException) -> str:
