@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, redirect_stdout
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import PIL
 import torch
-from retrieval import losses, pictures
+from retrieval import losses, pictures, trained
 from retrieval.batches import generator
 from retrieval.data import check, load
 from retrieval.errors import InputError, reason
@@ -98,9 +99,6 @@ def evaluate(
     measured = training.ranks.from_first(lambda: measure(embeddings, test.labels, options, check))
     if not all(map(math.isfinite, measured.values())):
         raise InputError(f"the embeddings of step {step} are not finite: lower --lr, or train with --amp none")
-    best = max(run.metrics.column("mAP@R"), default=-1.0)
-    if step and measured["mAP@R"] > best:
-        run.save_best(training.state()["network"])
     since = run.metrics.rows[-1]["step"] if run.metrics.rows else 0
     recent = {name: run.steps.column(name, since) for name in ("loss", "step_ms", "loss_ms")}
     row = {
@@ -114,6 +112,8 @@ def evaluate(
         "loss_mib": max(run.steps.column("loss_mib"), default=None),
         "evaluation_s": time.perf_counter() - begin,
     }
+    if run.best is None or row["mAP@R"] > run.best["mAP@R"]:
+        run.save_best(row, trained.contents(training))
     run.metrics.add(row)
 
 
@@ -144,7 +144,7 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
     within = interrupt.check if ranks.world == 1 else lambda: None
     step = run.state["step"] if run.state else 0
     if step:
-        print("Finished already." if step == options.steps else f"Going on from step {step:,} of {options.steps:,}.")
+        print(finished(options) if step == options.steps else f"Going on from step {step:,} of {options.steps:,}.")
     print(heading(options.k))
     for row in run.metrics.rows:
         print(line(row))
@@ -172,6 +172,13 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
         # A step that was cut short, by a second Ctrl-C or an error, is no state to go on from.
         if sys.exc_info()[0] in (None, StopRequest):
             run.save(step=step, **training.state())
+
+
+def finished(options: argparse.Namespace) -> str:
+    """What there is to say of a run that has nothing left to do."""
+    if options.schedule == "cosine":
+        return f"Finished already; --schedule cosine ends at its {options.steps:,} steps."
+    return "Finished already: --resume with more --steps or --epochs goes on."
 
 
 def heading(k: list[int]) -> str:
@@ -249,6 +256,22 @@ def settings(
     return given | chosen
 
 
+def check_length(options: argparse.Namespace, step: int, made_with: dict[str, Any], folder: Path) -> None:
+    """Raises InputError if a run that has come to ``step`` cannot have the length that is asked for."""
+    before = made_with.get("steps")
+    if options.schedule == made_with.get("schedule") == "cosine" and before != options.steps:
+        raise InputError(
+            f"{folder}: steps was {before} and is {options.steps}, and with --schedule cosine the learning rate of "
+            f"every step depends on their number, so that such a run keeps its length: give --steps {before}, or name "
+            "another --out; a run of --schedule constant or milestones can be made longer"
+        )
+    if step > options.steps:
+        raise InputError(
+            f"{folder} has come to step {step:,}: --steps {options.steps:,} is less: give as many at least, or name "
+            "another --out"
+        )
+
+
 def about(device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """What the bits may depend on, too."""
     cuda = device.type == "cuda"
@@ -271,29 +294,44 @@ def prepare(
     device = usable(options.device, ranks)
     folder = folder_of(options)
     train_on, test = load(options, folder)
-    complete(options, len(train_on), make_sampler(options, train_on).epoch)
+    ranks.check(options.batch_size)
+    epoch = make_sampler(options, train_on).epoch
     ranks.join(device)
     stack.callback(ranks.leave)
+    opened: list[Run] = []
+
+    def open_run() -> tuple[Any, ...]:
+        opened.append(stack.enter_context(closing(Run(folder, resume=options.resume))))
+        return opened[0].state, opened[0].best
+
+    state, best = ranks.from_first(open_run)
+    run = opened[0] if ranks.first else Onlooker(folder, state, best)
+    complete(options, len(train_on), epoch, state["settings"] if state else {})
     training = Training(options, train_on, device, ranks)
     stack.callback(training.close)
     training.probe()
-    depends_on = settings(options, training, train_on, test)
-    opened: list[tuple[Run, Board]] = []
 
-    def open_run() -> tuple[Any, ...]:
-        run = stack.enter_context(closing(Run(folder, depends_on, about(device, ranks), resume=options.resume)))
-        begin = run.state["step"] if run.state else 0
-        if begin > options.steps:
-            raise InputError(f"{folder} has come to step {begin:,}: --steps {options.steps:,} is less")
-        board = stack.enter_context(closing(Board(folder / "tensorboard" if options.tensorboard else None, begin)))
-        run.begin(lambda step: due(options, step))
-        opened.append((run, board))
-        return run.state, run.metrics.rows, run.steps.rows
+    def check_run() -> None:
+        if state:
+            check_length(options, state["step"], state["settings"], folder)
+        opened[0].check(settings(options, training, train_on, test), about(device, ranks))
 
-    kept = ranks.from_first(open_run)
-    run, board = opened[0] if ranks.first else (Onlooker(folder, *kept), Board(None, 0))
-    if run.state:
-        training.load(run.state)
+    ranks.from_first(check_run)
+    if state:
+        try:
+            training.load(state)
+        except (ValueError, RuntimeError) as error:
+            raise run.damaged(f"does not hold the state of such a run: {reason(error)}") from error
+    boards: list[Board] = []
+
+    def begin() -> tuple[Any, ...]:
+        log = folder / "tensorboard" if options.tensorboard else None
+        boards.append(stack.enter_context(closing(Board(log, state["step"] if state else 0))))
+        opened[0].begin(lambda step: due(options, step))
+        return run.metrics.rows, run.steps.rows
+
+    run.metrics.rows, run.steps.rows = ranks.from_first(begin)
+    board = boards[0] if ranks.first else Board(None, 0)
 
     for note in options.notes:
         print(note)
@@ -325,9 +363,13 @@ def carry_out(training: Training, test: Images | Photos, run: Run | Onlooker, bo
             print(f"\nStopped. {run.folder} has a checkpoint: the same command with --resume goes on from it.")
             draw_curves(training, run)
             return 128 + (interrupt.signal or 0)
-    best, last = max(run.metrics.rows, key=lambda row: row["mAP@R"]), run.metrics.rows[-1]
+    best, last = run.best or max(run.metrics.rows, key=lambda row: row["mAP@R"]), run.metrics.rows[-1]
     print(f"\nmAP@R {last['mAP@R']:.4f} at the end; the best was {best['mAP@R']:.4f}, after {best['step']:,} steps.")
     print(f"Wrote {run.folder}: {', '.join(name for name in WRITTEN if (run.folder / name).exists())}")
+    print("To embed images with the best network, in Python (docs/training.md):")
+    print(f"    import sys; sys.path.append({str(Path(__file__).resolve().parent)!r})")
+    print("    from retrieval.trained import load")
+    print(f"    embeddings = load({str(run.folder)!r}).embed(['image.png'])")
     return 0
 
 

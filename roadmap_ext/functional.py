@@ -258,11 +258,11 @@ def roadmap_loss(
         loss        = (1 - calibration_weight) * AP loss + calibration_weight * calibration loss
         calibration = mean over P of relu(positive_margin - s) + mean over Neg of relu(s - negative_margin)
 
-    The AP loss is :func:`ap_loss`'s, whose settings are taken here, too. Loss and gradients are computed together, a
-    chunk of queries at a time; for backward the embeddings and their gradients are kept. Half types, and anything
-    under autocast, are computed in float32 on the CPU, and gradients are rounded to the embeddings' dtype after the
-    gradient of the loss (GradScaler's factor) has been multiplied in. On CUDA half types enter the products as they
-    are, and the sums are float32. Second derivatives raise.
+    The AP loss is :func:`ap_loss`'s. Loss and gradients are computed together, a chunk of queries at a time; for
+    backward the embeddings and their gradients are kept. Half types, and anything under autocast, are computed in
+    float32 on the CPU, and gradients are rounded to the embeddings' dtype after the gradient of the loss (GradScaler's
+    factor) has been multiplied in. On CUDA half types enter the products as they are, and the sums are float32. Second
+    derivatives raise.
 
     Args:
         embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
@@ -289,7 +289,12 @@ def roadmap_loss(
             gets the loss of the whole batch (with ``"none"`` those of its own queries). Gradients are exact across
             ranks, for DistributedDataParallel: backward on W ranks makes W times the loss's gradient, which DDP divides
             by W. A memory is not gathered: it is the same on every rank.
-        surrogate, tau, rho, delta, start, offset: as for :func:`ap_loss`.
+        surrogate: ``"sup"``, H- as in :func:`ap_loss`, or ``"smooth"``: Smooth-AP's sigmoid.
+        tau: temperature of the sigmoid, in units of similarity; positive.
+        rho: slope of H-'s linear part, loss per unit of similarity; not negative.
+        delta: how far above a positive the linear part begins, in units of similarity; not negative.
+        start: jump of H- at equal similarities.
+        offset: value of H- just above the threshold; None makes H- continuous there.
         reduction: ``"mean"``: the AP loss over the queries that have a positive, the calibration loss over all;
             ``"sum"``; or ``"none"``: [B], which costs a fourth matrix product. With ``"violating_pairs"`` a query's
             calibration loss is B times its share of the batch's.

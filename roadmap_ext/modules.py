@@ -132,7 +132,27 @@ class _EmbeddingLoss(nn.Module):
 class RoadmapLoss(_EmbeddingLoss):
     """ROADMAP: the SupAP loss and the calibration loss of a batch of embeddings (Ramzi et al., NeurIPS 2021, eq. 9).
 
-    Args and errors are those of :func:`roadmap_ext.roadmap_loss`; settings are checked at construction.
+    What the settings do in full, and the errors, are those of :func:`roadmap_ext.roadmap_loss`; settings are checked
+    at construction.
+
+    Args:
+        calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
+        positive_margin: similarity that positives should have.
+        negative_margin: similarity that negatives should stay below.
+        calibration_reduction: mean over the pairs of each query, ``"per_query"``, or over those of the whole batch that
+            violate a margin, ``"violating_pairs"``.
+        normalize: rank by cosine similarity; else by plain products.
+        include_self: count each query as its own positive.
+        chunk_size: queries at a time; None takes as many as fit in 64 MiB of scores (256 MiB on a GPU).
+        gather_across_devices: rank against the references of all ranks of torch.distributed.
+        surrogate: what stands for the steps of a rank: ``"sup"``, or ``"smooth"`` for Smooth-AP's sigmoid.
+        tau: temperature of the sigmoid, in units of similarity; positive.
+        rho: slope of the linear part beyond ``delta``; not negative.
+        delta: how far above a positive the linear part begins, in units of similarity; not negative.
+        start: jump of the surrogate at equal similarities.
+        offset: value at which the linear part begins; None makes the surrogate continuous.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for a loss of each query.
+        method: ``"auto"``, ``"pairwise"``, ``"sorted"``, or ``"reference"`` for plain PyTorch.
 
     Shape:
         embeddings [B, D], labels [B], ref_emb [N, D], ref_labels [N]; the loss is a scalar, or [B] for

@@ -1,12 +1,20 @@
-"""The one kind of error that is the user's to mend, and words for it and for what is told."""
+"""The errors that are the user's to mend, and words for them and for what is told."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class InputError(Exception):
     """What is wrong with what was given, and what to do about it."""
+
+
+class FileError(InputError):
+    """A file that cannot be used: which, what is wrong with it, and what to do about it."""
+
+    def __init__(self, path: Path, wrong: str, remedy: str) -> None:
+        super().__init__(f"{path} {wrong}: {remedy}")
 
 
 def reason(error: BaseException) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, reason
+from . import checkpoint
+from .errors import FileError, InputError, reason
 
 _LAST = 4  # the side, in places, at which the small net stops to look at where things are
 
@@ -74,6 +75,7 @@ def from_timm(
     """A backbone of timm's under a head, with the mean and spread of pixels that it was trained with.
 
     Args:
+        weights: a file of the model's parameters, under timm's names for them; those of its classifier are left out.
         distilled: begin with the weights of the DeiT's distilled twin, which ``weights`` then are, too.
         pool: over places, "avg" or "max"; None for what the model has.
         head: "linear"; "norm-linear", after a layer norm without scale and shift; or "none".
@@ -89,20 +91,22 @@ def from_timm(
     if name.split(".")[0] not in known:
         near = difflib.get_close_matches(name, known, 5)
         raise InputError(f"timm has no model {name!r}" + (f"; near to it are {', '.join(near)}" if near else ""))
-    # A local file takes the place of the hub's.
-    extra = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
     wanted = pretrained or weights is not None
     pooled = {} if pool is None else {"global_pool": pool}
 
     def make(name: str, pretrained: bool, **keywords: object) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **keywords)
+        downloaded = pretrained and weights is None
+        made = timm.create_model(name, pretrained=downloaded, num_classes=0, in_chans=channels, **keywords)
+        if pretrained and weights is not None:
+            _begin_with(made, weights, name)
+        return made
 
     try:
         if distilled and wanted:
             body = make(name, False, **pooled)
-            body.load_state_dict(_without_distillation(make(_twin(name, known), True, **extra).state_dict()))
+            body.load_state_dict(_without_distillation(make(_twin(name, known), True).state_dict()))
         else:
-            body = make(name, wanted, **extra, **pooled)
+            body = make(name, wanted, **pooled)
     except InputError:
         raise
     except Exception as error:  # a download that fails, a file of other weights: each has errors of its own
@@ -124,6 +128,23 @@ def from_timm(
     if head == "norm-linear":
         layers.insert(0, nn.LayerNorm(width, elementwise_affine=False))
     return Network(body, layers[0] if len(layers) == 1 else nn.Sequential(*layers), mean, std, freeze_batch_norm)
+
+
+def _begin_with(body: nn.Module, path: Path, name: str) -> None:
+    """Loads a file of weights into a model. timm itself may unpickle anything, and passes over what is missing."""
+    found, own = checkpoint.read_weights(path), body.state_dict()
+    classifier = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
+    left_out = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    found = {key: value for key, value in found.items() if key in own or not key.startswith(left_out)}
+    for key, value in found.items():
+        shape = own[key].shape if key in own else value.shape
+        if value.dim() == 4 and value.shape[1] == 3 and shape == (len(value), 1, *value.shape[2:]):
+            found[key] = value.sum(1, keepdim=True)  # gray is three equal colours
+    try:
+        body.load_state_dict(found)
+    except RuntimeError as error:
+        said = "; ".join(line.strip().rstrip(". ")[:200] for line in str(error).splitlines()[1:4])
+        raise FileError(path, f"is not of --backbone {name} ({said})", "name a file of that model's weights") from error
 
 
 def _twin(name: str, known: list[str]) -> str:

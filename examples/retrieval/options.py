@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 
@@ -139,7 +140,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--backbone", metavar="NAME", default="small", help="small (default), or the name of a model of timm's")
     switch = argparse.BooleanOptionalAction
     add("--pretrained", action=switch, default=False, help="timm: begin with the weights that it downloads")
-    add("--weights", type=Path, metavar="FILE", help="timm: begin with these weights")
+    add("--weights", type=Path, metavar="FILE", help="timm: begin with these weights, of torch.save or safetensors")
     add(
         "--distilled",
         action=switch,
@@ -312,18 +313,34 @@ def folder_of(options: argparse.Namespace) -> Path:
     return options.out or Path("runs") / (options.recipe or f"{name}-{options.loss}")
 
 
-def complete(options: argparse.Namespace, images_to_train_on: int, epoch: int | None = None) -> None:
-    """Puts numbers where the defaults depend on the data; ``epoch`` is in steps, None for as many as images fill."""
+def complete(
+    options: argparse.Namespace,
+    images_to_train_on: int,
+    epoch: int | None = None,
+    earlier: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Puts numbers where the defaults depend on the data.
+
+    Args:
+        epoch: in steps; None for as many as images fill.
+        earlier: settings of the run that goes on. It may be longer now, and keeps what its length then chose.
+    """
+
+    def kept(name: str, default: int) -> int:
+        value = earlier.get(name)
+        return value if isinstance(value, int) and value >= 0 else default
+
     options.epoch = epoch or max(1, round(images_to_train_on / options.batch_size))
     if options.steps is None:
         few = options.epochs is None
         options.steps = max(EPOCHS * options.epoch, LEAST_STEPS) if few else options.epochs * options.epoch
     if options.warmup is None:
-        options.warmup = min(20, options.steps // 10)
+        options.warmup = kept("warmup", min(20, options.steps // 10))
     if options.memory_size is not None and options.memory_warmup is None:
-        options.memory_warmup = options.warmup
+        options.memory_warmup = kept("memory_warmup", options.warmup)
     if options.evaluate_every is None:
-        options.evaluate_every = options.epoch * -(-options.steps // (EVALUATIONS * options.epoch))
+        every = options.epoch * -(-options.steps // (EVALUATIONS * options.epoch))
+        options.evaluate_every = kept("evaluate_every", every) or every
     if options.checkpoint_every is None:
         options.checkpoint_every = options.evaluate_every
 

@@ -20,6 +20,7 @@ from .images import Images
 from .run import Table
 
 _CANDIDATES = 1024  # queries among which those to show are looked for
+_MARKS = 10  # on a line, at the most
 _LABEL = 15  # letters that fit under a picture
 
 
@@ -35,8 +36,11 @@ def curves(steps: Table, metrics: Table, names: Sequence[str], title: str, path:
             left.plot(numbers[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
             left.legend()
         left.set(xlabel="step", ylabel="loss of a batch", title="training")
+        measured = metrics.column("step")
+        # Marks tell the lines apart without colour, for which a few are enough.
+        look = {"markersize": 4, "markevery": -(-len(measured) // _MARKS) or 1}
         for name, mark in zip(names, "osD^v<>pP*", strict=False):
-            right.plot(metrics.column("step"), metrics.column(name), marker=mark, markersize=4, label=name)
+            right.plot(measured, metrics.column(name), marker=mark, label=name, **look)
         right.set(xlabel="step", ylim=(0, 1.03), title="retrieval of the test images")
         right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         for axis in (left, right):
@@ -70,7 +74,7 @@ def neighbours(
     flawed = flawed[: max(queries // 2, queries - len(flawless))]
     shown = flawless[: queries - len(flawed)] + flawed
 
-    size = (columns + 1, 1.15 * len(shown) + 0.8)
+    size = (columns + 1, 1.15 * len(shown) + 1.1)
     with _figure(path, *pyplot.subplots(len(shown), columns + 1, figsize=size, squeeze=False)) as (figure, axes):
         for place, line in zip(shown, axes, strict=True):
             numbers = [int(tried[place]), *nearest[place].tolist()]
@@ -89,10 +93,14 @@ def neighbours(
                     name = _short(images.classes[labels[number]])
                     axis.set_xlabel(name, fontsize=7, labelpad=2, parse_math=False)
         axes[0, 0].set_title("query", fontsize=10)
-        chosen = f"the lower {len(flawed)} rows chosen among {int(wrong.sum()):,} of {len(tried):,} with a mistake"
-        explained = "a cross marks another class; gray is what stands beyond as many images as the class has"
-        about = [title, f"nearest first; {chosen}" if flawed else "nearest first; no query makes a mistake"]
-        about += [explained if not possible[shown].all() else "a cross and a red frame mark another class"]
+        about = [title, "each row: a query, then its nearest images; a cross marks an image of another class"]
+        if flawed:
+            rows = f"the lower {len(flawed)} rows" if len(flawed) < len(shown) else "all rows"
+            about.append(f"{rows} are among the queries with a cross: {int(wrong.sum()):,} of the {len(tried):,} tried")
+        else:
+            about.append(f"none of the {len(tried):,} queries tried has a cross")
+        if not possible[shown].all():
+            about.append("gray frame: of another class, where no more images of the query's class are left to find")
         figure.suptitle("\n".join(about), fontsize=10, parse_math=False)
         figure.tight_layout(pad=0.4, h_pad=0.6, rect=(0, 0, 1, 1 - 0.1 / size[1]))
 

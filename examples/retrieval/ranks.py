@@ -55,6 +55,11 @@ class Ranks:
         """Which of ``total`` things are this rank's; shares differ by one at the most."""
         return slice(total * self.rank // self.world, total * (self.rank + 1) // self.world)
 
+    def check(self, batch_size: int) -> None:
+        """Raises InputError if a batch is too small to be shared."""
+        if batch_size < 2 * self.world:
+            raise InputError(f"--batch-size {batch_size} leaves {self.world} processes fewer than 2 images each")
+
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
         if self.world == 1:

@@ -15,6 +15,7 @@ from roadmap_ext import EmbeddingMemory, cached_backward
 
 from . import batches, losses, networks
 from .batches import PerClassBatches
+from .checkpoint import difference
 from .errors import InputError
 from .hierarchy import HierarchicalBatches
 from .images import MIB, Images
@@ -33,12 +34,9 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, train: Images | Photos, device: torch.device, ranks: Ranks) -> None:
         self.options, self.device, self.ranks = options, device, ranks
+        self.channels, self.size, self.classes = train.channels, train.size, train.classes
         sampler = make_sampler(options, train)
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
-        if options.batch_size < 2 * ranks.world:
-            raise InputError(
-                f"--batch-size {options.batch_size} leaves {ranks.world} processes fewer than 2 images each"
-            )
         self._share = ranks.share(options.batch_size)
         self._feed = batches.Feed(train, sampler, self._share)
         self._distort = batches.Distortion(options.rotate, options.resize, options.shift, options.flip)
@@ -169,7 +167,22 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of state()."""
+        """The inverse of state().
+
+        Raises:
+            ValueError: it is not the state of such a training.
+        """
+        own, kept = self.state(), state["optimizer"].get("state")
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        # Those that have had no gradient yet have nothing there, and load_state_dict() looks at their number alone.
+        own["optimizer"]["state"] = {
+            number: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for number, parameter in enumerate(parameters)
+            if not isinstance(kept, dict) or number in kept
+        }
+        for name, expected in own.items():
+            if wrong := difference(state[name], expected, name):
+                raise ValueError(wrong)
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])

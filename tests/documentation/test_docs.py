@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def test_the_reference_of_the_api():
     assert set(settings) <= set(re.findall(r"`([a-z_]+)`", page)), "a setting is missing"
 
 
+@pytest.mark.parametrize("name", [name for name in roadmap_ext.__all__ if name.lower().endswith(("loss", "_rank"))])
+def test_help_explains_every_setting(name):
+    """Itself or, all but that of RoadmapLoss, in the one place that it names."""
+    thing = getattr(roadmap_ext, name)
+    about = inspect.getdoc(thing)
+    elsewhere = re.search(r"are those of :func:`(?:roadmap_ext\.)?(\w+)`", about)
+    if elsewhere and name != "RoadmapLoss":
+        about += "\n" + inspect.getdoc(getattr(roadmap_ext, elsewhere[1]))
+    explained = set(re.findall(r"^ {4}(\w+): ", about, re.MULTILINE)) | set(re.findall(r" and (\w+): ", about))
+    assert set(inspect.signature(thing).parameters) <= explained
+
+
 def test_the_page_of_the_loss():
     torch.manual_seed(0)
     names = {}
@@ -83,10 +96,28 @@ def test_the_page_of_the_loss():
 
 def test_the_page_of_training():
     names = {}
-    (block,) = blocks("docs/training.md")
+    _, block = blocks("docs/training.md")
     exec(block, names)
     assert 0 < names["measured"]["mAP@R"] < names["measured"]["R@10"] < 1
     assert names["each"].shape == (1000,)
+
+
+@needs_training
+def test_using_the_trained_network(tmp_path, monkeypatch):
+    import train_retrieval
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name in ("draw_curves", "draw_neighbours"):
+        monkeypatch.setattr(train_retrieval, name, lambda *arguments: None)
+    assert train_retrieval.main(["--steps", "1", "--batch-size", "8", "--out", "runs/digits-roadmap"]) == 0
+    for shade, name in enumerate(("a", "b", "query")):
+        Image.new("L", (9, 9), 80 * shade).save(f"{name}.png")
+    names = {}
+    exec(blocks("docs/training.md")[0], names)
+    assert names["gallery"].shape == (2, 64)
+    assert names["similarities"].shape == (1, 2)
 
 
 @needs_training

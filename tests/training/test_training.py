@@ -22,14 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_trees import png, some_classes, write
 from PIL import Image
-from retrieval import images, losses, pictures
+from retrieval import checkpoint, images, losses, pictures
 from retrieval.batches import Distortion, Feed, PerClassBatches, generator
 from retrieval.data import load
 from retrieval.errors import InputError
 from retrieval.options import complete, parse
 from retrieval.progress import Progress
 from retrieval.ranks import Ranks
-from retrieval.run import WRITTEN, Run, Table, replace
+from retrieval.run import WRITTEN, Run, Table
 from retrieval.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -500,7 +500,7 @@ class TestRuns:
             moment()
             self.path.write_bytes(text)
 
-        monkeypatch.setattr("retrieval.run.replace", replace)
+        monkeypatch.setattr(checkpoint, "replace", replace)
         monkeypatch.setattr(Table, "add", add)
         monkeypatch.setattr("train_retrieval.draw_curves", lambda *arguments: None)
         monkeypatch.setattr("train_retrieval.draw_neighbours", lambda *arguments: None)
@@ -651,12 +651,12 @@ class TestRuns:
             resolve_model_data_config=lambda body: {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         )
         monkeypatch.setitem(sys.modules, "timm", stub)
-        (tmp_path / "weights.pt").write_bytes(b"")
+        torch.save(create_model("", in_chans=1).state_dict(), tmp_path / "weights.pt")
+        made.clear()
         arguments = [*TINY, "--backbone", "resnet50", "--weights", tmp_path / "weights.pt"]
         assert program(*arguments, "--out", tmp_path / "a") == 0
-        overlay = {"file": str(tmp_path / "weights.pt")}
-        expected = {"pretrained": True, "num_classes": 0, "in_chans": 1, "pretrained_cfg_overlay": overlay}
-        assert made == [("resnet50", expected)]
+        # It never sees the file.
+        assert made == [("resnet50", {"pretrained": False, "num_classes": 0, "in_chans": 1})]
         # Dropout draws from the step's own seed: a resumed run has the same.
         assert program(*arguments, "--out", tmp_path / "b", "--schedule", "constant", "--steps", 3) == 0
         assert program(*arguments, "--out", tmp_path / "b", "--schedule", "constant", "--resume") == 0
@@ -881,7 +881,7 @@ class TestBadInput:
         whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
         for data in (b"", b"text", whole[: len(whole) // 2]):
             (tmp_path / "run" / "checkpoint.pt").write_bytes(data)
-            assert "cannot be read" in refused(capsys, *TINY, "--out", tmp_path / "run", "--resume")
+            assert "is damaged or cut" in refused(capsys, *TINY, "--out", tmp_path / "run", "--resume")
 
     def test_settings(self, tmp_path, capsys):
         assert "--rho is no setting" in refused(capsys, "--loss", "smooth-ap", "--rho", 3, "--out", tmp_path / "run")
@@ -935,15 +935,17 @@ def test_settings_of_a_run_are_json(unbroken):
 
 
 def test_a_run_in_a_folder_that_is_new(tmp_path):
-    run = Run(tmp_path / "a" / "b", {}, {}, resume=True)
+    run = Run(tmp_path / "a" / "b", resume=True)
+    run.check({}, {})
     run.begin(lambda step: True)
     assert run.state is None
-    run.save(step=3)
+    run.save(step=3, network={}, optimizer={}, scaler={}, memory=None)
     with pytest.raises(InputError, match="another process works in"):
-        Run(tmp_path / "a" / "b", {}, {}, resume=True)
+        Run(tmp_path / "a" / "b", resume=True)
     run.close()
-    again = Run(tmp_path / "a" / "b", {}, {"torch": "other"}, resume=True)
+    again = Run(tmp_path / "a" / "b", resume=True)
     assert again.state["step"] == 3
+    again.check({}, {"torch": "other"})
     assert again.notes == ["torch was None and is other"]
     with pytest.raises(InputError, match=r"steps\.csv lacks rows of steps up to 3"):
         again.begin(lambda step: True)
@@ -953,7 +955,7 @@ def test_a_run_in_a_folder_that_is_new(tmp_path):
 def test_a_folder_of_someone_elses(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,mine\n1,2\n")
     with pytest.raises(InputError, match=r"holds metrics\.csv, and not of a run"):
-        Run(tmp_path, {}, {}, resume=True)
+        Run(tmp_path, resume=True)
 
 
 def test_replace_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -966,13 +968,13 @@ def test_replace_is_whole_or_not_at_all(tmp_path, monkeypatch):
         assert Path(partial).read_bytes() == b"new"
         raise KeyboardInterrupt
 
-    replace(tmp_path / "f", b"old")
+    checkpoint.replace(tmp_path / "f", b"old")
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        replace(tmp_path / "f", b"new")
+        checkpoint.replace(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old"
     monkeypatch.setattr(os, "replace", whole)
-    replace(tmp_path / "f", b"new")
+    checkpoint.replace(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
     assert calls == ["fsync", "fsync", "replace", "fsync"]
 
