@@ -141,6 +141,7 @@ def make_embedding_objective(
     calibration_reduction: str = "per_query",
     normalize: bool = True,
     include_self: bool = False,
+    ignore_label: int | None = None,
     chunk_size: int | None = None,
     gather_across_devices: bool = False,
     surrogate: str = "sup",
@@ -155,6 +156,7 @@ def make_embedding_objective(
     """Check every setting of the embedding losses, and return those that say what is computed."""
     check_method(method)
     check_flag("include_self", include_self)
+    check_ignore_label(ignore_label)
     check_chunk_size(chunk_size)
     check_flag("gather_across_devices", gather_across_devices)
     return make_objective(
@@ -181,6 +183,14 @@ def check_count(name: str, value: object, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def check_ignore_label(value: object) -> None:
+    """Check the label of items that are in no ranking; None: there is none."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise TypeError(f"ignore_label must be None or an integer, the label of items to ignore, got {value!r}")
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_label must be an int64, as labels are, got {value}")
 
 
 def check_chunk_size(value: object) -> None:
