@@ -202,11 +202,11 @@ def embedding_loss(
     target: Tensor,
     ignore: Tensor,
     objective: Objective,
-    queries: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N].
 
-    ``queries`` [B] bool says which rows a mean counts; None: all of them.
+    ``counted`` [B] bool says which rows are queries, for the means; None: all of them.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = savable(_wide(embeddings))
@@ -217,14 +217,14 @@ def embedding_loss(
             queries, references = _unit(queries), _unit(references)
         scores = queries @ references.T
     weight = objective.calibration_weight
-    if queries is None:
-        queries = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    if counted is None:
+        counted = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     if weight == 1:
-        return _calibration_loss(scores, target, ignore, objective, queries)
+        return _calibration_loss(scores, target, ignore, objective, counted)
     ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
     if weight == 0:
         return ap
-    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective, queries)
+    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective, counted)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _calibration_loss(
-    scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective, queries: Tensor
+    scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective, counted: Tensor
 ) -> Tensor:
     """Mean hinge of a query's positives below one margin, plus that of its negatives above the other (ROADMAP, eq. 8).
 
@@ -252,7 +252,7 @@ def _calibration_loss(
     wide, positive, negative = _pair_masks(scores, target, ignore)
     below = torch.relu(objective.positive_margin - wide)
     above = torch.relu(wide - objective.negative_margin)
-    rows = queries.sum().clamp(min=1)
+    rows = counted.sum().clamp(min=1)
     if objective.calibration_reduction == "per_query":
         per_positive = 1 / positive.sum(1).clamp(min=1).to(wide.dtype)
         per_negative = 1 / negative.sum(1).clamp(min=1).to(wide.dtype)
