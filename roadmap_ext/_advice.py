@@ -108,7 +108,9 @@ def _scores(name: str, value: Any) -> str:
 
 def _labels(name: str, value: Any, rows: int | None) -> str:
     if isinstance(value, Mapping):
-        codes = [f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)]
+        codes = [
+            f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)
+        ]
         return codes and f"pass what numbers the classes in it, {' or '.join(codes)}"
     if not isinstance(value, Tensor) and len(value) and all(isinstance(each, str) for each in value):
         return (

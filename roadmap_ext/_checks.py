@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy
 import torch
 from torch import Tensor
+
+from ._advice import for_labels, for_mask, for_scores, for_vectors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SURROGATES = ("sup", "smooth")  # the ops take their places
@@ -170,6 +174,16 @@ def make_embedding_objective(
     )
 
 
+def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
+    """The same memory as a tensor; what torch does not take is returned as it is, for the checks to say why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nobody does
+            return torch.as_tensor(array)
+    except (TypeError, ValueError):
+        return array
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a bool."""
     if not isinstance(value, bool):
@@ -205,14 +219,10 @@ def check_chunk_size(value: object) -> None:
 
 def check_ks(value: object) -> tuple[int, ...]:
     """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(
-            f"k must be a sequence of integers, such as (1, 10, 100), got {value!r}: for one alone, ({value},)"
-        )
-    ks = tuple(value)
+    ks = tuple(value) if isinstance(value, Iterable) else (value,)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, Integral):
-            raise TypeError(f"k must be a sequence of integers, such as (1, 10, 100), got {k!r} in it")
+            raise TypeError(f"k must be an integer or a sequence of integers, such as (1, 10, 100), got {k!r}")
         if k < 1:
             raise ValueError(f"k must be at least 1, for ranks begin there, got {k}")
     return tuple(int(k) for k in ks)
@@ -268,14 +278,16 @@ def check_counts(positives: object, negatives: object) -> None:
 
 
 def _check_index(name: str, value: object, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
-    if value.dim() != 1:
-        raise ValueError(f"{name} must be 1-D, got shape {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on the device of what is ranked, {device}, got {value.device}")
+    check_plain(name, "a torch.Tensor of integers", value, lambda: for_labels(name, value, None))
+    index = cast(Tensor, value)
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {index.dtype}{for_labels(name, index, None)}")
+    if index.dim() != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(
+            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use {_to(name, device)}"
+        )
 
 
 def check_progress(value: object) -> None:
@@ -332,7 +344,7 @@ def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     if ref_emb.device != embeddings.device:
         raise ValueError(
             f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
-            f"ref_emb.to({str(embeddings.device)!r})"
+            f"{_to('ref_emb', embeddings.device)}"
         )
 
 
@@ -345,8 +357,9 @@ def check_pairs(
     """
     checked = []
     for side, value, size in (("query", query, queries), ("reference", reference, references)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {side} indices must be a torch.Tensor of integers, got {type(value).__name__}")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: {side} indices must be a dense torch.Tensor of integers, got {got}")
         if value.dim() != 1:
             raise ValueError(f"{name}: {side} indices must be 1-D, got shape {tuple(value.shape)}")
         # A miner that found nothing may return torch.tensor([]), which is float32.
@@ -368,62 +381,66 @@ def check_pairs(
     return checked[0], checked[1]
 
 
-def _check_matrix(name: str, value: object) -> None:
+def check_plain(name: str, wanted: str, value: object, advice: Callable[[], str]) -> None:
+    """Raise TypeError unless ``value`` is a tensor of the kind that everything here takes: dense, whole, of numbers."""
     if not isinstance(value, Tensor):
-        hint = "use torch.as_tensor()"
-        if isinstance(value, tuple | list):
-            hint = "pass one tensor; a miner's tuple is for the losses of roadmap_ext.integrations"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {hint}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}{advice()}")
+    kind = None
+    if hasattr(value, "full_tensor"):  # its class is not imported for that
+        kind = "a DTensor"
+    elif value.is_nested:
+        kind = "a nested tensor"
+    elif value.layout != torch.strided:
+        kind = f"layout {value.layout}"
+    elif value.is_quantized:
+        kind = f"a quantized one, {value.dtype}"
+    if kind is not None:
+        raise TypeError(f"{name} must be a plain dense tensor, got {kind}{advice()}")
+
+
+def _to(name: str, device: torch.device) -> str:
+    return f"{name}.to({str(device)!r})"
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    check_plain(name, "a torch.Tensor", value, lambda: for_vectors(name, value))
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}: use {name}.float(), unless it "
-            "stands where labels belong"
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}{for_vectors(name, value)}"
         )
     if value.dim() != 2:
-        hint = f": one item is {name}[None]" if value.dim() == 1 else ""
-        if value.dim() > 2:
-            hint = f": one vector an item; {name}.flatten(1) makes it where the first dimension counts the items"
-        raise ValueError(f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}{hint}")
-
-
-def _check_integers(name: str, value: object, owner: str, matrix: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
-    if value.dim() != 1 or len(value) != len(matrix):
-        hint = ""
-        if value.dim() == 2 and len(value) == len(matrix):
-            hint = f": use {name}.flatten()" if value.shape[1] == 1 else f": one-hot rows become {name}.argmax(1)"
         raise ValueError(
-            f"{name} must be 1-D with one entry a row of {owner}, {len(matrix)}, got shape {tuple(value.shape)}{hint}"
+            f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}{for_vectors(name, value)}"
+        )
+
+
+def _check_integers(name: str, value: Tensor, owner: str, matrix: Tensor) -> None:
+    rows = len(matrix)
+    check_plain(name, "a torch.Tensor of integers", value, lambda: for_labels(name, value, rows))
+    if value.shape != (rows,):
+        raise ValueError(
+            f"{name} must be 1-D with one entry a row of {owner}, {rows}, got shape {tuple(value.shape)}"
+            f"{for_labels(name, value, rows)}"
         )
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}: use {name}.long()")
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}{for_labels(name, value, rows)}")
     if value.device != matrix.device:
         raise ValueError(
             f"{name} must be on the device of {owner}, {matrix.device}, got {value.device}: use "
-            f"{name}.to({str(matrix.device)!r})"
+            f"{_to(name, matrix.device)}"
         )
 
 
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
     """Check scores [B, N] and its masks. Raises TypeError for types and dtypes, ValueError for shapes and devices."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}: use torch.as_tensor(scores)")
-    if scores.layout != torch.strided:
-        raise TypeError(f"scores must be a dense tensor, got layout {scores.layout}: call scores.to_dense()")
+    check_plain("scores", "a torch.Tensor", scores, lambda: for_scores("scores", scores))
     if scores.dtype not in DTYPES:
         raise TypeError(
-            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}: convert it, for example with "
-            "scores.float()"
+            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}{for_scores('scores', scores)}"
         )
     if scores.dim() != 2:
         raise ValueError(
-            f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}"
-            + (": one query is scores[None]" if scores.dim() == 1 else "")
+            f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}{for_scores('scores', scores)}"
         )
     _check_mask("target", target, scores)
     if ignore is not None:
@@ -431,19 +448,13 @@ def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
 
 
 def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of dtype torch.bool, got {type(mask).__name__}")
+    check_plain(name, "a torch.Tensor of dtype torch.bool", mask, lambda: for_mask(name, mask, scores))
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool(), and "
-            "labels with labels[:, None] == reference_labels[None]"
-        )
-    if mask.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {mask.layout}: call {name}.to_dense()")
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}{for_mask(name, mask, scores)}")
     if mask.shape != scores.shape:
         raise ValueError(
-            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}: use "
-            f"{name}.expand_as(scores) where it is to be broadcast"
+            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}"
+            f"{for_mask(name, mask, scores)}"
         )
     if mask.device != scores.device:
         raise ValueError(

@@ -180,8 +180,8 @@ def _evaluate(
 def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, total: Total | None = None) -> Tensor:
     """What a row's AP loss and its sums of positive and negative hinges weigh in the loss, [B, 3] float64.
 
-    counts [B, 2]: positives and negatives of a row, -1 where it is no query. violating [1, 2]: over how many hinges of the whole batch each kind
-    is averaged; None: over those of each row.
+    counts [B, 2]: positives and negatives of a row, -1 where it is no query. violating [1, 2]: over how many hinges of
+    the whole batch each kind is averaged; None: over those of each row.
     """
     # Numbers of rows as tensors: torch.compile of 2.11 fails on symbolic ones inside an autograd Function.
     numbers = torch.stack([(counts[:, 0] >= 0).sum(), (counts[:, 0] > 0).sum()])

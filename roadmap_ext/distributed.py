@@ -21,8 +21,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ._advice import for_vectors
 from ._autograd import resolve_method, savable
-from ._checks import Objective
+from ._checks import Objective, check_plain
 from ._chunks import embedding_loss
 from ._relation import blank, from_labels
 
@@ -58,10 +59,7 @@ def gather(rows: Tensor) -> Tensor:
     """
 
     def check() -> Mapping[str, int | str]:
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"gather takes a torch.Tensor, got {type(rows).__name__}")
-        if rows.layout != torch.strided:
-            raise TypeError(f"gather takes a dense tensor, got layout {rows.layout}: call to_dense()")
+        check_plain("rows", "a torch.Tensor", rows, lambda: for_vectors("rows", rows))
         if rows.dim() == 0:
             raise ValueError("gather takes a tensor of rows, [n, ...], got one without dimensions: use rows[None]")
         return {"call": "gather"}

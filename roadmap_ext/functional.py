@@ -358,9 +358,7 @@ def roadmap_loss(
     references = None if ref_emb is None or alone else ref_emb
     if references is not None and memory is None:  # whose entries are numbers
         references = blank(references, ref_labels, ignore_label)
-    return embedding_loss(
-        blank(embeddings, labels, ignore_label), references, relation, objective, chunk_size, method
-    )
+    return embedding_loss(blank(embeddings, labels, ignore_label), references, relation, objective, chunk_size, method)
 
 
 # The fake kernels are registered by importing them; the name is not used otherwise.

@@ -241,9 +241,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm
 
 
-def _calibration_loss(
-    scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective, counted: Tensor
-) -> Tensor:
+def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective, counted: Tensor) -> Tensor:
     """Mean hinge of a query's positives below one margin, plus that of its negatives above the other (ROADMAP, eq. 8).
 
     "violating_pairs" is the released code's: over the whole batch, hinges are averaged over those that are not 0,

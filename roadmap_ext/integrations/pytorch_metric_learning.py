@@ -167,7 +167,8 @@ class _PairLoss(losses.BaseMetricLossFunction):
             relation = relation._replace(first_own=0)
         if labels is not None and ref_labels is not None:
             embeddings, ref_emb = (
-                blank(rows, of, self.settings["ignore_label"]) for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
+                blank(rows, of, self.settings["ignore_label"])
+                for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
             )
         references = None if own else ref_emb
         method, chunk_size = self.settings["method"], self.settings["chunk_size"]
@@ -250,8 +251,8 @@ class RoadmapLoss(_PairLoss):
         embedding_regularizer, embedding_reg_weight, collect_stats: as in the library.
         settings: ``calibration_weight``, ``positive_margin``, ``negative_margin``, ``calibration_reduction``,
             ``normalize``, ``include_self``, ``ignore_label``, ``chunk_size``, ``surrogate``, ``tau``, ``rho``,
-            ``delta``, ``start``, ``offset`` and ``method``, as those of :class:`roadmap_ext.RoadmapLoss`; not ``reduction`` (the reducer's
-            task) and ``gather_across_devices`` (the library's DistributedLossWrapper's).
+            ``delta``, ``start``, ``offset`` and ``method``, as those of :class:`roadmap_ext.RoadmapLoss`; not
+            ``reduction`` (the reducer's task) and ``gather_across_devices`` (the library's DistributedLossWrapper's).
 
     Raises:
         TypeError: an unknown setting, or one of the wrong type.
