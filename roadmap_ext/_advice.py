@@ -163,7 +163,9 @@ def _rows_of_labels(name: str, value: Tensor) -> str:
 
 
 def _mask(name: str, value: Any, scores: Tensor) -> str:
-    if remedy := _plain(name, value, lambda code, made: _mask(code, made, scores), "{}.to_padded_tensor(False)"):
+    if remedy := _plain(
+        name, value, lambda code, made: _mask(code, made, scores), "torch.nested.to_padded_tensor({}, 0)"
+    ):
         return remedy
     rows, columns = scores.shape
     code = name

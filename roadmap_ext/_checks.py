@@ -77,7 +77,7 @@ def check_method(value: object) -> str:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = ", which cannot be learnt here: use .item()" if isinstance(value, Tensor) else ""
+        hint = f", which cannot be learnt here: use {name}.item()" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     number = float(value)
     if not -_LARGEST <= number <= _LARGEST:  # nor is NaN; torch.compile can trace a comparison
