@@ -60,12 +60,14 @@ def _of_arrays(function: Callable[..., _T]) -> Callable[..., _T]:
         def tensor(value: Any) -> Any:
             if isinstance(value, list | tuple):
                 return [tensor(each) for each in value]
-            if isinstance(value, Tensor) and value.is_meta:
-                raise ValueError("metrics are of values, and a tensor on the meta device has none")
             return made.setdefault(id(value), as_tensor(value)) if isinstance(value, numpy.ndarray) else value
 
+        given = [tensor(value) for value in arguments]
         named = {name: value if name == "k" else tensor(value) for name, value in keywords.items()}
-        return function(*map(tensor, arguments), **named)
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+        if tensors and all(value.is_meta for value in tensors):
+            raise ValueError("metrics are of values, and tensors on the meta device have none")
+        return function(*given, **named)
 
     return taking
 

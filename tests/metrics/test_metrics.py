@@ -616,6 +616,8 @@ def test_bad_embeddings():
     x, labels = points(50)
     with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor"):
         retrieval_metrics(x.tolist(), labels)
+    with pytest.raises(ValueError, match="tensors on the meta device have none"):
+        retrieval_metrics(x.to("meta"), labels=labels.to("meta"))
     with pytest.raises(ValueError, match="labels must be 1-D with one entry a row of embeddings, 50"):
         retrieval_metrics(x, labels[:4])
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
