@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _warnings, reference
 from ._autograd import (
     FirstDerivativeOnly,
     anchor,
+    can_be_read,
     check_no_transform,
     is_known_to_be_1,
     may_overwrite,
@@ -58,6 +59,8 @@ def embedding_loss(
     if method == "reference":
         assert total is None  # the reference takes the whole batch
         target, ignore = relation.masks(len(tensors[-1]))
+        if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
+            _warnings.without_positive()
         return reference.embedding_loss(embeddings, references, target, ignore, objective, relation.queries)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
     counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
@@ -187,6 +190,10 @@ def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, tot
     numbers = torch.stack([(counts[:, 0] >= 0).sum(), (counts[:, 0] > 0).sum()])
     if total is not None:
         numbers = total(numbers)
+    if objective.calibration_weight < 1 and can_be_read(numbers):
+        queries, ranked_queries = numbers.tolist()
+        if queries and not ranked_queries:
+            _warnings.without_positive()
     # AP's mean leaves out queries without a positive, calibration's does not.
     rows, ranked = numbers.clamp(min=1).double().unbind()
     mean = objective.reduction == "mean"

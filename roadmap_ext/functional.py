@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _ops, distributed, reference
-from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method, savable
+from . import _ops, _warnings, distributed, reference
+from ._autograd import FirstDerivativeOnly, anchor, can_be_read, may_overwrite, resolve_method, savable
 from ._checks import (
     METHODS,
     REDUCTIONS,
@@ -166,14 +166,19 @@ def ap_loss(
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
     method = resolve_method(method, scores)
+    loss: Tensor
     if method == "reference":
-        return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
-    if torch.is_grad_enabled() and scores.requires_grad:
-        loss: Tensor = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
+        loss = reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
+    elif torch.is_grad_enabled() and scores.requires_grad:
+        loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
     else:
         loss = torch.ops.roadmap_ext.average_precision(
             scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False, METHODS.index(method)
         )[0]
+    # The masks are read where the loss is 0 alone.
+    all_zero = len(scores) > 0 and can_be_read(loss) and not loss.any()
+    if all_zero and can_be_read(target) and not (target if ignore is None else target & ~ignore).any():
+        _warnings.without_positive()
     return loss
 
 
