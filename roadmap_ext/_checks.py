@@ -349,7 +349,7 @@ def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
 
 
 def check_pairs(
-    name: str, query: object, reference: object, queries: int, references: int, device: torch.device
+    name: str, query: Tensor, reference: Tensor, queries: int, references: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Check pairs given as the indices of their queries and of their references; returns both, [n] int64 on ``device``.
 
@@ -357,9 +357,7 @@ def check_pairs(
     """
     checked = []
     for side, value, size in (("query", query, queries), ("reference", reference, references)):
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            got = value.layout if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: {side} indices must be a dense torch.Tensor of integers, got {got}")
+        check_plain(f"{name}: {side} indices", "a torch.Tensor of integers", value, str)
         if value.dim() != 1:
             raise ValueError(f"{name}: {side} indices must be 1-D, got shape {tuple(value.shape)}")
         # A miner that found nothing may return torch.tensor([]), which is float32.

@@ -24,8 +24,8 @@ def without_kernels() -> None:
 def without_positive() -> None:
     """A batch whose AP loss is 0 because no query has a positive, which looks like one that is ranked perfectly."""
     _once(
-        "roadmap_ext: no query of this batch has a positive, so its AP loss is 0 and teaches nothing. A batch needs "
-        "several items of each class: draw it with the sampler in docs/roadmap-loss.md, or with "
+        "roadmap_ext: no query of this batch has a positive (or a miner named none), so its AP loss is 0 and teaches "
+        "nothing. A batch needs several items of each class: draw it with the sampler in docs/roadmap-loss.md, or with "
         "pytorch_metric_learning.samplers.MPerClassSampler(labels, m=4, batch_size=...). (This is said once.)",
         UserWarning,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,8 +17,18 @@ import torch
 from torch import Tensor
 
 from .. import modules
+from .._advice import for_labels
 from .._autograd import resolve_method
-from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
+from .._checks import (
+    Objective,
+    Settings,
+    check_embeddings,
+    check_matrices,
+    check_pairs,
+    check_plain,
+    make_objective,
+    make_settings,
+)
 from .._chunks import embedding_loss
 from .._relation import Lists, Relation, blank, from_labels, from_pairs
 from ..memory import EmbeddingMemory, make_writable
@@ -139,9 +150,6 @@ class _PairLoss(losses.BaseMetricLossFunction):
             ValueError: shapes differ, an index is out of range, labels or references are missing.
             RuntimeError: the kernels for the device were not built.
         """
-        for name, value in (("labels", labels), ("ref_labels", ref_labels)):
-            if value is not None and not isinstance(value, Tensor):  # the library would ask it for its shape
-                raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}")
         if isinstance(ref_emb, EmbeddingMemory):
             raise TypeError(
                 "ref_emb is an EmbeddingMemory, which takes ids, and this call has no place for them: use "
@@ -149,6 +157,15 @@ class _PairLoss(losses.BaseMetricLossFunction):
             )
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels was given without ref_emb: without either, the batch is its own reference")
+        # Before the library asks them for their shapes; labels on another device it moves.
+        check_matrices(embeddings, ref_emb)
+        for name, value, rows in (("labels", labels, len(embeddings)), ("ref_labels", ref_labels, None)):
+            if value is not None:
+                check_plain(name, "a torch.Tensor of integers", value, partial(for_labels, name, value, rows))
+        if indices_tuple is None and labels is not None:
+            labels = labels.to(embeddings.device)
+            ref_labels = None if ref_labels is None else ref_labels.to(embeddings.device)
+            check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
         loss: Tensor = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         return loss
 
