@@ -261,17 +261,17 @@ def check_batches(value: object, references: int, device: torch.device) -> Tenso
     return number
 
 
-def check_counts(positives: object, negatives: object) -> None:
+def check_counts(positives: Tensor, negatives: Tensor) -> None:
     """Check the numbers of positives and negatives in batches, [B, K] each."""
     for name, value in (("positives", positives), ("negatives", negatives)):
-        if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be an integer torch.Tensor, [queries, batches], got {got}")
+        check_plain(name, "an integer torch.Tensor, [queries, batches]", value, str)
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            raise TypeError(f"{name} must be an integer torch.Tensor, [queries, batches], got {value.dtype}")
         if value.dim() != 2:
             raise ValueError(f"{name} must be 2-D, [queries, batches], got shape {tuple(value.shape)}")
         if value.numel() and value.min() < 0:
             raise ValueError(f"{name} must not be negative, got {int(value.min())}")
-    if isinstance(positives, Tensor) and isinstance(negatives, Tensor) and positives.shape != negatives.shape:
+    if positives.shape != negatives.shape:
         raise ValueError(
             f"negatives must have the shape of positives, {tuple(positives.shape)}, got {tuple(negatives.shape)}"
         )

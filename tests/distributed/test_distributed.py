@@ -32,6 +32,11 @@ LOSSES = {
     "sum": functools.partial(roadmap_ext.RoadmapLoss, reduction="sum"),
     "none": functools.partial(roadmap_ext.RoadmapLoss, reduction="none"),
     "with self": functools.partial(roadmap_ext.RoadmapLoss, include_self=True),
+    "ignored label": functools.partial(roadmap_ext.RoadmapLoss, ignore_label=1),
+    "ignored label, violating pairs": functools.partial(
+        roadmap_ext.RoadmapLoss, ignore_label=7, calibration_reduction="violating_pairs"
+    ),
+    "ignored label, reference": functools.partial(roadmap_ext.RoadmapLoss, ignore_label=1, method="reference"),
     "products": functools.partial(roadmap_ext.RoadmapLoss, normalize=False, tau=0.5),
     "small chunks": functools.partial(roadmap_ext.RoadmapLoss, chunk_size=2),
     "sorted": functools.partial(roadmap_ext.RoadmapLoss, method="sorted"),
