@@ -56,6 +56,12 @@ def for_mask(name: str, value: object, scores: Tensor) -> str:
     return _mask(name, value, scores)
 
 
+@_looking
+def for_rows(name: str, value: object) -> str:
+    """For what is no tensor, of any shape and dtype, one row an item."""
+    return _plain(name, value, lambda code, made: "", "torch.cat({}.unbind())")
+
+
 def _vectors(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         tensors = {key: each for key, each in value.items() if isinstance(each, Tensor) and each.is_floating_point()}

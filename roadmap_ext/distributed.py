@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ._advice import for_vectors
+from ._advice import for_rows
 from ._autograd import resolve_method, savable
 from ._checks import Objective, check_plain
 from ._chunks import embedding_loss
@@ -59,7 +59,7 @@ def gather(rows: Tensor) -> Tensor:
     """
 
     def check() -> Mapping[str, int | str]:
-        check_plain("rows", "a torch.Tensor", rows, lambda: for_vectors("rows", rows))
+        check_plain("rows", "a torch.Tensor", rows, lambda: for_rows("rows", rows))
         if rows.dim() == 0:
             raise ValueError("gather takes a tensor of rows, [n, ...], got one without dimensions: use rows[None]")
         return {"call": "gather"}

@@ -593,7 +593,7 @@ def test_wrong_on_the_only_rank(as_several, name, match):
 
 
 def test_what_is_no_tensor_or_has_no_backend(as_several):
-    with pytest.raises(TypeError, match=r"gather takes a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"rows must be a torch\.Tensor, got list"):
         distributed.gather([1.0])
     with pytest.raises(ValueError, match=r"no backend for tensors on meta, only .*cpu:gloo.*: move them there"):
         distributed.gather(torch.zeros(3, device="meta"))

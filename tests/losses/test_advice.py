@@ -340,6 +340,18 @@ OTHERS = [
             ]
         ),
     ),
+    *(
+        (
+            lambda rows=rows: in_a_group(lambda: distributed.gather(rows)),
+            f"use {code}",
+            lambda rows=rows, code=code: in_a_group(lambda: distributed.gather(eval(code, names(rows, "rows")))),
+        )
+        for rows, code in [
+            ([1, 2], "torch.as_tensor(rows)"),
+            (X.to_sparse(), "rows.to_dense()"),
+            (ragged(LABELS, [4, 2]), "torch.cat(rows.unbind())"),
+        ]
+    ),
     (
         lambda: in_a_group(lambda: distributed.gather(torch.tensor(1.0))),
         "use rows[None]",
