@@ -36,6 +36,6 @@ def _once(message: str, category: type[Warning]) -> None:
         return
     _said.add(message)
     caller, level = sys._getframe(), 1
-    while caller.f_back and caller.f_globals["__name__"].partition(".")[0] in _LIBRARIES:
+    while caller.f_back and caller.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         caller, level = caller.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

@@ -50,7 +50,7 @@ ONE_HOT = nn.functional.one_hot(LABELS)
 MULTI_HOT = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0]])
 SOFT = 0.7 * ONE_HOT + 0.3 * ONE_HOT.flip(0)
 RELATION = LABELS[:, None] == LABELS
-TOKENS = torch.randn(ROWS, 5, DIM)
+TOKENS = torch.randn(ROWS, 5, DIM, generator=torch.Generator().manual_seed(2))
 RELATED = {"ap_loss": ap_loss, "scores": X @ X.T, "itself": torch.eye(ROWS, dtype=torch.bool)}
 
 
@@ -144,7 +144,7 @@ CLASSES = [
     (MULTI_HOT.double(), "ap_loss(scores, labels @ labels.T > 0, ignore=itself)"),
     (MULTI_HOT.float().to_sparse(), "ap_loss(scores, labels.to_dense() @ labels.to_dense().T > 0, ignore=itself)"),
     (SOFT, "ap_loss(scores, labels @ labels.T > 0.5, ignore=itself)"),
-    (torch.randn(ROWS, 3).softmax(1), "ap_loss(scores, labels @ labels.T > 0.5, ignore=itself)"),
+    ((4 * X).softmax(1), "ap_loss(scores, labels @ labels.T > 0.5, ignore=itself)"),
     (RELATION, "ap_loss(scores, labels.bool(), ignore=itself)"),
     (RELATION.int(), "ap_loss(scores, labels.bool(), ignore=itself)"),
     (0.8 * RELATION, "ap_loss(scores, labels > 0.5, ignore=itself)"),

@@ -62,6 +62,10 @@ def test_once(name):
     assert not second
 
 
+def test_code_without_a_name_may_call():
+    assert len(said(lambda: eval("loss(x, labels)", {"loss": RoadmapLoss(), "x": X, "labels": NO_PAIR}))) == 1
+
+
 def compiled():
     torch.compile(RoadmapLoss(), fullgraph=True, backend="aot_eager")(X, NO_PAIR)
 
