@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _warnings
 from ._checks import check_method
-from ._extension import _REFERENCE_ONLY, check_kernels, warn_reference_only
+from ._extension import _REFERENCE_ONLY, check_kernels
 
 _NO_TRANSFORMS = (
     "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
@@ -58,7 +59,7 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
     if method == "reference":
         return method
     if method == "auto" and _REFERENCE_ONLY:
-        warn_reference_only()
+        _warnings.without_kernels()
         return "reference"
     check_kernels(inputs[0].device, method)
     if not torch.compiler.is_compiling():
@@ -76,10 +77,16 @@ def check_no_transform(*inputs: Tensor) -> None:
         raise RuntimeError(_NO_TRANSFORMS)
 
 
+def can_be_read(x: Tensor) -> bool:
+    """Whether reading values costs nothing: not on a GPU, nor while torch traces or transforms."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
 def is_known_to_be_1(x: Tensor) -> bool:
-    """Whether a scalar is 1 and reading it costs nothing: not on a GPU, nor while torch traces."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
-    return plain and x.item() == 1
+    """Whether a scalar is 1, where it can be read."""
+    return can_be_read(x) and x.item() == 1
 
 
 def may_overwrite(saved: Tensor) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy
 import torch
 from torch import Tensor
+
+from ._advice import for_labels, for_mask, for_scores, for_vectors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SURROGATES = ("sup", "smooth")  # the ops take their places
@@ -73,7 +77,7 @@ def check_method(value: object) -> str:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = ", which cannot be learnt here: use .item()" if isinstance(value, Tensor) else ""
+        hint = f", which cannot be learnt here: use {name}.item()" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     number = float(value)
     if not -_LARGEST <= number <= _LARGEST:  # nor is NaN; torch.compile can trace a comparison
@@ -141,6 +145,7 @@ def make_embedding_objective(
     calibration_reduction: str = "per_query",
     normalize: bool = True,
     include_self: bool = False,
+    ignore_label: int | None = None,
     chunk_size: int | None = None,
     gather_across_devices: bool = False,
     surrogate: str = "sup",
@@ -155,6 +160,7 @@ def make_embedding_objective(
     """Check every setting of the embedding losses, and return those that say what is computed."""
     check_method(method)
     check_flag("include_self", include_self)
+    check_ignore_label(ignore_label)
     check_chunk_size(chunk_size)
     check_flag("gather_across_devices", gather_across_devices)
     return make_objective(
@@ -166,6 +172,16 @@ def make_embedding_objective(
         normalize,
         reduction,
     )
+
+
+def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
+    """The same memory as a tensor; what torch does not take is returned as it is, for the checks to say why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nobody does
+            return torch.as_tensor(array)
+    except (TypeError, ValueError):
+        return array
 
 
 def check_flag(name: str, value: object) -> None:
@@ -183,6 +199,14 @@ def check_count(name: str, value: object, least: int) -> int:
     return int(value)
 
 
+def check_ignore_label(value: object) -> None:
+    """Check the label of items that are in no ranking; None: there is none."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise TypeError(f"ignore_label must be None or an integer, the label of items to ignore, got {value!r}")
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_label must be an int64, as labels are, got {value}")
+
+
 def check_chunk_size(value: object) -> None:
     """Check the number of queries a chunk; None leaves it to the library."""
     if value is None:
@@ -195,14 +219,10 @@ def check_chunk_size(value: object) -> None:
 
 def check_ks(value: object) -> tuple[int, ...]:
     """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(
-            f"k must be a sequence of integers, such as (1, 10, 100), got {value!r}: for one alone, ({value},)"
-        )
-    ks = tuple(value)
+    ks = tuple(value) if isinstance(value, Iterable) else (value,)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, Integral):
-            raise TypeError(f"k must be a sequence of integers, such as (1, 10, 100), got {k!r} in it")
+            raise TypeError(f"k must be an integer or a sequence of integers, such as (1, 10, 100), got {k!r}")
         if k < 1:
             raise ValueError(f"k must be at least 1, for ranks begin there, got {k}")
     return tuple(int(k) for k in ks)
@@ -241,31 +261,33 @@ def check_batches(value: object, references: int, device: torch.device) -> Tenso
     return number
 
 
-def check_counts(positives: object, negatives: object) -> None:
+def check_counts(positives: Tensor, negatives: Tensor) -> None:
     """Check the numbers of positives and negatives in batches, [B, K] each."""
     for name, value in (("positives", positives), ("negatives", negatives)):
-        if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be an integer torch.Tensor, [queries, batches], got {got}")
+        check_plain(name, "an integer torch.Tensor, [queries, batches]", value, str)
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            raise TypeError(f"{name} must be an integer torch.Tensor, [queries, batches], got {value.dtype}")
         if value.dim() != 2:
             raise ValueError(f"{name} must be 2-D, [queries, batches], got shape {tuple(value.shape)}")
         if value.numel() and value.min() < 0:
             raise ValueError(f"{name} must not be negative, got {int(value.min())}")
-    if isinstance(positives, Tensor) and isinstance(negatives, Tensor) and positives.shape != negatives.shape:
+    if positives.shape != negatives.shape:
         raise ValueError(
             f"negatives must have the shape of positives, {tuple(positives.shape)}, got {tuple(negatives.shape)}"
         )
 
 
 def _check_index(name: str, value: object, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
-    if value.dim() != 1:
-        raise ValueError(f"{name} must be 1-D, got shape {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on the device of what is ranked, {device}, got {value.device}")
+    check_plain(name, "a torch.Tensor of integers", value, lambda: for_labels(name, value, None))
+    index = cast(Tensor, value)
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {index.dtype}{for_labels(name, index, None)}")
+    if index.dim() != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(
+            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use {_to(name, device)}"
+        )
 
 
 def check_progress(value: object) -> None:
@@ -322,12 +344,12 @@ def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     if ref_emb.device != embeddings.device:
         raise ValueError(
             f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
-            f"ref_emb.to({str(embeddings.device)!r})"
+            f"{_to('ref_emb', embeddings.device)}"
         )
 
 
 def check_pairs(
-    name: str, query: object, reference: object, queries: int, references: int, device: torch.device
+    name: str, query: Tensor, reference: Tensor, queries: int, references: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Check pairs given as the indices of their queries and of their references; returns both, [n] int64 on ``device``.
 
@@ -335,8 +357,7 @@ def check_pairs(
     """
     checked = []
     for side, value, size in (("query", query, queries), ("reference", reference, references)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {side} indices must be a torch.Tensor of integers, got {type(value).__name__}")
+        check_plain(f"{name}: {side} indices", "a torch.Tensor of integers", value, str)
         if value.dim() != 1:
             raise ValueError(f"{name}: {side} indices must be 1-D, got shape {tuple(value.shape)}")
         # A miner that found nothing may return torch.tensor([]), which is float32.
@@ -358,62 +379,66 @@ def check_pairs(
     return checked[0], checked[1]
 
 
-def _check_matrix(name: str, value: object) -> None:
+def check_plain(name: str, wanted: str, value: object, advice: Callable[[], str]) -> None:
+    """Raise TypeError unless ``value`` is a tensor of the kind that everything here takes: dense, whole, of numbers."""
     if not isinstance(value, Tensor):
-        hint = "use torch.as_tensor()"
-        if isinstance(value, tuple | list):
-            hint = "pass one tensor; a miner's tuple is for the losses of roadmap_ext.integrations"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {hint}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}{advice()}")
+    kind = None
+    if hasattr(value, "full_tensor"):  # its class is not imported for that
+        kind = "a DTensor"
+    elif value.is_nested:
+        kind = "a nested tensor"
+    elif value.layout != torch.strided:
+        kind = f"layout {value.layout}"
+    elif value.is_quantized:
+        kind = f"a quantized one, {value.dtype}"
+    if kind is not None:
+        raise TypeError(f"{name} must be a plain dense tensor, got {kind}{advice()}")
+
+
+def _to(name: str, device: torch.device) -> str:
+    return f"{name}.to({str(device)!r})"
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    check_plain(name, "a torch.Tensor", value, lambda: for_vectors(name, value))
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}: use {name}.float(), unless it "
-            "stands where labels belong"
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}{for_vectors(name, value)}"
         )
     if value.dim() != 2:
-        hint = f": one item is {name}[None]" if value.dim() == 1 else ""
-        if value.dim() > 2:
-            hint = f": one vector an item; {name}.flatten(1) makes it where the first dimension counts the items"
-        raise ValueError(f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}{hint}")
-
-
-def _check_integers(name: str, value: object, owner: str, matrix: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}: use torch.as_tensor()")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: call {name}.to_dense()")
-    if value.dim() != 1 or len(value) != len(matrix):
-        hint = ""
-        if value.dim() == 2 and len(value) == len(matrix):
-            hint = f": use {name}.flatten()" if value.shape[1] == 1 else f": one-hot rows become {name}.argmax(1)"
         raise ValueError(
-            f"{name} must be 1-D with one entry a row of {owner}, {len(matrix)}, got shape {tuple(value.shape)}{hint}"
+            f"{name} must be 2-D, [items, dimension], got shape {tuple(value.shape)}{for_vectors(name, value)}"
+        )
+
+
+def _check_integers(name: str, value: Tensor, owner: str, matrix: Tensor) -> None:
+    rows = len(matrix)
+    check_plain(name, "a torch.Tensor of integers", value, lambda: for_labels(name, value, rows))
+    if value.shape != (rows,):
+        raise ValueError(
+            f"{name} must be 1-D with one entry a row of {owner}, {rows}, got shape {tuple(value.shape)}"
+            f"{for_labels(name, value, rows)}"
         )
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}: use {name}.long()")
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}{for_labels(name, value, rows)}")
     if value.device != matrix.device:
         raise ValueError(
             f"{name} must be on the device of {owner}, {matrix.device}, got {value.device}: use "
-            f"{name}.to({str(matrix.device)!r})"
+            f"{_to(name, matrix.device)}"
         )
 
 
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
     """Check scores [B, N] and its masks. Raises TypeError for types and dtypes, ValueError for shapes and devices."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}: use torch.as_tensor(scores)")
-    if scores.layout != torch.strided:
-        raise TypeError(f"scores must be a dense tensor, got layout {scores.layout}: call scores.to_dense()")
+    check_plain("scores", "a torch.Tensor", scores, lambda: for_scores("scores", scores))
     if scores.dtype not in DTYPES:
         raise TypeError(
-            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}: convert it, for example with "
-            "scores.float()"
+            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}{for_scores('scores', scores)}"
         )
     if scores.dim() != 2:
         raise ValueError(
-            f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}"
-            + (": one query is scores[None]" if scores.dim() == 1 else "")
+            f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}{for_scores('scores', scores)}"
         )
     _check_mask("target", target, scores)
     if ignore is not None:
@@ -421,19 +446,13 @@ def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
 
 
 def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of dtype torch.bool, got {type(mask).__name__}")
+    check_plain(name, "a torch.Tensor of dtype torch.bool", mask, lambda: for_mask(name, mask, scores))
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must have dtype torch.bool, got {mask.dtype}: a 0/1 mask becomes one with {name}.bool(), and "
-            "labels with labels[:, None] == reference_labels[None]"
-        )
-    if mask.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {mask.layout}: call {name}.to_dense()")
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}{for_mask(name, mask, scores)}")
     if mask.shape != scores.shape:
         raise ValueError(
-            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}: use "
-            f"{name}.expand_as(scores) where it is to be broadcast"
+            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}"
+            f"{for_mask(name, mask, scores)}"
         )
     if mask.device != scores.device:
         raise ValueError(

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _warnings, reference
 from ._autograd import (
     FirstDerivativeOnly,
     anchor,
+    can_be_read,
     check_no_transform,
     is_known_to_be_1,
     may_overwrite,
@@ -58,9 +59,13 @@ def embedding_loss(
     if method == "reference":
         assert total is None  # the reference takes the whole batch
         target, ignore = relation.masks(len(tensors[-1]))
-        return reference.embedding_loss(embeddings, references, target, ignore, objective)
+        if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
+            _warnings.without_positive()
+        return reference.embedding_loss(embeddings, references, target, ignore, objective, relation.queries)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
     counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
+    if relation.queries is not None:
+        counts = counts.masked_fill(~relation.queries[:, None], -1)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         anchors = [anchor(x) if x is not None and x.requires_grad else None for x in (embeddings, references)]
         loss: Tensor = _EmbeddingLoss.apply(
@@ -178,13 +183,17 @@ def _evaluate(
 def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, total: Total | None = None) -> Tensor:
     """What a row's AP loss and its sums of positive and negative hinges weigh in the loss, [B, 3] float64.
 
-    counts [B, 2]: positives and negatives of a row. violating [1, 2]: over how many hinges of the whole batch each kind
-    is averaged; None: over those of each row.
+    counts [B, 2]: positives and negatives of a row, -1 where it is no query. violating [1, 2]: over how many hinges of
+    the whole batch each kind is averaged; None: over those of each row.
     """
     # Numbers of rows as tensors: torch.compile of 2.11 fails on symbolic ones inside an autograd Function.
-    numbers = torch.stack([torch.ones_like(counts[:, 0]).sum(), (counts[:, 0] > 0).sum()])
+    numbers = torch.stack([(counts[:, 0] >= 0).sum(), (counts[:, 0] > 0).sum()])
     if total is not None:
         numbers = total(numbers)
+    if objective.calibration_weight < 1 and can_be_read(numbers):
+        queries, ranked_queries = numbers.tolist()
+        if queries and not ranked_queries:
+            _warnings.without_positive()
     # AP's mean leaves out queries without a positive, calibration's does not.
     rows, ranked = numbers.clamp(min=1).double().unbind()
     mean = objective.reduction == "mean"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,20 +49,6 @@ _C = _load()
 _WITH_CUDA: bool = _C is not None and _C.with_cuda
 _CUDA_REASON: str = "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1" if _C is None else _C.cuda_reason
 _REFERENCE_ONLY: bool = _C is None
-_warned = False
-
-
-def warn_reference_only() -> None:
-    """Say once that there are no kernels."""
-    global _warned
-    if not _warned and not torch.compiler.is_compiling():
-        _warned = True
-        warnings.warn(
-            "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1: the plain PyTorch reference runs instead of the "
-            "kernels, hundreds of times slower.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 def build_info() -> dict[str, Any]:

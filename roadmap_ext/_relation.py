@@ -40,6 +40,8 @@ class Relation(NamedTuple):
     negative: Lists | None = None  # None: every pair that is neither positive nor left out; else others are left out
     # The column of the first query itself, of the next the next, and so on: left out. Negative: there is none.
     first_own: int = -1
+    # [B] bool: the rows that are queries, which a mean counts. None: all. The ops need not know: others have no pairs.
+    queries: Tensor | None = None
 
     def flat(self) -> tuple[Tensor | int | None, ...]:
         """The same as the ops take it."""
@@ -76,17 +78,34 @@ def from_labels(
     alone: bool,
     include_self: bool,
     first_own: int = 0,
+    ignore_label: int | None = None,
 ) -> Relation:
     """Pairs of equal labels are positive; a query itself is left out unless ``include_self``.
 
     What is the query itself ids say, and where the batch is ``alone``, its own reference, the index: the queries are
-    the references from ``first_own`` on.
+    the references from ``first_own`` on. Items of the ``ignore_label`` are in no pair.
     """
-    return Relation(
+    relation = Relation(
         positive=_equal(labels, ref_labels),
         left_out=None if ids is None or ref_ids is None or include_self else _equal(ids, ref_ids),
         first_own=first_own if alone and not include_self else -1,
     )
+    if ignore_label is None:
+        return relation
+    queries, references = labels.long() != ignore_label, ref_labels.long() != ignore_label
+    # One list of the labelled references, which all queries share, and which is none of the other rows'.
+    column = (~references).byte().argsort(stable=True)
+    end = references.sum() * queries
+    return relation._replace(
+        positive=Lists(relation.positive.span * queries[:, None], relation.positive.column),
+        negative=Lists(torch.stack([torch.zeros_like(end), end], dim=1), column),
+        queries=queries,
+    )
+
+
+def blank(rows: Tensor, labels: Tensor, ignore_label: int | None) -> Tensor:
+    """Embeddings [n, D], with zeros for items of the ``ignore_label``: nothing of them, not NaN, is in a gradient."""
+    return rows if ignore_label is None else torch.where((labels.long() == ignore_label)[:, None], 0, rows)
 
 
 def _equal(values: Tensor, references: Tensor) -> Lists:

@@ -21,10 +21,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ._advice import for_rows
 from ._autograd import resolve_method, savable
-from ._checks import Objective
+from ._checks import Objective, check_plain
 from ._chunks import embedding_loss
-from ._relation import from_labels
+from ._relation import blank, from_labels
 
 dist = torch.distributed
 
@@ -58,10 +59,7 @@ def gather(rows: Tensor) -> Tensor:
     """
 
     def check() -> Mapping[str, int | str]:
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"gather takes a torch.Tensor, got {type(rows).__name__}")
-        if rows.layout != torch.strided:
-            raise TypeError(f"gather takes a dense tensor, got layout {rows.layout}: call to_dense()")
+        check_plain("rows", "a torch.Tensor", rows, lambda: for_rows("rows", rows))
         if rows.dim() == 0:
             raise ValueError("gather takes a tensor of rows, [n, ...], got one without dimensions: use rows[None]")
         return {"call": "gather"}
@@ -113,6 +111,7 @@ def roadmap_loss(
     checked: Callable[[], tuple[Objective, Tensor | None, Tensor | None, Tensor | None]],
     everywhere: bool,
     include_self: bool,
+    ignore_label: int | None,
     chunk_size: int | None,
     method: str,
 ) -> Tensor:
@@ -121,7 +120,7 @@ def roadmap_loss(
     Args:
         checked: checks all arguments of this rank, and returns the objective, ref_emb, ref_labels and ref_ids.
         everywhere: the references are the same on every rank, and need not be gathered.
-        embeddings, labels, ids, include_self, chunk_size, method: as there; not checked before.
+        embeddings, labels, ids, include_self, ignore_label, chunk_size, method: as there; not checked before.
     """
     objective: Objective
     ref_emb: Tensor | None
@@ -135,7 +134,7 @@ def roadmap_loss(
         _check_backend(embeddings.device)
         method = resolve_method(method, *(x for x in (embeddings, ref_emb) if x is not None))
         common = {"call": "a loss", **_kind(embeddings), "ids": ids is not None}
-        common["settings"] = f"{objective}, {include_self=}, {method == 'reference'}"
+        common["settings"] = f"{objective}, {include_self=}, ignore_label={ignore_label}, {method == 'reference'}"
         free = {"rows": len(embeddings), "gradient": _wants_gradient(embeddings)}
         own = ref_emb is None or ref_emb is embeddings
         if ref_emb is not None and not own:
@@ -148,7 +147,7 @@ def roadmap_loss(
     brought = handshake(describe, embeddings)
 
     rank, rows = dist.get_rank(), brought["rows"]
-    embeddings = _joined(embeddings, brought["gradient"])
+    embeddings = blank(_joined(embeddings, brought["gradient"]), labels, ignore_label)
     first = sum(rows[:rank])
     every_labels, every_ids = labels, ids
     whole = method == "reference"  # which takes the whole batch on every rank
@@ -160,15 +159,20 @@ def roadmap_loss(
         references = ref_emb
     else:
         ref_rows = brought["references"]
-        references = _gather(_joined(ref_emb, brought["gradient of ref_emb"]), ref_rows)
-        ref_labels, ref_ids = _gather_integers(cast(Tensor, ref_labels), ref_ids, ref_rows)
+        ref_labels = cast(Tensor, ref_labels)
+        references = _gather(
+            blank(_joined(ref_emb, brought["gradient of ref_emb"]), ref_labels, ignore_label), ref_rows
+        )
+        ref_labels, ref_ids = _gather_integers(ref_labels, ref_ids, ref_rows)
     ref_labels = cast(Tensor, ref_labels)
     if whole:
         queries = references if own else _gather(embeddings, rows)
-        relation = from_labels(every_labels, ref_labels, every_ids, ref_ids, own, include_self)
+        relation = from_labels(
+            every_labels, ref_labels, every_ids, ref_ids, own, include_self, ignore_label=ignore_label
+        )
         loss = embedding_loss(queries, None if own else references, relation, objective, chunk_size, method)
         return loss[first : first + rows[rank]] if objective.reduction == "none" else loss
-    relation = from_labels(labels, ref_labels, ids, ref_ids, own, include_self, first)
+    relation = from_labels(labels, ref_labels, ids, ref_ids, own, include_self, first, ignore_label)
     share = embedding_loss(embeddings, references, relation, objective, chunk_size, method, _sum_over_ranks)
     return share if objective.reduction == "none" else _add_up(share)
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _ops, distributed, reference
-from ._autograd import FirstDerivativeOnly, anchor, may_overwrite, resolve_method, savable
+from . import _ops, _warnings, distributed, reference
+from ._autograd import FirstDerivativeOnly, anchor, can_be_read, may_overwrite, resolve_method, savable
 from ._checks import (
     METHODS,
     REDUCTIONS,
@@ -27,7 +27,7 @@ from ._checks import (
 )
 from ._chunks import embedding_loss
 from ._ranks import SmoothRank
-from ._relation import from_labels
+from ._relation import blank, from_labels
 from .memory import EmbeddingMemory
 
 
@@ -166,14 +166,19 @@ def ap_loss(
     settings = make_settings(surrogate, tau, rho, delta, start, offset)
     check_scores(scores, target, ignore)
     method = resolve_method(method, scores)
+    loss: Tensor
     if method == "reference":
-        return reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
-    if torch.is_grad_enabled() and scores.requires_grad:
-        loss: Tensor = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
+        loss = reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
+    elif torch.is_grad_enabled() and scores.requires_grad:
+        loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
     else:
         loss = torch.ops.roadmap_ext.average_precision(
             scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False, METHODS.index(method)
         )[0]
+    # The masks are read where the loss is 0 alone.
+    all_zero = len(scores) > 0 and can_be_read(loss) and not loss.any()
+    if all_zero and can_be_read(target) and not (target if ignore is None else target & ~ignore).any():
+        _warnings.without_positive()
     return loss
 
 
@@ -239,6 +244,7 @@ def roadmap_loss(
     calibration_reduction: str = "per_query",
     normalize: bool = True,
     include_self: bool = False,
+    ignore_label: int | None = None,
     chunk_size: int | None = None,
     gather_across_devices: bool = False,
     surrogate: str = "sup",
@@ -283,6 +289,9 @@ def roadmap_loss(
         normalize: scale embeddings and references to norm 1. A row of norm below 1e-12 becomes 0, with gradient 0.
         include_self: count the query itself, and items of its id, as what their labels say. Otherwise they are left
             out: by index where the batch is its own reference, by ids where these are given.
+        ignore_label: the label of items whose class is not known, such as -1: they are in no ranking, neither queries
+            nor positives nor negatives, and no mean counts them, as if they were not there; of ``reduction="none"``
+            they have a 0. None: there is no such label.
         chunk_size: queries a chunk; None takes as many as fit in 64 MiB of scores (256 MiB on a GPU).
         gather_across_devices: rank against the references of all ranks of torch.distributed, which is the batch of all
             of them as one, whatever share each brings. Every rank has to call it, with equal settings, and every rank
@@ -329,6 +338,7 @@ def roadmap_loss(
             calibration_reduction=calibration_reduction,
             normalize=normalize,
             include_self=include_self,
+            ignore_label=ignore_label,
             chunk_size=chunk_size,
             surrogate=surrogate,
             tau=tau,
@@ -348,13 +358,17 @@ def roadmap_loss(
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
         loss: Tensor = across_ranks(
-            embeddings, labels, ids, checked, memory is not None, include_self, chunk_size, method
+            embeddings, labels, ids, checked, memory is not None, include_self, ignore_label, chunk_size, method
         )
         return loss
     objective, ref_emb, ref_labels, ref_ids = checked()
     alone = ref_emb is None or ref_emb is embeddings
-    relation = from_labels(labels, labels if ref_labels is None else ref_labels, ids, ref_ids, alone, include_self)
-    return embedding_loss(embeddings, None if alone else ref_emb, relation, objective, chunk_size, method)
+    ref_labels = labels if ref_labels is None else ref_labels
+    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self, ignore_label=ignore_label)
+    references = None if ref_emb is None or alone else ref_emb
+    if references is not None and memory is None:  # whose entries are numbers
+        references = blank(references, ref_labels, ignore_label)
+    return embedding_loss(blank(embeddings, labels, ignore_label), references, relation, objective, chunk_size, method)
 
 
 # The fake kernels are registered by importing them; the name is not used otherwise.

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from importlib import import_module
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
+import numpy
 import torch
 from torch import Tensor
 
 from . import _decomposability
 from ._checks import (
     SMALLEST_NORM,
+    as_tensor,
     check_batches,
     check_chunk_size,
     check_counts,
     check_embeddings,
     check_flag,
+    check_ignore_label,
     check_ks,
     check_progress,
     check_scores,
@@ -39,10 +43,36 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 _BUDGET = 64 << 20
 
 _REDUCTIONS = ("mean", "none")
+# In place of the smallest rank of a positive, where there is no positive and where a score is NaN.
+_NO_POSITIVE, _NO_RANK = 1 << 62, 0
+
+_T = TypeVar("_T")
+Array: TypeAlias = Tensor | numpy.ndarray[Any, Any]
 
 
-@torch.no_grad()
-def average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:
+def _of_arrays(function: Callable[..., _T]) -> Callable[..., _T]:
+    """The same function, with NumPy's arrays taken where they are as the tensors that it takes."""
+
+    @wraps(function)
+    def taking(*arguments: Any, **keywords: Any) -> _T:
+        made: dict[int, Any] = {}  # that the same array twice is the same tensor twice
+
+        def tensor(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [tensor(each) for each in value]
+            return made.setdefault(id(value), as_tensor(value)) if isinstance(value, numpy.ndarray) else value
+
+        given = [tensor(value) for value in arguments]
+        named = {name: value if name == "k" else tensor(value) for name, value in keywords.items()}
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+        if tensors and all(value.is_meta for value in tensors):
+            raise ValueError("metrics are of values, and tensors on the meta device have none")
+        return function(*given, **named)
+
+    return taking
+
+
+def average_precision(scores: Array, target: Array, ignore: Array | None = None) -> Tensor:
     """Exact average precision of each query.
 
     AP = 1/|P| * sum over positives i of rank+(i) / rank(i), where rank(i) counts the references, and rank+(i) the
@@ -50,7 +80,7 @@ def average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None = No
     scores are tied this is scikit-learn's ``average_precision_score``.
 
     Args:
-        scores: [B, N] float16, bfloat16, float32 or float64.
+        scores: [B, N] float16, bfloat16, float32 or float64; a tensor, or an array of NumPy's, as all tensors here.
         target: [B, N] bool, True where relevant.
         ignore: [B, N] bool, True where a pair is left out; None for none.
 
@@ -61,6 +91,12 @@ def average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None = No
     Raises:
         TypeError, ValueError: as :func:`roadmap_ext.ap_loss`.
     """
+    return _average_precision(scores, target, ignore)
+
+
+@_of_arrays
+@torch.no_grad()
+def _average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
     check_scores(scores, target, ignore)
     rows, columns = scores.shape
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -72,22 +108,23 @@ def average_precision(scores: Tensor, target: Tensor, ignore: Tensor | None = No
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         masks = target[part], None if ignore is None else ignore[part]
-        values = _masked(scores[part].to(dtype), *masks) if kernel else _sorted(scores[part], *masks)
+        values = _masked(scores[part].to(dtype), *masks) if kernel else _sorted(scores[part], *masks)[0]
         out[part] = values[:, 0]
     return out
 
 
 @overload
 def retrieval_metrics(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    ref_emb: Array | None = None,
+    ref_labels: Array | None = None,
     *,
-    ids: Tensor | None = None,
-    ref_ids: Tensor | None = None,
-    k: Iterable[int] = (1, 10, 100),
+    ids: Array | None = None,
+    ref_ids: Array | None = None,
+    k: int | Iterable[int] = (1, 10, 100),
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: Literal["mean"] = "mean",
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
@@ -96,21 +133,23 @@ def retrieval_metrics(
 
 @overload
 def retrieval_metrics(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    ref_emb: Array | None = None,
+    ref_labels: Array | None = None,
     *,
-    ids: Tensor | None = None,
-    ref_ids: Tensor | None = None,
-    k: Iterable[int] = (1, 10, 100),
+    ids: Array | None = None,
+    ref_ids: Array | None = None,
+    k: int | Iterable[int] = (1, 10, 100),
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: Literal["none"],
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]: ...
 
 
+@_of_arrays
 @torch.no_grad()
 def retrieval_metrics(
     embeddings: Tensor,
@@ -120,8 +159,9 @@ def retrieval_metrics(
     *,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
-    k: Iterable[int] = (1, 10, 100),
+    k: int | Iterable[int] = (1, 10, 100),
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: str = "mean",
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
@@ -134,21 +174,24 @@ def retrieval_metrics(
         mAP@R         the same sum over the positives of rank <= R alone (Musgrave et al., "A Metric Learning Reality
                       Check", ECCV 2020)
         R-precision   the share of positives of rank <= R
-        R@k           1 if some positive has rank <= k, else 0
+        R@k           1 if some positive has rank <= k, else 0: the hit rate, which is recall at k in image retrieval.
+                      Text retrieval calls another number recall: the share of the positives of rank <= k
 
     Ties count against the ranking. The query itself is left out: by index where the batch is its own reference, by ids
     where these are given, and never by its place in the ranking, which a duplicate may hold.
 
     Args:
-        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
+        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64. Tensors may be arrays of NumPy's.
         labels: [B] the class of each, any integer dtype.
         ref_emb: [N, D] what to rank; any float dtype. None, or the very tensor that ``embeddings`` is: the batch
             itself.
         ref_labels: [N] its classes; given if and only if ``ref_emb`` is.
         ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out.
-        k: the k of R@k: integers of at least 1, in the order in which they are to be returned; may be empty.
+        k: the k of R@k: one integer of at least 1, or several in the order in which they are to be returned.
         normalize: rank by cosine similarity, where a row of norm below 1e-12 has similarity 0 to all; else by plain
             products.
+        ignore_label: the label of items whose class is not known, such as -1: they are in no ranking, neither queries
+            nor positives nor negatives. None: there is no such label.
         reduction: ``"mean"`` over the queries that have a positive; or ``"none"``, each query's own.
         chunk_size: queries a chunk; None takes as many as fit in 64 MiB of scores (8 Mi scores on a GPU, where sorting
             takes ten times their memory).
@@ -157,8 +200,9 @@ def retrieval_metrics(
 
     Returns:
         "mAP", "mAP@R", "R-precision" and "R@1", ... in this order. With ``reduction="mean"`` floats; NaN if no query
-        has a positive, or one that has meets a NaN among its scores. With ``"none"`` [B] float64 tensors on the device
-        of the embeddings; NaN for a query without positives, or with a NaN among its scores.
+        has a positive, or one that has meets a NaN among its scores. With ``"none"`` [B] tensors on the device of the
+        embeddings, float64 (float32 on a device without it); NaN for a query without positives, or with a NaN among its
+        scores.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -174,6 +218,7 @@ def retrieval_metrics(
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     ks = check_ks(k)
     check_flag("normalize", normalize)
+    check_ignore_label(ignore_label)
     one_of("reduction", reduction, _REDUCTIONS)
     check_chunk_size(chunk_size)
     report, close = _reporter(progress, len(embeddings))
@@ -185,17 +230,19 @@ def retrieval_metrics(
         references = queries if ref_emb is None or alone else _vectors(ref_emb, dtype, normalize)
         evaluate = _by_kernel if _has_kernel(queries) else _by_sorting
         try:
-            values = evaluate(queries, references, labels, ref_labels, ids, ref_ids, alone, chunk_size, report)
+            values, smallest = evaluate(
+                queries, references, labels, ref_labels, ids, ref_ids, alone, ignore_label, chunk_size, report
+            )
         finally:
             close()
-    metrics = dict(zip(("mAP", "mAP@R", "R-precision"), values.unbind(1), strict=False))
-    smallest = values[:, 3]
-    # No positive: an infinite rank. NaN stays NaN.
-    undefined = ~smallest.isfinite()
-    metrics |= {f"R@{each}": (smallest <= float(each)).double().masked_fill(undefined, math.nan) for each in ks}
+    metrics = dict(zip(("mAP", "mAP@R", "R-precision"), values.unbind(1), strict=True))
+    undefined = (smallest == _NO_POSITIVE) | (smallest == _NO_RANK)
+    for each in ks:
+        hit = (smallest <= min(each, _NO_POSITIVE)).to(values.dtype)
+        metrics[f"R@{each}"] = hit.masked_fill(undefined, math.nan)
     if reduction == "none":
         return metrics
-    counted = smallest != math.inf
+    counted = smallest != _NO_POSITIVE
     rows = torch.stack([*metrics.values()], dim=1)[counted].T.tolist()
     # Summed exactly: the result depends on no order, and so on no number of threads.
     return {name: math.fsum(row) / len(row) if row else math.nan for name, row in zip(metrics, rows, strict=True)}
@@ -223,15 +270,16 @@ class DecomposabilityGaps(NamedTuple):
 
 @overload
 def decomposability_gap(
-    embeddings: Tensor,
-    labels: Tensor,
-    batches: Tensor | Sequence[Tensor],
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    batches: Array | Sequence[Array],
+    ref_emb: Array | None = None,
+    ref_labels: Array | None = None,
     *,
-    ids: Tensor | None = None,
-    ref_ids: Tensor | None = None,
+    ids: Array | None = None,
+    ref_ids: Array | None = None,
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: Literal["mean"] = "mean",
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
@@ -240,21 +288,23 @@ def decomposability_gap(
 
 @overload
 def decomposability_gap(
-    embeddings: Tensor,
-    labels: Tensor,
-    batches: Tensor | Sequence[Tensor],
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    batches: Array | Sequence[Array],
+    ref_emb: Array | None = None,
+    ref_labels: Array | None = None,
     *,
-    ids: Tensor | None = None,
-    ref_ids: Tensor | None = None,
+    ids: Array | None = None,
+    ref_ids: Array | None = None,
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: Literal["none"],
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
 ) -> DecomposabilityGaps: ...
 
 
+@_of_arrays
 @torch.no_grad()
 def decomposability_gap(
     embeddings: Tensor,
@@ -266,6 +316,7 @@ def decomposability_gap(
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
     normalize: bool = True,
+    ignore_label: int | None = None,
     reduction: str = "mean",
     chunk_size: int | None = None,
     progress: bool | Callable[[int], object] | None = None,
@@ -292,7 +343,8 @@ def decomposability_gap(
 
     Args:
         embeddings: [B, D], labels: [B], ref_emb: [N, D], ref_labels: [N], ids: [B], ref_ids: [N], normalize,
-            chunk_size, progress: as of :func:`retrieval_metrics`. Each query meets all references but itself.
+            ignore_label, chunk_size, progress: as of :func:`retrieval_metrics`. Each query meets all references but
+            itself.
         batches: [N] the number of each reference's batch, any integers; or a list of int64 tensors, the references of
             each batch, in which each reference occurs once.
         reduction: ``"mean"`` over the queries that have a positive; or ``"none"``, each query's own.
@@ -316,6 +368,7 @@ def decomposability_gap(
     """
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     check_flag("normalize", normalize)
+    check_ignore_label(ignore_label)
     one_of("reduction", reduction, _REDUCTIONS)
     check_chunk_size(chunk_size)
     alone = ref_emb is None or ref_emb is embeddings
@@ -326,7 +379,6 @@ def decomposability_gap(
     order, sizes = number.argsort(stable=True), number.bincount().tolist()
     dtype = _scores_dtype(embeddings, ref_emb)
     columns, parts = len(order), []
-    index = torch.arange(len(embeddings), device=embeddings.device)
     step = _chunk_rows(len(embeddings), _BUDGET // max(1, columns * dtype.itemsize), chunk_size)
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = _vectors(embeddings, dtype, normalize)
@@ -334,14 +386,9 @@ def decomposability_gap(
         try:
             for begin in range(0, max(1, len(queries)), step):
                 part = slice(begin, begin + step)
-                target = labels[part, None].long() == ref_labels[order].long()
-                ignore = torch.zeros_like(target)
-                if ids is not None and ref_ids is not None:
-                    ignore |= ids[part, None].long() == ref_ids[order].long()
-                if alone:
-                    ignore |= index[part, None] == order
-                parts.append(_gaps(queries[part] @ references.T, target, ignore, sizes))
-                report(len(target))
+                masks = _pairs(part, order, labels, ref_labels, ids, ref_ids, alone, ignore_label)
+                parts.append(_gaps(queries[part] @ references.T, *masks, sizes))
+                report(len(masks[0]))
         finally:
             close()
     return _reduced(parts, reduction)
@@ -349,10 +396,10 @@ def decomposability_gap(
 
 @overload
 def decomposability_gap_of_scores(
-    scores: Tensor,
-    target: Tensor,
-    batches: Tensor | Sequence[Tensor],
-    ignore: Tensor | None = None,
+    scores: Array,
+    target: Array,
+    batches: Array | Sequence[Array],
+    ignore: Array | None = None,
     *,
     reduction: Literal["mean"] = "mean",
 ) -> DecomposabilityGap: ...
@@ -360,15 +407,16 @@ def decomposability_gap_of_scores(
 
 @overload
 def decomposability_gap_of_scores(
-    scores: Tensor,
-    target: Tensor,
-    batches: Tensor | Sequence[Tensor],
-    ignore: Tensor | None = None,
+    scores: Array,
+    target: Array,
+    batches: Array | Sequence[Array],
+    ignore: Array | None = None,
     *,
     reduction: Literal["none"],
 ) -> DecomposabilityGaps: ...
 
 
+@_of_arrays
 @torch.no_grad()
 def decomposability_gap_of_scores(
     scores: Tensor,
@@ -409,7 +457,7 @@ def decomposability_gap_of_scores(
     return _reduced(parts, reduction)
 
 
-def decomposability_bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+def decomposability_bound(positives: Array, negatives: Array) -> tuple[Tensor, Tensor]:
     """The bound of :func:`decomposability_gap`, from counts.
 
     Args:
@@ -427,22 +475,30 @@ def decomposability_bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor,
         >>> decomposability_bound(torch.tensor([[1, 1]]), torch.tensor([[1, 1]]))
         (tensor([0.1667], dtype=torch.float64), tensor([True]))
     """
+    return _bound(positives, negatives)
+
+
+@_of_arrays
+def _bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
     check_counts(positives, negatives)
-    return _decomposability.bound(positives.long(), negatives.long())
+    return _decomposability.bound(positives.long(), negatives.long(), _widest(positives.device))
 
 
 def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> DecomposabilityGaps:
     """Of scores [b, N] whose columns are those of one batch after the other."""
-    evaluate = _masked if _has_kernel(scores) else _sorted
-    ap = evaluate(scores, target, ignore)[:, 0]
+    ap = _each_ap(scores, target, ignore)
     sums = torch.zeros_like(ap)
     positives, negatives = torch.zeros(2, len(scores), len(sizes), dtype=torch.int64, device=scores.device)
     parts = zip(*(torch.split(tensor, sizes, dim=1) for tensor in (scores, target, ignore)), strict=True)
     for b, (values, relevant, left_out) in enumerate(parts):
         positives[:, b], negatives[:, b] = (relevant & ~left_out).sum(1), (~relevant & ~left_out).sum(1)
-        sums += torch.where(positives[:, b] > 0, evaluate(values, relevant, left_out)[:, 0], 0.0)
+        sums += _each_ap(values, relevant, left_out).masked_fill(positives[:, b] == 0, 0)
     batch_ap = sums / (positives > 0).sum(1)
-    return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *_decomposability.bound(positives, negatives))
+    return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *_decomposability.bound(positives, negatives, ap.dtype))
+
+
+def _each_ap(scores: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
+    return _masked(scores, target, ignore)[:, 0] if _has_kernel(scores) else _sorted(scores, target, ignore)[0][:, 0]
 
 
 def _reduced(parts: list[DecomposabilityGaps], reduction: str) -> DecomposabilityGap | DecomposabilityGaps:
@@ -464,34 +520,30 @@ def _by_kernel(
     ids: Tensor | None,
     ref_ids: Tensor | None,
     alone: bool,
+    ignore_label: int | None,
     chunk_size: int | None,
     report: Callable[[int], object],
-) -> Tensor:
-    """AP, mAP@R, R-precision and the smallest rank of a positive, [B, 4] float64; without positives NaN, the last inf.
+) -> tuple[Tensor, Tensor]:
+    """AP, mAP@R and R-precision, [B, 3] float64, NaN without positives; and the smallest rank of one, [B] int64.
 
     Queries and references come normalised, [B, D] and [N, D].
     """
-    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self=False)
+    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self=False, ignore_label=ignore_label)
     rows, columns = len(queries), len(references)
     values = queries.new_empty((rows, 4), dtype=torch.float64)
     step = _chunk_rows(rows, _BUDGET // max(1, columns * queries.element_size()), chunk_size)
     buffer = _chunk(references, min(step, rows), columns, references.dtype)
-    positive, left_out = relation.positive, relation.left_out
+    lists = [(None, None) if each is None else (each.span, each.column) for each in relation[:3]]
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
         vectors = queries[part]
         values[part] = torch.ops.roadmap_ext.rank_metrics(
             torch.mm(vectors, references.T, out=buffer[: len(vectors)]),
-            positive.span[part],
-            positive.column,
-            None if left_out is None else left_out.span[part],
-            None if left_out is None else left_out.column,
-            None,
-            None,
+            *(tensor for span, column in lists for tensor in (None if span is None else span[part], column)),
             begin if alone else -1,
         )
         report(len(vectors))
-    return values
+    return values[:, :3], values[:, 3].nan_to_num(nan=_NO_RANK, posinf=_NO_POSITIVE).long()
 
 
 def _by_sorting(
@@ -502,27 +554,46 @@ def _by_sorting(
     ids: Tensor | None,
     ref_ids: Tensor | None,
     alone: bool,
+    ignore_label: int | None,
     chunk_size: int | None,
     report: Callable[[int], object],
-) -> Tensor:
-    """The same in plain PyTorch on any device, without waiting for it."""
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch on any device, without waiting for it; float32 where there is no float64."""
     rows, columns = len(queries), len(references)
-    values = queries.new_empty((rows, 4), dtype=torch.float64)
+    values = queries.new_empty((rows, 3), dtype=_widest(queries.device))
+    smallest = torch.empty(rows, dtype=torch.int64, device=queries.device)
     largest = _CHUNK_ELEMENTS.get(queries.device.type, _CHUNK_ELEMENTS["cuda"])
     step = _chunk_rows(rows, largest // max(1, columns), chunk_size)
     index = torch.arange(columns, device=queries.device)
-    labels, ref_labels = labels.long(), ref_labels.long()
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
-        target = labels[part, None] == ref_labels
-        ignore = (
-            torch.zeros_like(target) if ids is None or ref_ids is None else ids[part, None].long() == ref_ids.long()
-        )
-        if alone:
-            ignore |= index[part, None] == index
-        values[part] = _sorted(queries[part] @ references.T, target, ignore)
-        report(len(target))
-    return values
+        masks = _pairs(part, index, labels, ref_labels, ids, ref_ids, alone, ignore_label)
+        values[part], smallest[part] = _sorted(queries[part] @ references.T, *masks)
+        report(part.stop - begin)
+    return values, smallest
+
+
+def _pairs(
+    part: slice,
+    order: Tensor,
+    labels: Tensor,
+    ref_labels: Tensor,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    alone: bool,
+    ignore_label: int | None,
+) -> tuple[Tensor, Tensor]:
+    """target and ignore of some queries, [b, N] bool each, for the references in this order."""
+    own, others = labels[part, None].long(), ref_labels.long()[order]
+    target = own == others
+    ignore = torch.zeros_like(target)
+    if ids is not None and ref_ids is not None:
+        ignore |= ids[part, None].long() == ref_ids.long()[order]
+    if alone:
+        ignore |= torch.arange(len(labels), device=labels.device)[part, None] == order
+    if ignore_label is not None:
+        ignore |= (own == ignore_label) | (others == ignore_label)
+    return target, ignore
 
 
 def _masked(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
@@ -530,11 +601,13 @@ def _masked(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
     return values
 
 
-def _sorted(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
-    """What the kernel computes, by sorting: [B, 4] as of :func:`_by_kernel`."""
+def _sorted(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, by sorting: [B, 3] and [B] as of :func:`_by_kernel`."""
     rows, columns = scores.shape
+    dtype = _widest(scores.device)
     if not columns:
-        return torch.tensor([math.nan] * 3 + [math.inf], dtype=torch.float64, device=scores.device).expand(rows, 4)
+        none = torch.full((rows, 3), math.nan, dtype=dtype, device=scores.device)
+        return none, torch.full_like(none[:, 0], _NO_POSITIVE, dtype=torch.int64)
     counted = torch.ones_like(target) if ignore is None else ~ignore
     positive = target & counted
     nan = (scores.isnan() & counted).any(1)
@@ -548,13 +621,21 @@ def _sorted(scores: Tensor, target: Tensor, ignore: Tensor | None) -> Tensor:
     ends[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
     end = torch.where(ends, index, columns - 1).flip(1).cummin(1).values.flip(1)
     rank = counted.cumsum(1).gather(1, end)
-    precision = torch.where(positive, positive.cumsum(1).gather(1, end).double() / rank, 0.0)
+    precision = (positive.cumsum(1).gather(1, end).to(dtype) / rank).masked_fill(~positive, 0)
     size = positive.sum(1)
     near = positive & (rank <= size[:, None])
-    smallest = torch.where(positive, rank.double(), math.inf).amin(1)
-    sums = torch.stack([precision.sum(1), (precision * near).sum(1), near.sum(1).double()], dim=1)
-    values = torch.cat([sums / size[:, None], smallest[:, None]], dim=1)
-    return torch.where((nan & (size > 0))[:, None], math.nan, values)
+    smallest = rank.masked_fill(~positive, _NO_POSITIVE).amin(1)
+    sums = torch.stack([precision.sum(1), (precision * near).sum(1), near.sum(1).to(dtype)], dim=1)
+    nan &= size > 0
+    return (sums / size[:, None]).masked_fill(nan[:, None], math.nan), smallest.masked_fill(nan, _NO_RANK)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The widest float dtype of a device: Apple's MPS has no float64."""
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
 
 
 def _has_kernel(x: Tensor) -> bool:

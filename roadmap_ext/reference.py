@@ -22,6 +22,7 @@ from ._checks import (
     one_of,
 )
 from ._ranks import SmoothRank
+from ._relation import blank
 
 
 def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
@@ -149,6 +150,7 @@ def roadmap_loss(
     calibration_reduction: str = "per_query",
     normalize: bool = True,
     include_self: bool = False,
+    ignore_label: int | None = None,
     surrogate: str = "sup",
     tau: float = 0.01,
     rho: float = 100.0,
@@ -168,6 +170,7 @@ def roadmap_loss(
         calibration_reduction=calibration_reduction,
         normalize=normalize,
         include_self=include_self,
+        ignore_label=ignore_label,
         surrogate=surrogate,
         tau=tau,
         rho=rho,
@@ -177,19 +180,34 @@ def roadmap_loss(
         reduction=reduction,
     )
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
-    target = labels.long()[:, None] == (labels if ref_labels is None else ref_labels).long()[None]
+    alone = ref_emb is None or ref_emb is embeddings
+    known, ref_known = labels.long(), (labels if ref_labels is None else ref_labels).long()
+    target = known[:, None] == ref_known
     ignore = torch.zeros_like(target)
-    if (ref_emb is None or ref_emb is embeddings) and not include_self:
+    if alone and not include_self:
         ignore |= torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     if ids is not None and ref_ids is not None and not include_self:
         ignore |= ids.long()[:, None] == ref_ids.long()[None]
-    return embedding_loss(embeddings, ref_emb, target, ignore, objective)
+    queries = None
+    if ignore_label is not None:
+        queries = known != ignore_label
+        ignore |= ~queries[:, None] | (ref_known == ignore_label)
+    references = None if ref_emb is None or alone else blank(ref_emb, ref_known, ignore_label)
+    return embedding_loss(blank(embeddings, known, ignore_label), references, target, ignore, objective, queries)
 
 
 def embedding_loss(
-    embeddings: Tensor, ref_emb: Tensor | None, target: Tensor, ignore: Tensor, objective: Objective
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    target: Tensor,
+    ignore: Tensor,
+    objective: Objective,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N]."""
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N].
+
+    ``counted`` [B] bool says which rows are queries, for the means; None: all of them.
+    """
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = savable(_wide(embeddings))
         references = queries if ref_emb is None else savable(_wide(ref_emb))
@@ -199,10 +217,14 @@ def embedding_loss(
             queries, references = _unit(queries), _unit(references)
         scores = queries @ references.T
     weight = objective.calibration_weight
+    if counted is None:
+        counted = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     if weight == 1:
-        return _calibration_loss(scores, target, ignore, objective)
+        return _calibration_loss(scores, target, ignore, objective, counted)
     ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
-    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective) if weight else ap
+    if weight == 0:
+        return ap
+    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective, counted)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -219,7 +241,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm
 
 
-def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective) -> Tensor:
+def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective: Objective, counted: Tensor) -> Tensor:
     """Mean hinge of a query's positives below one margin, plus that of its negatives above the other (ROADMAP, eq. 8).
 
     "violating_pairs" is the released code's: over the whole batch, hinges are averaged over those that are not 0,
@@ -228,13 +250,14 @@ def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective:
     wide, positive, negative = _pair_masks(scores, target, ignore)
     below = torch.relu(objective.positive_margin - wide)
     above = torch.relu(wide - objective.negative_margin)
+    rows = counted.sum().clamp(min=1)
     if objective.calibration_reduction == "per_query":
         per_positive = 1 / positive.sum(1).clamp(min=1).to(wide.dtype)
         per_negative = 1 / negative.sum(1).clamp(min=1).to(wide.dtype)
     else:  # of the queries that are numbers: a NaN stays with its own
         sane = ~(wide.isnan() & (positive | negative)).any(1, keepdim=True)
-        per_positive = len(wide) / (sane & positive & (below > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
-        per_negative = len(wide) / (sane & negative & (above > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+        per_positive = rows / (sane & positive & (below > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
+        per_negative = rows / (sane & negative & (above > 0)).sum().clamp(min=1).to(wide.dtype).expand(len(wide))
     losses = [
         low[i].sum() * by_positive + high[j].sum() * by_negative + _nan_if_any(row[i | j])
         for row, low, high, i, j, by_positive, by_negative in zip(
@@ -244,4 +267,4 @@ def _calibration_loss(scores: Tensor, target: Tensor, ignore: Tensor, objective:
     loss = torch.stack(losses) if losses else wide.sum(1)
     if objective.reduction == "none":
         return loss
-    return loss.sum() if objective.reduction == "sum" else loss.sum() / max(len(loss), 1)
+    return loss.sum() if objective.reduction == "sum" else loss.sum() / rows

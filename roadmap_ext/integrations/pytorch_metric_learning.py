@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,10 +17,20 @@ import torch
 from torch import Tensor
 
 from .. import modules
+from .._advice import for_labels
 from .._autograd import resolve_method
-from .._checks import Objective, Settings, check_embeddings, check_matrices, check_pairs, make_objective, make_settings
+from .._checks import (
+    Objective,
+    Settings,
+    check_embeddings,
+    check_matrices,
+    check_pairs,
+    check_plain,
+    make_objective,
+    make_settings,
+)
 from .._chunks import embedding_loss
-from .._relation import Lists, Relation, from_labels, from_pairs
+from .._relation import Lists, Relation, blank, from_labels, from_pairs
 from ..memory import EmbeddingMemory, make_writable
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
@@ -139,9 +150,6 @@ class _PairLoss(losses.BaseMetricLossFunction):
             ValueError: shapes differ, an index is out of range, labels or references are missing.
             RuntimeError: the kernels for the device were not built.
         """
-        for name, value in (("labels", labels), ("ref_labels", ref_labels)):
-            if value is not None and not isinstance(value, Tensor):  # the library would ask it for its shape
-                raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(value).__name__}")
         if isinstance(ref_emb, EmbeddingMemory):
             raise TypeError(
                 "ref_emb is an EmbeddingMemory, which takes ids, and this call has no place for them: use "
@@ -149,6 +157,15 @@ class _PairLoss(losses.BaseMetricLossFunction):
             )
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels was given without ref_emb: without either, the batch is its own reference")
+        # Before the library asks them for their shapes; labels on another device it moves.
+        check_matrices(embeddings, ref_emb)
+        for name, value, rows in (("labels", labels, len(embeddings)), ("ref_labels", ref_labels, None)):
+            if value is not None:
+                check_plain(name, "a torch.Tensor of integers", value, partial(for_labels, name, value, rows))
+        if indices_tuple is None and labels is not None:
+            labels = labels.to(embeddings.device)
+            ref_labels = None if ref_labels is None else ref_labels.to(embeddings.device)
+            check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
         loss: Tensor = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         return loss
 
@@ -165,6 +182,11 @@ class _PairLoss(losses.BaseMetricLossFunction):
         relation = self._relation(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if own and not self.settings["include_self"]:
             relation = relation._replace(first_own=0)
+        if labels is not None and ref_labels is not None:
+            embeddings, ref_emb = (
+                blank(rows, of, self.settings["ignore_label"])
+                for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
+            )
         references = None if own else ref_emb
         method, chunk_size = self.settings["method"], self.settings["chunk_size"]
         if self._takes_mean():
@@ -172,8 +194,10 @@ class _PairLoss(losses.BaseMetricLossFunction):
             return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
         each = embedding_loss(embeddings, references, relation, self._objective("none"), chunk_size, method)
         counted = torch.arange(len(each), device=each.device)
+        if relation.queries is not None:
+            counted = counted[relation.queries]
         if self.settings["calibration_weight"] == 0:  # as in our own mean, and in the library's FastAPLoss
-            counted = counted[_has_positive(relation, embeddings, ref_emb, method)]
+            counted = _has_positive(relation, embeddings, ref_emb, method).nonzero()[:, 0]
         if not len(counted):
             return dict(self.zero_losses())
         return {"loss": {"losses": each[counted], "indices": counted, "reduction_type": "element"}}
@@ -196,15 +220,21 @@ class _PairLoss(losses.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> Relation:
+        ignore_label = self.settings["ignore_label"]
         if indices_tuple is not None and not isinstance(indices_tuple, _AllButCopies):
             check_matrices(embeddings, ref_emb)
-            return from_pairs(len(embeddings), len(ref_emb), *_listed_pairs(indices_tuple, embeddings, ref_emb))
+            pairs = _listed_pairs(indices_tuple, embeddings, ref_emb)
+            if ignore_label is None or labels is None or ref_labels is None:
+                return from_pairs(len(embeddings), len(ref_emb), *pairs)
+            check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
+            known, ref_known = labels.long() != ignore_label, ref_labels.long() != ignore_label
+            positive, negative = ((i[both], j[both]) for i, j in pairs for both in [known[i] & ref_known[j]])
+            return from_pairs(len(embeddings), len(ref_emb), positive, negative)._replace(queries=known)
         if labels is None:
             raise ValueError("labels and indices_tuple are both None: one of them has to say what is positive")
         check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
-        relation = from_labels(
-            labels, labels if ref_labels is None else ref_labels, None, None, alone=False, include_self=False
-        )
+        ref_labels = labels if ref_labels is None else ref_labels
+        relation = from_labels(labels, ref_labels, None, None, False, False, ignore_label=ignore_label)
         if indices_tuple is None:
             return relation
         begin = torch.arange(len(labels), device=labels.device)
@@ -237,9 +267,9 @@ class RoadmapLoss(_PairLoss):
             leave out queries that have no positive.
         embedding_regularizer, embedding_reg_weight, collect_stats: as in the library.
         settings: ``calibration_weight``, ``positive_margin``, ``negative_margin``, ``calibration_reduction``,
-            ``normalize``, ``include_self``, ``chunk_size``, ``surrogate``, ``tau``, ``rho``, ``delta``, ``start``,
-            ``offset`` and ``method``, as those of :class:`roadmap_ext.RoadmapLoss`; not ``reduction`` (the reducer's
-            task) and ``gather_across_devices`` (the library's DistributedLossWrapper's).
+            ``normalize``, ``include_self``, ``ignore_label``, ``chunk_size``, ``surrogate``, ``tau``, ``rho``,
+            ``delta``, ``start``, ``offset`` and ``method``, as those of :class:`roadmap_ext.RoadmapLoss`; not
+            ``reduction`` (the reducer's task) and ``gather_across_devices`` (the library's DistributedLossWrapper's).
 
     Raises:
         TypeError: an unknown setting, or one of the wrong type.

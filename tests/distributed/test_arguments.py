@@ -54,6 +54,7 @@ SETTINGS = {
     "calibration_reduction": ["mean", None, "violating_pairs"],
     "normalize": [1, None, False],
     "include_self": [1, "no", True],
+    "ignore_label": ["a", 1.5, True, 2**63, 3],
     "chunk_size": [0, 2.5, True],
     "surrogate": ["sigmoid", None, "smooth"],
     "tau": [-1, 0, float("nan"), "a", torch.tensor(0.01), 0.02],

@@ -32,6 +32,11 @@ LOSSES = {
     "sum": functools.partial(roadmap_ext.RoadmapLoss, reduction="sum"),
     "none": functools.partial(roadmap_ext.RoadmapLoss, reduction="none"),
     "with self": functools.partial(roadmap_ext.RoadmapLoss, include_self=True),
+    "ignored label": functools.partial(roadmap_ext.RoadmapLoss, ignore_label=1),
+    "ignored label, violating pairs": functools.partial(
+        roadmap_ext.RoadmapLoss, ignore_label=7, calibration_reduction="violating_pairs"
+    ),
+    "ignored label, reference": functools.partial(roadmap_ext.RoadmapLoss, ignore_label=1, method="reference"),
     "products": functools.partial(roadmap_ext.RoadmapLoss, normalize=False, tau=0.5),
     "small chunks": functools.partial(roadmap_ext.RoadmapLoss, chunk_size=2),
     "sorted": functools.partial(roadmap_ext.RoadmapLoss, method="sorted"),
@@ -588,7 +593,7 @@ def test_wrong_on_the_only_rank(as_several, name, match):
 
 
 def test_what_is_no_tensor_or_has_no_backend(as_several):
-    with pytest.raises(TypeError, match=r"gather takes a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"rows must be a torch\.Tensor, got list"):
         distributed.gather([1.0])
     with pytest.raises(ValueError, match=r"no backend for tensors on meta, only .*cpu:gloo.*: move them there"):
         distributed.gather(torch.zeros(3, device="meta"))

@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roadmap_ext
-from roadmap_ext import reference
+from roadmap_ext import _warnings, reference
 from roadmap_ext.integrations import pytorch_metric_learning as integration
 from roadmap_ext.integrations.pytorch_metric_learning import (
     CalibrationLoss,
@@ -263,7 +264,7 @@ class TestPairs:
         for arguments, error, words in [
             ((embeddings,), ValueError, "labels and indices_tuple are both None"),
             ((embeddings, labels.double()), TypeError, r"use labels.long\(\)"),
-            ((embeddings, labels[:, None].expand(-1, 3)), ValueError, "labels must be a 1D tensor"),
+            ((embeddings, labels[:, None].expand(-1, 3)), ValueError, "labels must be 1-D"),
             ((embeddings, labels, None, ref_emb), ValueError, "ref_emb was given without ref_labels"),
             ((embeddings, labels, None, None, ref_labels), ValueError, "ref_labels was given without ref_emb"),
             (
@@ -533,6 +534,124 @@ class TestModule:
         results = doctest.testmod(integration, globs={"torch": torch, **vars(integration)})
         assert results.attempted
         assert not results.failed
+
+
+class TestIgnoredLabel:
+    """Items of it are in no ranking, as if they had been removed."""
+
+    @pytest.fixture
+    def parts(self):
+        """Embeddings of which every third is nothing and of label -1; labels; which ones are something."""
+        embeddings, labels = make_batch(18)
+        kept = torch.arange(18) % 3 > 0
+        return torch.where(kept[:, None], embeddings.detach(), torch.nan), labels.where(kept, -1), kept
+
+    @pytest.mark.parametrize("kind", LOSSES)
+    @pytest.mark.parametrize("reducer", [None, reducers.SumReducer])
+    @pytest.mark.parametrize("mined", [False, True])
+    @pytest.mark.parametrize("gallery", [False, True])
+    def test_as_if_removed(self, kind, reducer, mined, gallery, parts):
+        x, labels, kept = parts
+        make = lambda **options: kind(reducer=reducer and reducer(), **options)  # noqa: E731
+        ours, others = x.clone().requires_grad_(), x[kept].clone().requires_grad_()
+        further, ref_labels = ((x + 0.1).detach(), labels) if gallery else (None, None)
+        removed, removed_labels = (further[kept], labels[kept]) if gallery else (None, None)
+        pairs = removed_pairs = None
+        if mined:  # what a miner makes of the labels, among them that of no class
+            pairs = miners.BatchEasyHardMiner("all", "all")(torch.nan_to_num(x), labels, further, ref_labels)
+            place = kept.cumsum(0) - 1
+            anchor, positive, other, negative = pairs
+            same, unlike = kept[anchor] & kept[positive], kept[other] & kept[negative]
+            removed_pairs = tuple(place[x] for x in (anchor[same], positive[same], other[unlike], negative[unlike]))
+        loss = make(ignore_label=-1)(ours, labels, pairs, further, ref_labels)
+        expected = make()(others, labels[kept], removed_pairs, removed, removed_labels)
+        assert expected > 0
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad[kept], others.grad)
+        assert (ours.grad[~kept] == 0).all()
+
+    def test_in_a_memory(self, parts):
+        x, labels, kept = parts
+        ours = CrossBatchMemory(RoadmapLoss(ignore_label=-1), 6, memory_size=90)
+        others = CrossBatchMemory(RoadmapLoss(), 6, memory_size=90)
+        for shift in (0.0, 0.3, 0.6):
+            torch.testing.assert_close(ours(x + shift, labels), others(x[kept] + shift, labels[kept]))
+
+
+def test_the_sampler_that_is_named(monkeypatch):
+    """Of 2,000 classes a shuffled loader draws hardly a pair; the sampler of the warning always does."""
+    labels = torch.arange(2000).repeat(5)
+    x = torch.randn(len(labels), 4)
+    for sampler, warns in ((None, True), (samplers.MPerClassSampler(labels, m=4, batch_size=32), False)):
+        monkeypatch.setattr(_warnings, "_said", set())
+        dataset = torch.utils.data.TensorDataset(x, labels)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=32, sampler=sampler, shuffle=sampler is None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for (embeddings, classes), _ in zip(loader, range(40), strict=False):
+                RoadmapLoss()(embeddings, classes)
+        assert ["MPerClassSampler(labels, m=4, batch_size=...)" in str(each.message) for each in caught] == [
+            True
+        ] * warns
+
+
+REMEDIES = {
+    "gather": (
+        lambda: RoadmapLoss(gather_across_devices=True),
+        "leave it out and wrap the loss in pytorch_metric_learning.utils.distributed.DistributedLossWrapper",
+        lambda: distributed.DistributedLossWrapper(RoadmapLoss()),
+    ),
+    "reduction": (
+        lambda: RoadmapLoss(reduction="none"),
+        "leave it out and pass reducer=SumReducer(), or DoNothingReducer()",
+        lambda: RoadmapLoss(reducer=reducers.DoNothingReducer()),
+    ),
+    "distance": (
+        lambda: RoadmapLoss(distance=distances.CosineSimilarity(), normalize=False),
+        "leave normalize out",
+        lambda: RoadmapLoss(distance=distances.CosineSimilarity()),
+    ),
+    "divisor": (
+        lambda: RoadmapLoss(reducer=reducers.DivisorReducer()),
+        "use MeanReducer, the default",
+        lambda: RoadmapLoss(reducer=reducers.MeanReducer()),
+    ),
+    "memory of ours": (
+        lambda: RoadmapLoss()(torch.eye(4), torch.arange(4) // 2, ref_emb=roadmap_ext.EmbeddingMemory(9, 4)),
+        "use roadmap_ext.RoadmapLoss, or the CrossBatchMemory of roadmap_ext.integrations.pytorch_metric_learning",
+        lambda: CrossBatchMemory(RoadmapLoss(), 4)(torch.eye(4), torch.arange(4) // 2),
+    ),
+    "small memory": (
+        lambda: CrossBatchMemory(RoadmapLoss(), 4, memory_size=2)(torch.eye(4), torch.arange(4) // 2),
+        "choose memory_size=4 or more",
+        lambda: CrossBatchMemory(RoadmapLoss(), 4, memory_size=4)(torch.eye(4), torch.arange(4) // 2),
+    ),
+    "one-hot labels": (
+        lambda: RoadmapLoss()(torch.eye(4), torch.eye(2)[[0, 0, 1, 1]]),
+        "labels.argmax(1)",
+        lambda: RoadmapLoss()(torch.eye(4), torch.eye(2)[[0, 0, 1, 1]].argmax(1)),
+    ),
+    "a list of labels": (
+        lambda: RoadmapLoss()(torch.eye(4), [0, 0, 1, 1]),
+        "use torch.as_tensor(labels)",
+        lambda: RoadmapLoss()(torch.eye(4), torch.as_tensor([0, 0, 1, 1])),
+    ),
+    "an output": (
+        lambda: RoadmapLoss()({"pooler_output": torch.eye(4)}, torch.arange(4) // 2),
+        "embeddings['pooler_output']",
+        lambda: RoadmapLoss()({"pooler_output": torch.eye(4)}["pooler_output"], torch.arange(4) // 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_an_error_suggests_is_taken(name):
+    wrong, words, right = REMEDIES[name]
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(words)):
+        wrong()
+    right()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from benchmarks.measure import in_fresh_process, peak_growth
-from roadmap_ext import metrics
+from roadmap_ext import _checks, metrics
 from roadmap_ext._relation import from_labels, from_pairs
 from roadmap_ext.metrics import _sorted, average_precision, retrieval_metrics
 
@@ -106,7 +106,10 @@ def rows_by_hand(scores, target, ignore):
 def check_rows(scores, target, ignore):
     """The kernel and the plain path against the loop: ranks are exact, the sums of ratios but for their rounding."""
     expected = rows_by_hand(scores, target, ignore)
-    for rows in (torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore), _sorted(scores, target, ignore)):
+    by_kernel = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
+    values, smallest = _sorted(scores, target, ignore)
+    smallest = torch.tensor([{0: NAN, 1 << 62: math.inf}.get(rank, rank) for rank in smallest.tolist()]).double()
+    for rows in (by_kernel, torch.cat([values, smallest[:, None]], dim=1)):
         assert rows.dtype == torch.float64
         torch.testing.assert_close(rows, expected, rtol=1e-13, atol=0, equal_nan=True)
         torch.testing.assert_close(rows[:, 2:], expected[:, 2:], rtol=0, atol=0, equal_nan=True)
@@ -583,14 +586,11 @@ def test_progress_bar(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"k": 10},
-            TypeError,
-            r"k must be a sequence of integers, such as \(1, 10, 100\), got 10: for one alone, \(10,\)",
-        ),
-        ({"k": "10"}, TypeError, "k must be a sequence of integers, such as"),
-        ({"k": (1, 2.5)}, TypeError, "got 2.5 in it"),
-        ({"k": (True,)}, TypeError, "got True in it"),
+        ({"k": "10"}, TypeError, "k must be an integer or a sequence of integers, such as"),
+        ({"k": 2.5}, TypeError, "got 2.5"),
+        ({"k": (1, 2.5)}, TypeError, "got 2.5"),
+        ({"k": (True,)}, TypeError, "got True"),
+        ({"k": 0}, ValueError, "k must be at least 1"),
         ({"k": (1, 0)}, ValueError, "k must be at least 1, for ranks begin there, got 0"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
         ({"reduction": "sum"}, ValueError, "reduction must be one of 'mean', 'none', got 'sum'"),
@@ -601,6 +601,7 @@ def test_progress_bar(capsys, monkeypatch):
             TypeError,
             "progress must be None, True .* or a function that takes a number of queries, got",
         ),
+        ({"ignore_label": "none"}, TypeError, "ignore_label must be None or an integer"),
         ({"ids": torch.arange(50)}, ValueError, "ids was given without ref_ids"),
         ({"ref_emb": torch.randn(5, 8)}, ValueError, "ref_emb was given without ref_labels"),
     ],
@@ -614,10 +615,81 @@ def test_bad_input(options, error, message):
 def test_bad_embeddings():
     x, labels = points(50)
     with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor"):
-        retrieval_metrics(x.numpy(), labels)
+        retrieval_metrics(x.tolist(), labels)
+    with pytest.raises(ValueError, match="tensors on the meta device have none"):
+        retrieval_metrics(x.to("meta"), labels=labels.to("meta"))
     with pytest.raises(ValueError, match="labels must be 1-D with one entry a row of embeddings, 50"):
         retrieval_metrics(x, labels[:4])
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
         retrieval_metrics(x, labels.float())
     with pytest.raises(ValueError, match="ref_emb must have the dimension of embeddings, 8, got 7"):
         retrieval_metrics(x, labels, x[:, :7], labels)
+
+
+# --- what they take --------------------------------------------------------------------------------------------------
+
+
+def as_arrays(values):
+    """Tensors as arrays of NumPy's, and lists of them; the same tensor as the same array."""
+    made = {id(x): x.numpy() for x in values if isinstance(x, torch.Tensor)}
+    return [as_arrays(x) if isinstance(x, list) else made.get(id(x), x) for x in values]
+
+
+def test_arrays_of_numpy():
+    """What tensors give, bit for bit; the same array twice is the batch itself."""
+    x, labels = points(50)
+    scores, target = torch.randn(9, 30), torch.rand(9, 30) < 0.3
+    batches = [torch.arange(20), torch.arange(20, 50)]
+    for function, arguments, options in (
+        (retrieval_metrics, (x, labels), {"k": numpy.array([1, 5])}),
+        (retrieval_metrics, (x, labels, x, labels), {}),
+        (retrieval_metrics, (x[:9], labels[:9], x, labels), {"ids": labels[:9], "ref_ids": labels}),
+        (metrics.decomposability_gap, (x, labels, batches), {}),
+        (average_precision, (scores, target, ~target), {}),
+        (metrics.decomposability_gap_of_scores, (scores, target, torch.arange(30) % 4), {}),
+        (metrics.decomposability_bound, (target.long(), 3 * target.long()), {}),
+    ):
+        expected = function(*arguments, **options)
+        options = dict(zip(options, as_arrays(options.values()), strict=True))
+        measured = function(*as_arrays(arguments), **options)
+        torch.testing.assert_close(measured, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_array_is_read_where_it_is(recwarn):
+    x, labels = points(50)
+    x, labels = x.double().numpy(), labels.numpy()
+    for each in (x, labels):
+        each.flags.writeable = False
+    assert _checks.as_tensor(x).data_ptr() == x.ctypes.data
+    retrieval_metrics(x, labels)
+    assert not recwarn.list
+
+
+def test_one_k():
+    x, labels = points(50)
+    for k in (3, numpy.int64(3)):
+        assert retrieval_metrics(x, labels, k=k) == retrieval_metrics(x, labels, k=(3,))
+
+
+@pytest.mark.parametrize("gallery", [False, True])
+def test_an_ignored_label_is_as_good_as_absent(path, gallery):
+    """Neither as a query nor as a reference does such an item count, whatever its embedding is."""
+    x, labels = points(60)
+    references, ref_labels = points(80)
+    labels[::4], ref_labels[::3] = -1, -1
+    x[::4], references[::3] = NAN, NAN
+    kept, ref_kept = labels != -1, ref_labels != -1
+    given = (x, labels, references, ref_labels) if gallery else (x, labels)
+    removed = (
+        (x[kept], labels[kept], references[ref_kept], ref_labels[ref_kept]) if gallery else (x[kept], labels[kept])
+    )
+    assert retrieval_metrics(*given, ignore_label=-1) == pytest.approx(retrieval_metrics(*removed), rel=1e-12)
+    each = retrieval_metrics(*given, ignore_label=-1, reduction="none")
+    for name, values in retrieval_metrics(*removed, reduction="none").items():
+        assert each[name][~kept].isnan().all()
+        torch.testing.assert_close(each[name][kept], values, rtol=1e-12, atol=0, equal_nan=True)
+    # Of the gap, the batches keep their places.
+    batches = torch.arange(len(ref_labels if gallery else labels)) % 3
+    gap = metrics.decomposability_gap(*given[:2], batches, *given[2:], ignore_label=-1)
+    without = metrics.decomposability_gap(*removed[:2], batches[ref_kept if gallery else kept], *removed[2:])
+    assert gap == pytest.approx(without, rel=1e-12)

@@ -1,0 +1,211 @@
+"""What to do with a value that cannot be taken: each function looks at the value and ends the message with its remedy.
+
+A remedy is code in terms of the argument's name; tests/losses/test_advice.py applies each to the value it is for. The
+value is looked at when an error is raised already. Where it cannot be, in a graph or a transform, there is no remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+# Where a network's output has one vector an item, before what has the shape of it.
+_VECTORS = ("sentence_embedding", "image_embeds", "text_embeds", "pooler_output")
+
+
+def _looking(advise: Callable[_P, str]) -> Callable[_P, str]:
+    @wraps(advise)
+    def end(*arguments: _P.args, **keywords: _P.kwargs) -> str:
+        if torch.compiler.is_compiling():
+            return ""
+        try:
+            remedy = advise(*arguments, **keywords)
+        except Exception:  # the error that is being raised matters more
+            return ""
+        return remedy and f": {remedy}"
+
+    return end
+
+
+@_looking
+def for_vectors(name: str, value: object) -> str:
+    """For what is no matrix of embeddings [items, dimension]."""
+    return _vectors(name, value)
+
+
+@_looking
+def for_scores(name: str, value: object) -> str:
+    """For what is no matrix of scores [queries, references]."""
+    return _scores(name, value)
+
+
+@_looking
+def for_labels(name: str, value: object, rows: int | None) -> str:
+    """For what is no vector of integers, one for each of as many rows; None: of any length."""
+    return _labels(name, value, rows)
+
+
+@_looking
+def for_mask(name: str, value: object, scores: Tensor) -> str:
+    """For what is no bool mask of the shape of the scores."""
+    return _mask(name, value, scores)
+
+
+@_looking
+def for_rows(name: str, value: object) -> str:
+    """For what is no tensor, of any shape and dtype, one row an item."""
+    return _plain(name, value, lambda code, made: "", "torch.cat({}.unbind())")
+
+
+def _vectors(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        tensors = {key: each for key, each in value.items() if isinstance(each, Tensor) and each.is_floating_point()}
+        vectors = [key for key, each in tensors.items() if each.dim() == 2]
+        vectors.sort(key=lambda key: key not in _VECTORS)
+        tokens = [key for key, each in tensors.items() if each.dim() == 3]
+        codes = [f"{name}[{key!r}]" for key in vectors[:1]] + [f"{name}[{key!r}].mean(1)" for key in tokens[:1]]
+        return codes and f"pass one vector an item of what the network returns, {' or '.join(codes)}"
+    if isinstance(value, tuple | list) and value and all(isinstance(each, Tensor) for each in value):
+        if all(each.is_floating_point() and each.shape == value[0].shape[:1] for each in value):
+            return f"use torch.stack({name})"
+        if value[0].is_floating_point():
+            return f"pass one tensor, {name}[0] or another"
+        return "pass one tensor; a miner's tuple is for the losses of roadmap_ext.integrations"
+    if remedy := _plain(name, value, _vectors, "torch.stack([rows.mean(0) for rows in {}.unbind()])"):
+        return remedy
+    code = name
+    if value.is_complex():
+        code = f"torch.view_as_real({name}).flatten(-2)"
+    elif not value.is_floating_point() or value.element_size() == 1:
+        code = f"{name}.float()"
+    if value.dim() == 1:
+        code += "[None]"
+    elif value.dim() > 2 and set(value.shape[2:]) == {1}:
+        code += ".flatten(1)"
+    elif value.dim() == 3:
+        views = f"{code}.flatten(0, 1) if it counts views, each with a label of its own"
+        return f"use {code}.mean(1) if the second dimension counts tokens or places, {views}"
+    elif value.dim() > 3:
+        return f"use {code}.flatten(2).mean(2), one vector an item, or {code}.flatten(1)"
+    swapped = ", unless it stands where labels belong" if value.dim() == 1 and code.startswith(f"{name}.float") else ""
+    return "" if code == name else f"use {code}{swapped}"
+
+
+def _scores(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        codes = [f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.dim() == 2]
+        return f"pass one of its matrices, {' or '.join(codes)}" if codes else ""
+    if remedy := _plain(name, value, _scores, "torch.nested.to_padded_tensor({}, -math.inf)"):
+        return remedy
+    code = name
+    if not value.is_complex() and (not value.is_floating_point() or value.element_size() == 1):
+        code += ".float()"
+    if value.dim() == 1:
+        code += "[None]"
+    elif value.dim() == 3:
+        code += ".flatten(0, 1)"
+    return "" if code == name else f"use {code}"
+
+
+def _labels(name: str, value: Any, rows: int | None) -> str:
+    if isinstance(value, Mapping):
+        codes = [
+            f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)
+        ]
+        return codes and f"pass what numbers the classes in it, {' or '.join(codes)}"
+    if not isinstance(value, Tensor) and len(value) and all(isinstance(each, str) for each in value):
+        return (
+            f"number the names, once for the whole data set: classes = sorted(set({name})), then "
+            f"torch.tensor([classes.index(each) for each in {name}])"
+        )
+    if remedy := _plain(name, value, lambda code, made: _labels(code, made, rows), "torch.cat({}.unbind())"):
+        return remedy
+    rows = len(value) if rows is None else rows
+    code = name
+    if value.dim() == 2 and sorted(value.shape) == [1, rows]:
+        code, value = f"{name}.flatten()", value.flatten()
+    elif value.dim() == 2 and len(value) == rows:
+        return _rows_of_labels(name, value)
+    elif value.dim() == 1 and 0 < len(value) < rows and rows % len(value) == 0:
+        code = f"{name}.repeat({rows // len(value)})"
+    elif value.shape != (rows,):
+        return ""
+    if value.dtype == torch.bool:
+        code += ".long()"
+    elif value.is_floating_point():
+        numbers = value[~value.isnan()]
+        if (numbers != numbers.round()).any():
+            return f"these are no whole numbers: to number the different ones use {code}.unique(return_inverse=True)[1]"
+        if len(numbers) < len(value):
+            return f"use {code}.nan_to_num(nan=-1).long(), and ignore_label=-1 for those that are NaN"
+        code += ".long()"
+    return "" if code == name else f"use {code}"
+
+
+def _rows_of_labels(name: str, value: Tensor) -> str:
+    """For labels [B, C]: what they are decides."""
+    number = f"{name}.float()" if not value.is_floating_point() else name
+    wide = value.float()
+    binary = bool(((wide == 0) | (wide == 1)).all())
+    if len(wide) == wide.shape[1] and torch.equal(wide, wide.T):
+        target, what = f"{name}.bool()" if binary else f"{name} > 0.5", "a relation of pairs"
+    elif binary and (wide.sum(1) == 1).all():
+        return f"one-hot rows become {name}{'.int()' if value.dtype == torch.bool else ''}.argmax(1)"
+    elif binary:
+        target, what = f"{number} @ {number}.T > 0", "items of several classes"
+    elif (wide >= 0).all() and torch.allclose(wide.sum(1), torch.ones(len(wide), device=wide.device), atol=1e-2):
+        target, what = f"{number} @ {number}.T > 0.5", "soft labels"
+    else:
+        return "" if value.is_floating_point() else f"pass the column that is to tell the classes, such as {name}[:, 0]"
+    return (
+        f"{what} are for ap_loss(scores, {target}, ignore=itself), with scores of each item for each and itself the "
+        "diagonal (docs/roadmap-loss.md, Items of several classes)"
+    )
+
+
+def _mask(name: str, value: Any, scores: Tensor) -> str:
+    if remedy := _plain(
+        name, value, lambda code, made: _mask(code, made, scores), "torch.nested.to_padded_tensor({}, 0)"
+    ):
+        return remedy
+    rows, columns = scores.shape
+    code = name
+    if value.dim() == 1 and value.dtype != torch.bool and not value.is_floating_point():
+        if rows == columns == len(value):
+            return f"labels become {name}[:, None] == {name}"
+        return "labels become labels[:, None] == reference_labels[None]"
+    if value.shape == (rows,) and rows != columns:
+        code = f"{name}[:, None].expand_as(scores)"
+    elif value.shape == (columns, rows) and rows != columns:
+        code = f"{name}.T"
+    elif value.shape != scores.shape:
+        value.expand_as(scores)  # raises where nothing is to be broadcast
+        code = f"{name}.expand_as(scores)"
+    if value.dtype != torch.bool:
+        code = f"{code}.bool()" if ((value == 0) | (value == 1)).all() else f"{code} > 0"
+    return "" if code == name else f"use {code}"
+
+
+def _plain(name: str, value: Any, further: Callable[[str, Tensor], str], nested: str) -> str:
+    """For what is no plain dense tensor: the code that makes one, and what is ``further`` to be done with that."""
+    if not isinstance(value, Tensor):
+        try:
+            code, made = f"torch.as_tensor({name})", torch.as_tensor(value)
+        except (TypeError, ValueError):  # of NumPy's: another order of bytes, a step backwards, a type of its own
+            code, made = f"torch.tensor({name}.tolist())", torch.tensor(value.tolist())
+    elif hasattr(value, "full_tensor"):  # to look at it would take all ranks
+        return f"use {name}.full_tensor(), or {name}.to_local() and gather_across_devices=True"
+    elif value.is_nested:
+        return f"use {nested.format(name)}"
+    elif value.layout != torch.strided:
+        code, made = f"{name}.to_dense()", value.to_dense()
+    elif value.is_quantized:
+        code, made = f"{name}.dequantize()", value.dequantize()
+    else:
+        return ""
+    return further(code, made) or f"use {code}"
