@@ -2,17 +2,18 @@
 
 import ctypes
 import doctest
+import functools
 import math
 import pickle
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, deep
 from oracle import assert_accurate, grid_scores, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roadmap_ext
-from roadmap_ext import APLoss, ap_loss, reference
+from roadmap_ext import APLoss, ap_loss, reference, roadmap_loss
 
 pytestmark = pytest.mark.ops
 
@@ -353,6 +354,36 @@ def test_transforms_and_forward_mode_raise(function):
     leaf = scores.clone().requires_grad_()
     function(leaf, target).backward()
     torch.testing.assert_close(by_reference, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fullgraph", [False, *deep(True)])
+@pytest.mark.parametrize("name", ["ap_loss", "smooth_rank", "roadmap_loss"])
+@pytest.mark.host
+def test_transforms_and_forward_mode_raise_when_compiled(name, fullgraph):
+    """Whichever is inside the other, and whether the graph may break or not; outside a transform it all still runs."""
+    scores, target, _ = case()
+    labels = torch.arange(5) // 2
+
+    def loss(x):
+        if name == "smooth_rank":
+            return roadmap_ext.smooth_rank(x, target).negative_rank.sum()
+        return ap_loss(x, target) if name == "ap_loss" else roadmap_loss(x, labels)
+
+    torch._dynamo.reset()  # it remembers which frames it could not take
+    compiling = functools.partial(torch.compile, fullgraph=fullgraph, backend="eager")
+    compiled = compiling(loss)
+    assert torch.equal(compiled(scores), loss(scores))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+            compiling(transform(loss))(scores)
+    for function in (compiling(torch.vmap(loss)), torch.vmap(compiled)):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+            function(scores[None])
+    with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+        torch.func.grad(compiled)(scores)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        compiled(torch.autograd.forward_ad.make_dual(scores, scores))
+    assert torch.equal(compiled(scores), loss(scores))
 
 
 def test_the_reference_has_second_derivatives():
