@@ -22,17 +22,21 @@ using torch::stable::Tensor;
 // Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13).
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
+// Kernels add up settings, 1 / tau and rho tau in float32, which ends at 3.4e38: a row of 2^32 pairs stays below.
+constexpr double kLargestSetting = 1e28;
+
 inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
                                        std::optional<double> offset, int64_t method = 0) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
   STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (pairwise) or 2 (sorted), got ", method);
-  STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
-  STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
-                  "rho, rho * tau and delta must be finite in float32 and not negative");
-  STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
+  STD_TORCH_CHECK(tau >= 1e-20 && tau <= kLargestSetting, "tau must lie between 1e-20 and ", kLargestSetting);
+  STD_TORCH_CHECK(rho >= 0 && rho <= kLargestSetting && rho * tau <= kLargestSetting && delta >= 0 &&
+                      delta <= kLargestSetting,
+                  "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
+  STD_TORCH_CHECK(std::fabs(start) <= kLargestSetting, "start must be at most ", kLargestSetting, " in magnitude");
   // By default the surrogate is continuous at the threshold.
   const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
-  STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
+  STD_TORCH_CHECK(std::fabs(above) <= kLargestSetting, "offset must be at most ", kLargestSetting, " in magnitude");
   return {surrogate, tau, rho, delta, start, above, static_cast<Method>(method)};
 }
 

@@ -328,8 +328,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
                     std::optional<Tensor> gradient, int64_t method) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
-  STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
-                  "margins must be finite in float32");
+  STD_TORCH_CHECK(std::fabs(positive_margin) <= kLargestSetting && std::fabs(negative_margin) <= kLargestSetting,
+                  "margins must be at most ", kLargestSetting, " in magnitude");
   STD_TORCH_CHECK(scores.dim() == 2 && on_device(scores) && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D tensor of float32 or float64 on the device");
