@@ -30,9 +30,9 @@ inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
   STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (pairwise) or 2 (sorted), got ", method);
   STD_TORCH_CHECK(tau >= 1e-20 && tau <= kLargestSetting, "tau must lie between 1e-20 and ", kLargestSetting);
-  STD_TORCH_CHECK(rho >= 0 && rho <= kLargestSetting && rho * tau <= kLargestSetting && delta >= 0 &&
-                      delta <= kLargestSetting,
-                  "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
+  STD_TORCH_CHECK(
+      rho >= 0 && rho <= kLargestSetting && rho * tau <= kLargestSetting && delta >= 0 && delta <= kLargestSetting,
+      "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
   STD_TORCH_CHECK(std::fabs(start) <= kLargestSetting, "start must be at most ", kLargestSetting, " in magnitude");
   // By default the surrogate is continuous at the threshold.
   const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));

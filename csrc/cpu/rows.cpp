@@ -218,8 +218,10 @@ class Pass {
     kernels_.exponentials(p, settings_);
   }
 
-  // Whether the sorted scan takes a row, as far as its positives can tell.
+  // Whether the sorted scan takes a row, as far as its positives can tell. float64 is there for what float32 cannot
+  // show, gradient checks above all: it meets every pair.
   bool scans(const Row<T>& row) const {
+    if (sizeof(T) == 8) return false;
     if (row.nan || !objective_.ap || !row.size() || method_ == Method::kPairwise) return false;
     if (!row.sorter.finite()) return false;
     if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
@@ -258,7 +260,7 @@ class Pass {
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
     // Where cells can be used (cells.h), they cost half of what leaves of sorted scores do, and something each.
     const double range = static_cast<double>(top) - static_cast<double>(low);
-    const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
+    const bool cells = CellPlan::suit(negatives + positives, range, settings_.tau);
     const double fixed = CellPlan::wide(settings_) ? 5000 : 7000;
     double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
                         : 1500 + 14 * negatives + 36 * positives;
