@@ -631,20 +631,20 @@ def test_no_slope_in_cells_is_exactly_none():
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("columns", [600, 9000])
+@pytest.mark.parametrize("columns", [600, 5000])
 def test_upstream_gradients_that_are_not_finite(value, surrogate, columns):
     """One rank's gradient is infinite, or NaN: its row shows it, its positives as ever, and no other row does."""
     scores, target = torch.randn(3, columns) * 0.2, torch.rand(3, columns) < 0.2
     weights = torch.randn(2, int(target.sum()))
     row = (target.nonzero()[:, 0] == 1).nonzero()[:, 0]
     _, healthy = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
-    for which in (0, 1):
+    for which, place in ((0, 0), (0, len(row) // 2), (0, -1), (1, 0), (1, -1)):
         sick = weights.clone()
-        sick[which, row[5]] = value
+        sick[which, row[place]] = value
         _, ours = ranks_and_gradient(scores, target, sick, "sorted", surrogate=surrogate)
         _, pairwise = ranks_and_gradient(scores, target, sick, "pairwise", surrogate=surrogate)
         assert torch.equal(ours[[0, 2]], healthy[[0, 2]])
-        assert (ours.isfinite() <= pairwise.isfinite()).all()
+        assert torch.equal(ours.isfinite(), pairwise.isfinite())
         assert ours[1].isfinite().all() == (which == 1 and surrogate == "sup")  # which rank+ of sup ignores
         own, other = ours[1, target[1]], pairwise[1, target[1]]
         if surrogate == "sup":

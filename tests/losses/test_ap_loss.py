@@ -112,6 +112,26 @@ class TestConventions:
         assert torch.equal(one.gradient, other.gradient)
 
 
+@pytest.mark.parametrize(("columns", "parts"), [pytest.param(200_000, 13, marks=pytest.mark.long), (1000, 20)])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.parametrize("method", ["pairwise", "sorted"])
+def test_a_nan_in_any_part_of_a_shared_row(columns, parts, surrogate, method):
+    """Threads, or blocks of a GPU, share the columns of a row and its positives: whoever meets the NaN, all notice."""
+    torch.set_num_threads(3)
+    scores, target = torch.randn(2, columns) * 100, torch.rand(2, columns) < min(0.1, 60 / columns)
+    options = {"surrogate": surrogate, "method": method}
+    clean = run(ap_loss, scores, target, torch.ones(2), **options)
+    for part in range(parts):  # in a positive, in a negative, ...
+        column = (2 * part + 1) * columns // (2 * parts)
+        target[0, column], dirty = part % 2 == 0, scores.clone()
+        dirty[0, column] = NAN
+        ours = run(ap_loss, dirty, target, torch.ones(2), **options)
+        assert ours.loss.isnan().tolist() == [True, False]
+        assert ours.gradient.isnan().all(1).tolist() == [True, False]
+        assert torch.equal(ours.gradient[1], clean.gradient[1])
+        assert roadmap_ext.metrics.average_precision(dirty, target).isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("rho", [100.0, 0.0])
