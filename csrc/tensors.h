@@ -8,8 +8,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -52,14 +55,49 @@ inline ScoreType score_type(const Tensor& t) {
 
 inline bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
 
-// Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
-inline Tensor dense_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+// Has torch allocate so many bytes where `like` lies, in a way that lets its own error through (module.cpp): of a call
+// that failed the stable ABI keeps neither the type nor the text, by which programs know to try a smaller batch.
+inline void (*allocate_aloud)(const Tensor& like, int64_t bytes) = nullptr;
+
+// What allocate() returns, which takes so many bytes.
+template <typename Allocate>
+Tensor allocated(const Tensor& like, int64_t bytes, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    if (!allocate_aloud) throw;
+    allocate_aloud(like, bytes);
+    return allocate();  // there is memory, after all
+  }
 }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  int64_t bytes = aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)));
+  for (const int64_t size : shape) bytes *= size;
+  return allocated(like, bytes, [&] { return torch::stable::new_empty(like, shape, type); });
 }
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return allocated(t, t.numel() * static_cast<int64_t>(t.element_size()), [&] { return torch::stable::contiguous(t); });
+}
+
+// Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
+inline Tensor dense_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t); }
+
+// An op, with torch's words where it is the workspace that there is no memory for.
+template <auto op>
+struct Op;
+template <typename Result, typename... Arguments, Result (*op)(Arguments...)>
+struct Op<op> {
+  static Result call(Arguments... arguments) {
+    try {
+      return op(std::move(arguments)...);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(
+          "DefaultCPUAllocator: can't allocate memory: the workspace of roadmap_ext's CPU kernels");
+    }
+  }
+};
 
 inline ScalarType accumulation(const Tensor& scores) {
   return scores.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
