@@ -79,11 +79,17 @@ def extension():
     ]
     # No contraction: error-free transformations are written out, and every product rounds where the code says so.
     flags = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    # Error messages name source files: as they lie in the packages, not on the machine that compiled them.
+    packages = {Path(module.__file__).parent.parent for module in (torch, pybind11)}
+    hardened = [f"-ffile-prefix-map={folder}/=" for folder in (*packages, HERE)]
+    if sys.platform == "linux":
+        hardened += ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
     arguments = {
         "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True)),
         "include_dirs": [pybind11.get_include()],  # first: torch 2.11's own copy does not compile with a target version
         "define_macros": macros,
-        "extra_compile_args": {"cxx": flags},
+        "extra_compile_args": {"cxx": flags + hardened},
+        "extra_link_args": ["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else [],
         "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
     }
     if not decision.build:
@@ -93,8 +99,8 @@ def extension():
     cpp_extension.CUDA_HOME = str(decision.root)  # read when torch was imported
     arguments["sources"] += cuda_sources + sorted(glob("csrc/cuda/*.cpp"))
     arguments["define_macros"] += [("USE_CUDA", "1")]
-    hidden = "-Xcompiler=-fvisibility=hidden"
-    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", hidden]
+    host = [f"-Xcompiler={flag}" for flag in ("-fvisibility=hidden", *hardened)]
+    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", *host]
     return cpp_extension.CUDAExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
 
 

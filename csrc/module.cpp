@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 
 #ifndef ROADMAP_CUDA_REASON
 #define ROADMAP_CUDA_REASON "not decided by setup.py"
@@ -27,7 +28,16 @@ static py::dict build_info() {
   return info;
 }
 
+// Of a function that Python calls, pybind11 lets a Python error through as it is.
+static void allocate_aloud(const roadmap::ops::Tensor& like, int64_t bytes) {
+  const py::gil_scoped_acquire locked;
+  const py::module_ torch = py::module_::import("torch");
+  const std::string device = like.is_cuda() ? "cuda:" + std::to_string(like.get_device_index()) : "cpu";
+  torch.attr("empty")(bytes, py::arg("dtype") = torch.attr("uint8"), py::arg("device") = device);
+}
+
 PYBIND11_MODULE(_C, m) {
+  roadmap::ops::allocate_aloud = &allocate_aloud;
   m.doc() = "Kernels of roadmap_ext. Importing this module registers torch.ops.roadmap_ext.";
   m.attr("with_cuda") = static_cast<bool>(ROADMAP_WITH_CUDA);
   m.attr("cuda_reason") = ROADMAP_CUDA_REASON;

@@ -2,6 +2,7 @@
 // errors for people; the checks here keep memory safe whoever calls.
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -82,7 +83,7 @@ struct Listed {
                     name, "_span must be a CPU tensor [rows, 2] of int64");
     STD_TORCH_CHECK(column.is_cpu() && column.dim() == 1 && column.scalar_type() == ScalarType::Long, name,
                     "_column must be a 1-D CPU tensor of int64");
-    const Tensor dense = torch::stable::contiguous(span);
+    const Tensor dense = as_contiguous(span);
     const auto* const first = rows ? static_cast<const int64_t*>(dense.const_data_ptr()) : nullptr;
     spans.emplace_back(first, first + 2 * rows);
     const std::vector<int64_t>& own = spans.back();
@@ -90,7 +91,7 @@ struct Listed {
       STD_TORCH_CHECK(0 <= own[2 * row] && own[2 * row] <= own[2 * row + 1] && own[2 * row + 1] <= column.numel(), name,
                       "_span must lie within ", name, "_column");
     }
-    alive.push_back(torch::stable::contiguous(column));
+    alive.push_back(as_contiguous(column));
     // An empty tensor may have no memory, and null says that there is no such list at all.
     static const int64_t none = 0;
     return {own.data(), column.numel() ? static_cast<const int64_t*>(alive.back().const_data_ptr()) : &none};
@@ -122,7 +123,17 @@ Parallel torch_threads(int64_t elements) {
         }
       }
     };
-    torch::stable::parallel_for(0, shares, 1, work);
+    // Carried out by hand: the stable ABI would lose what it was.
+    std::exception_ptr failure;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+      try {
+        work(begin, end);
+      } catch (...) {
+        if (!failed.test_and_set()) failure = std::current_exception();
+      }
+    });
+    if (failure) std::rethrow_exception(failure);
   };
   return parallel;
 }
@@ -182,7 +193,7 @@ void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor&
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == accumulation(gradient) &&
                         (t.numel() == 1 || (t.dim() == 1 && t.size(0) == rows)),
                     name, " must be a CPU tensor, one element or [rows], in the accumulation type of the gradient");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   };
   const Tensor weights = check(weight, "weight"), factors = check(factor, "factor");
   if (!gradient.numel()) return;
@@ -221,8 +232,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     std::optional<Tensor> gradient, int64_t method) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
   STD_TORCH_CHECK(!gradient, "on the CPU the gradient goes over the scores, and nowhere else");
-  STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
-                  "margins must be finite in float32");
+  STD_TORCH_CHECK(std::fabs(positive_margin) <= kLargestSetting && std::fabs(negative_margin) <= kLargestSetting,
+                  "margins must be at most ", kLargestSetting, " in magnitude");
   STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D CPU tensor of float32 or float64");
@@ -299,7 +310,7 @@ std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
   const auto check = [](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.scalar_type() == ScalarType::Long, name,
                     " must be a 1-D CPU tensor of int64");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   };
   const Tensor of = check(values, "values"), among = check(references, "references");
   Tensor span = empty(of, {of.numel(), 2}, ScalarType::Long), column = empty(of, {among.numel()}, ScalarType::Long);
@@ -364,7 +375,7 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
   const auto check = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 1 && t.is_cpu() && t.size(0) == first.back() && t.scalar_type() == accumulation(scores),
                     name, " must be a CPU tensor with one element a positive, in the accumulation type of the scores");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   };
   const Tensor slopes = check(slope, "slope"), negative = check(negative_grad, "negative_grad");
   std::optional<Tensor> positive;
@@ -417,17 +428,17 @@ Tensor rank_metrics_masked(Tensor scores, Tensor target, std::optional<Tensor> i
 STABLE_TORCH_LIBRARY(roadmap_ext, m) { roadmap::ops::define(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
-  m.impl("average_precision", TORCH_BOX(&average_precision));
-  m.impl("objective_rows_", TORCH_BOX(&objective_rows));
-  m.impl("equal_lists", TORCH_BOX(&equal_lists));
-  m.impl("symmetrise_", TORCH_BOX(&symmetrise));
-  m.impl("remove_radial_", TORCH_BOX(&remove_radial));
-  m.impl("prefault_", TORCH_BOX(&prefault));
-  m.impl("count_pairs", TORCH_BOX(&count_pairs));
-  m.impl("scale_rows", TORCH_BOX(&scale_rows));
-  m.impl("scale_rows_", TORCH_BOX(&scale_rows_in_place));
-  m.impl("smooth_rank", TORCH_BOX(&smooth_rank));
-  m.impl("rank_metrics", TORCH_BOX(&rank_metrics));
-  m.impl("rank_metrics_masked", TORCH_BOX(&rank_metrics_masked));
-  m.impl("smooth_rank_backward", TORCH_BOX(&smooth_rank_backward));
+  m.impl("average_precision", TORCH_BOX(&Op<&average_precision>::call));
+  m.impl("objective_rows_", TORCH_BOX(&Op<&objective_rows>::call));
+  m.impl("equal_lists", TORCH_BOX(&Op<&equal_lists>::call));
+  m.impl("symmetrise_", TORCH_BOX(&Op<&symmetrise>::call));
+  m.impl("remove_radial_", TORCH_BOX(&Op<&remove_radial>::call));
+  m.impl("prefault_", TORCH_BOX(&Op<&prefault>::call));
+  m.impl("count_pairs", TORCH_BOX(&Op<&count_pairs>::call));
+  m.impl("scale_rows", TORCH_BOX(&Op<&scale_rows>::call));
+  m.impl("scale_rows_", TORCH_BOX(&Op<&scale_rows_in_place>::call));
+  m.impl("smooth_rank", TORCH_BOX(&Op<&smooth_rank>::call));
+  m.impl("rank_metrics", TORCH_BOX(&Op<&rank_metrics>::call));
+  m.impl("rank_metrics_masked", TORCH_BOX(&Op<&rank_metrics_masked>::call));
+  m.impl("smooth_rank_backward", TORCH_BOX(&Op<&smooth_rank_backward>::call));
 }

@@ -8,8 +8,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -22,17 +25,21 @@ using torch::stable::Tensor;
 // Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13).
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
+// Kernels add up settings, 1 / tau and rho tau in float32, which ends at 3.4e38: a row of 2^32 pairs stays below.
+constexpr double kLargestSetting = 1e28;
+
 inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
                                        std::optional<double> offset, int64_t method = 0) {
   STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
   STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (pairwise) or 2 (sorted), got ", method);
-  STD_TORCH_CHECK(tau >= 1e-20 && tau <= 1e36, "tau must lie between 1e-20 and 1e36");
-  STD_TORCH_CHECK(rho >= 0 && rho <= 3e38 && rho * tau <= 3e38 && delta >= 0 && delta <= 3e38,
-                  "rho, rho * tau and delta must be finite in float32 and not negative");
-  STD_TORCH_CHECK(std::isfinite(start), "start must be finite");
+  STD_TORCH_CHECK(tau >= 1e-20 && tau <= kLargestSetting, "tau must lie between 1e-20 and ", kLargestSetting);
+  STD_TORCH_CHECK(
+      rho >= 0 && rho <= kLargestSetting && rho * tau <= kLargestSetting && delta >= 0 && delta <= kLargestSetting,
+      "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
+  STD_TORCH_CHECK(std::fabs(start) <= kLargestSetting, "start must be at most ", kLargestSetting, " in magnitude");
   // By default the surrogate is continuous at the threshold.
   const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
-  STD_TORCH_CHECK(std::isfinite(above), "offset must be finite");
+  STD_TORCH_CHECK(std::fabs(above) <= kLargestSetting, "offset must be at most ", kLargestSetting, " in magnitude");
   return {surrogate, tau, rho, delta, start, above, static_cast<Method>(method)};
 }
 
@@ -48,14 +55,49 @@ inline ScoreType score_type(const Tensor& t) {
 
 inline bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
 
-// Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
-inline Tensor dense_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+// Has torch allocate so many bytes where `like` lies, in a way that lets its own error through (module.cpp): of a call
+// that failed the stable ABI keeps neither the type nor the text, by which programs know to try a smaller batch.
+inline void (*allocate_aloud)(const Tensor& like, int64_t bytes) = nullptr;
+
+// What allocate() returns, which takes so many bytes.
+template <typename Allocate>
+Tensor allocated(const Tensor& like, int64_t bytes, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    if (!allocate_aloud) throw;
+    allocate_aloud(like, bytes);
+    return allocate();  // there is memory, after all
+  }
 }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  int64_t bytes = aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)));
+  for (const int64_t size : shape) bytes *= size;
+  return allocated(like, bytes, [&] { return torch::stable::new_empty(like, shape, type); });
 }
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return allocated(t, t.numel() * static_cast<int64_t>(t.element_size()), [&] { return torch::stable::contiguous(t); });
+}
+
+// Kernels walk along a row; its columns must be contiguous, rows may be anywhere (strided, expanded).
+inline Tensor dense_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t); }
+
+// An op, with torch's words where it is the workspace that there is no memory for.
+template <auto op>
+struct Op;
+template <typename Result, typename... Arguments, Result (*op)(Arguments...)>
+struct Op<op> {
+  static Result call(Arguments... arguments) {
+    try {
+      return op(std::move(arguments)...);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(
+          "DefaultCPUAllocator: can't allocate memory: the workspace of roadmap_ext's CPU kernels");
+    }
+  }
+};
 
 inline ScalarType accumulation(const Tensor& scores) {
   return scores.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -62,18 +62,21 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
         _warnings.without_kernels()
         return "reference"
     check_kernels(inputs[0].device, method)
-    if not torch.compiler.is_compiling():
-        check_no_transform(*inputs)
+    check_no_transform(*inputs)
     return method
 
 
 def check_no_transform(*inputs: Tensor) -> None:
     """Raise RuntimeError inside torch.func and forward mode: torch would return derivatives of zero without a word."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or any(torch._C._functorch.is_legacy_batchedtensor(x) for x in inputs)  # autograd's is_grads_batched
-        or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
-    ):
+    if torch.compiler.is_compiling():  # when a tensor does not say what it carries: forward mode at all is refused
+        transformed = forward_ad._current_level >= 0
+    else:
+        transformed = any(
+            torch._C._functorch.is_legacy_batchedtensor(x)  # autograd's is_grads_batched
+            or forward_ad.unpack_dual(x).tangent is not None
+            for x in inputs
+        )
+    if transformed or torch._C._are_functorch_transforms_active():
         raise RuntimeError(_NO_TRANSFORMS)
 
 

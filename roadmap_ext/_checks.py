@@ -22,9 +22,9 @@ CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
 # A vector of smaller norm has no direction: normalised it is 0, with no gradient.
 SMALLEST_NORM = 1e-12
 
-# Multiples of tau, 1 / tau and the settings themselves must be finite in float32.
-_SMALLEST_TAU, _LARGEST_TAU = 1e-20, 1e36
-_LARGEST = 3e38
+# Kernels add up settings, 1 / tau and rho * tau in float32, which ends at 3.4e38: a row of 2^32 pairs stays below.
+_SMALLEST_TAU = 1e-20
+_LARGEST = 1e28
 
 
 class Settings(NamedTuple):
@@ -81,7 +81,10 @@ def _number(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     number = float(value)
     if not -_LARGEST <= number <= _LARGEST:  # nor is NaN; torch.compile can trace a comparison
-        raise ValueError(f"{name} must be finite (in float32), got {value}")
+        raise ValueError(
+            f"{name} must be finite, and at most {_LARGEST:g} in magnitude so that sums stay finite in float32, got "
+            f"{value}"
+        )
     return number
 
 
@@ -96,14 +99,16 @@ def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: f
     tau, rho, delta, start = (
         _number(name, value) for name, value in (("tau", tau), ("rho", rho), ("delta", delta), ("start", start))
     )
-    if tau < _SMALLEST_TAU or tau > _LARGEST_TAU:
-        raise ValueError(f"tau must be positive, from {_SMALLEST_TAU:g} to {_LARGEST_TAU:g}, got {tau}")
+    if tau < _SMALLEST_TAU:
+        raise ValueError(f"tau must be positive, from {_SMALLEST_TAU:g} to {_LARGEST:g}, got {tau}")
     if rho < 0:
         raise ValueError(f"rho must not be negative, got {rho}")
     if delta < 0:
         raise ValueError(f"delta must not be negative, got {delta}")
     if rho * tau > _LARGEST:
-        raise ValueError(f"rho * tau must be finite (in float32), got {rho} * {tau}")
+        raise ValueError(
+            f"rho * tau must be at most {_LARGEST:g} so that sums stay finite in float32, got {rho} * {tau}"
+        )
     return Settings(surrogate, tau, rho, delta, start, None if offset is None else _number("offset", offset))
 
 

@@ -1055,17 +1055,9 @@ constexpr CellKernels kCellKernels = {split_buckets,    sum_spans,  join_spans_b
 
 template <typename T>
 constexpr Sorting<T> make_sorting() {
-  return {prune_entries<T>,
-          count_buckets<T>,
-          scatter_buckets<T>,
-          sort<T>,
-          sum_leaves<T>,
-          join_below<T>,
-          join_above<T>,
-          rank_targets<T>,
-          slope_targets<T>,
-          spread_block<T>,
-          sizeof(T) == 4 ? &kCellKernels : nullptr};
+  if constexpr (sizeof(T) == 8) return {prune_entries<T>, count_buckets<T>, scatter_buckets<T>, sort<T>};
+  return {prune_entries<T>, count_buckets<T>, scatter_buckets<T>, sort<T>,         sum_leaves<T>, join_below<T>,
+          join_above<T>,    rank_targets<T>,  slope_targets<T>,   spread_block<T>, &kCellKernels};
 }
 
 }  // namespace

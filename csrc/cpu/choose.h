@@ -55,7 +55,7 @@ bool scan_pays(const RowInput<T>& input,    //
   const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
   // Where cells can be used (cells.h), they cost half of what leaves of sorted scores do, and something each.
   const double range = static_cast<double>(top) - static_cast<double>(low);
-  const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + all, range, settings.tau);
+  const bool cells = CellPlan::suit(negatives + all, range, settings.tau);
   const double fixed = CellPlan::wide(settings) ? 5000 : 7000;
   double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings.tau) + 7 * negatives + 25 * all
                       : 1500 + 14 * negatives + 36 * all;

@@ -366,7 +366,8 @@ struct CellKernels {
                 const Settings<float>&, Scratch<float>&, double scale, float* out);
 };
 
-// The kernels of the sorted scan. All may be called for parts at once where they take a range.
+// The kernels of the sorted scan. All may be called for parts at once where they take a range. double is sorted, and not
+// scanned: from sum_leaves on there is nothing for it.
 template <typename T>
 struct Sorting {
   // The negatives of a block that reach the lowest positive, with their columns, `first` being the block's first.
@@ -394,7 +395,6 @@ struct Sorting {
   // As Kernels::gradient_block, from what each column has: slope [count].
   void (*spread_block)(const Block<T>&, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
                        Scratch<T>&, T* out);
-  // Null for double.
   const CellKernels* cells;
 };
 

@@ -222,8 +222,10 @@ class RowSteps {
     group();
   }
 
-  // Whether the scan takes the row, as far as its positives can tell.
+  // Whether the scan takes the row, as far as its positives can tell. float64 is there for what float32 cannot show,
+  // gradient checks above all: it meets every pair.
   bool scans() const {
+    if (sizeof(T) == 8) return false;
     if (row_.nan || !pass_.objective.ap || !row_.size() || pass_.method == Method::kPairwise) return false;
     if (!(reads() || pass_.gradient) || !row_.sorter.finite()) return false;
     if (columns_ > std::numeric_limits<int32_t>::max()) return false;

@@ -155,8 +155,8 @@ struct Listed {
     STD_TORCH_CHECK(together(device, column) && column.dim() == 1 && column.scalar_type() == ScalarType::Long, name,
                     "_column must be a 1-D tensor of int64 on the device of the others");
     const Device current(span);
-    alive.push_back(torch::stable::contiguous(span));
-    alive.push_back(torch::stable::contiguous(column));
+    alive.push_back(as_contiguous(span));
+    alive.push_back(as_contiguous(column));
     return {global_of<const int64_t>(alive[alive.size() - 2]), global_of<const int64_t>(alive.back()), column.numel()};
   }
 };
@@ -283,7 +283,7 @@ void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor&
     STD_TORCH_CHECK(together(gradient, t) && t.scalar_type() == accumulation(gradient) &&
                         (t.numel() == 1 || (t.dim() == 1 && t.size(0) == rows)),
                     name, " must be one element or [rows] on the device and in the accumulation type of the gradient");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   };
   const Tensor weights = checked(weight, "weight"), factors = checked(factor, "factor");
   if (!gradient.numel()) return;
@@ -328,8 +328,8 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
                     std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
                     std::optional<Tensor> gradient, int64_t method) {
   const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
-  STD_TORCH_CHECK(std::fabs(positive_margin) <= 3e38 && std::fabs(negative_margin) <= 3e38,
-                  "margins must be finite in float32");
+  STD_TORCH_CHECK(std::fabs(positive_margin) <= kLargestSetting && std::fabs(negative_margin) <= kLargestSetting,
+                  "margins must be at most ", kLargestSetting, " in magnitude");
   STD_TORCH_CHECK(scores.dim() == 2 && on_device(scores) && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D tensor of float32 or float64 on the device");
@@ -481,7 +481,7 @@ Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> 
     STD_TORCH_CHECK(
         t.dim() == 1 && together(scores, t) && t.size(0) == entries && t.scalar_type() == accumulation(scores), name,
         " must have one element a positive, on the device and in the accumulation type of the scores");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   };
   const Tensor slopes = checked(slope, "slope"), negative = checked(negative_grad, "negative_grad");
   std::optional<Tensor> positive;

@@ -656,6 +656,13 @@ def test_bad_settings(options, error, words):
         ap_loss(scores, target, **options)
 
 
+def test_out_of_memory_is_torchs_own_error():
+    n = 1 << 21  # squared, in float32, 16 TiB
+    scores = torch.zeros(1, n, device=DEVICE).expand(n, n).requires_grad_()
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        ap_loss(scores, torch.zeros(1, n, dtype=torch.bool, device=DEVICE).expand(n, n))
+
+
 def test_mixed_devices():
     scores, target, ignore = case()
     x, labels = on_device((torch.randn(40, 8), torch.randint(8, (40,))))

@@ -86,6 +86,39 @@ def test_far_from_unit_scores(scale, offset):
     assert_accurate(scores, target, surrogate="smooth")
 
 
+LARGE_SETTINGS = {
+    "rho": lambda large: {"rho": large, "tau": 1e-3},
+    "tau": lambda large: {"rho": 0.0, "tau": large},
+    "rho * tau": lambda large: {"rho": 290.0, "tau": large / 290},
+    "tau * rho": lambda large: {"rho": large, "tau": 1.0},
+    "delta": lambda large: {"rho": 3.0, "delta": large},
+    "start": lambda large: {"start": large, "rho": 0.0},
+    "offset": lambda large: {"offset": large},
+    "all": lambda large: {"rho": large, "tau": 1.0, "delta": large, "start": large, "offset": large},
+}
+
+
+@pytest.mark.parametrize("setting", LARGE_SETTINGS)
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.parametrize("method", ["pairwise", "sorted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_settings_are_refused_or_give_finite_results(setting, surrogate, method, dtype):
+    """Wherever those of the reference are: sums over a row must not overflow, nor settings times one another."""
+    scores, target = grid_scores(4, 400, dtype), ragged_target(4, 400, 0.4)
+    for large in (1e20, 1e28, 1e35, 2.8e38):
+        options = {"surrogate": surrogate, "delta": 0.01, **LARGE_SETTINGS[setting](large)}
+        try:
+            roadmap_ext.APLoss(**options)
+        except ValueError:
+            assert large > 1e28
+            continue
+        for scale in (1.0, 1e20) if dtype in (torch.float32, torch.float64) else (1.0,):
+            ours = run(roadmap_ext.ap_loss, scores * scale, target, torch.ones(4), method=method, **options)
+            plain = run(reference.ap_loss, scores * scale, target, torch.ones(4), **options)
+            assert (ours.loss.isfinite() >= plain.loss.isfinite()).all()
+            assert (ours.gradient.isfinite() >= plain.gradient.isfinite()).all()
+
+
 def test_large_values_in_float16_and_constant_rows():
     scores = torch.tensor([[6e4, -6e4, 3e4, 1.0, 0.0, -1.0], [0.25] * 6], dtype=torch.float16)
     target = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0]], dtype=torch.bool)

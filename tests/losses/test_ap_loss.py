@@ -2,17 +2,18 @@
 
 import ctypes
 import doctest
+import functools
 import math
 import pickle
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, deep
 from oracle import assert_accurate, grid_scores, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roadmap_ext
-from roadmap_ext import APLoss, ap_loss, reference
+from roadmap_ext import APLoss, ap_loss, reference, roadmap_loss
 
 pytestmark = pytest.mark.ops
 
@@ -109,6 +110,26 @@ class TestConventions:
         one, other = (run(ap_loss, s, target, torch.ones(5), **options) for s in (dirty, scores))
         assert torch.equal(one.loss, other.loss)
         assert torch.equal(one.gradient, other.gradient)
+
+
+@pytest.mark.parametrize(("columns", "parts"), [pytest.param(200_000, 13, marks=pytest.mark.long), (1000, 20)])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.parametrize("method", ["pairwise", "sorted"])
+def test_a_nan_in_any_part_of_a_shared_row(columns, parts, surrogate, method):
+    """Threads, or blocks of a GPU, share the columns of a row and its positives: whoever meets the NaN, all notice."""
+    torch.set_num_threads(3)
+    scores, target = torch.randn(2, columns) * 100, torch.rand(2, columns) < min(0.1, 60 / columns)
+    options = {"surrogate": surrogate, "method": method}
+    clean = run(ap_loss, scores, target, torch.ones(2), **options)
+    for part in range(parts):  # in a positive, in a negative, ...
+        column = (2 * part + 1) * columns // (2 * parts)
+        target[0, column], dirty = part % 2 == 0, scores.clone()
+        dirty[0, column] = NAN
+        ours = run(ap_loss, dirty, target, torch.ones(2), **options)
+        assert ours.loss.isnan().tolist() == [True, False]
+        assert ours.gradient.isnan().all(1).tolist() == [True, False]
+        assert torch.equal(ours.gradient[1], clean.gradient[1])
+        assert roadmap_ext.metrics.average_precision(dirty, target).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -355,6 +376,36 @@ def test_transforms_and_forward_mode_raise(function):
     torch.testing.assert_close(by_reference, leaf.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fullgraph", [False, *deep(True)])
+@pytest.mark.parametrize("name", ["ap_loss", "smooth_rank", "roadmap_loss"])
+@pytest.mark.host
+def test_transforms_and_forward_mode_raise_when_compiled(name, fullgraph):
+    """Whichever is inside the other, and whether the graph may break or not; outside a transform it all still runs."""
+    scores, target, _ = case()
+    labels = torch.arange(5) // 2
+
+    def loss(x):
+        if name == "smooth_rank":
+            return roadmap_ext.smooth_rank(x, target).negative_rank.sum()
+        return ap_loss(x, target) if name == "ap_loss" else roadmap_loss(x, labels)
+
+    torch._dynamo.reset()  # it remembers which frames it could not take
+    compiling = functools.partial(torch.compile, fullgraph=fullgraph, backend="eager")
+    compiled = compiling(loss)
+    assert torch.equal(compiled(scores), loss(scores))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+            compiling(transform(loss))(scores)
+    for function in (compiling(torch.vmap(loss)), torch.vmap(compiled)):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+            function(scores[None])
+    with pytest.raises(RuntimeError, match=r"torch\.func.*method='reference'"):
+        torch.func.grad(compiled)(scores)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        compiled(torch.autograd.forward_ad.make_dual(scores, scores))
+    assert torch.equal(compiled(scores), loss(scores))
+
+
 def test_the_reference_has_second_derivatives():
     scores = (torch.randn(2, 6, dtype=torch.float64) * 0.3).requires_grad_()
     target = torch.rand(2, 6) < 0.5
@@ -512,8 +563,10 @@ class TestBadInput:
             ({"tau": "warm"}, TypeError, "tau must be a number, got str"),
             ({"tau": torch.tensor(0.1)}, TypeError, r"got Tensor.*\.item\(\)"),
             ({"tau": True}, TypeError, "tau must be a number, got bool"),
-            ({"tau": 1e37}, ValueError, "tau must be positive"),
-            ({"tau": 1e30, "rho": 1e10}, ValueError, r"rho \* tau"),
+            ({"tau": 1e-21}, ValueError, "tau must be positive, from 1e-20 to 1e\\+28, got 1e-21"),
+            ({"tau": 1.1e28}, ValueError, r"tau must be finite, and at most 1e\+28 in magnitude .* got 1.1e\+28"),
+            ({"tau": 1e20, "rho": 1e9}, ValueError, r"rho \* tau must be at most 1e\+28 .* got 1000000000.0 \* 1e\+20"),
+            ({"offset": -1.1e28}, ValueError, r"offset must be finite, and at most 1e\+28"),
             ({"rho": -1.0}, ValueError, "rho must not be negative"),
             ({"rho": INF}, ValueError, "rho must be finite"),
             ({"delta": -0.1}, ValueError, "delta must not be negative"),

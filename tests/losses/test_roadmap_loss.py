@@ -528,6 +528,28 @@ def test_a_norm_beyond_float32_is_no_zero_vector(function):
     assert function(x.detach().double() * 1e30, labels).isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", [roadmap_loss, reference.roadmap_loss])
+def test_one_norm_beyond_float32_among_others(function, dtype):
+    """As a query it spoils its own loss and gradient; as a reference those of all who rank it."""
+    x, labels = batch()
+    references, ref_labels = batch(60)
+    x, references = x.detach().to(dtype), references.detach().to(dtype)
+    ids, ref_ids = torch.arange(40), torch.arange(60) + 100
+    ref_ids[7] = 3  # the query that leaves it out
+    options = {"ids": ids, "ref_ids": ref_ids, "reduction": "none"}
+    for large, side, spoilt in ((5, x, [5]), (7, references, [i for i in range(40) if i != 3])):
+        dirty = side.clone()
+        dirty[large] *= 1e30
+        queries, others = (dirty, references) if side is x else (x, dirty)
+        queries.requires_grad_()
+        loss = function(queries, labels, others, ref_labels, **options)
+        assert loss.isnan().nonzero()[:, 0].tolist() == spoilt
+        loss.sum().backward()
+        if side is x:
+            assert queries.grad.isnan().any(1).nonzero()[:, 0].tolist() == spoilt
+
+
 # --- autograd, compilation, modules ----------------------------------------------------------------------------------
 
 

@@ -290,8 +290,11 @@ class TestRetrievalMetrics:
                 assert torch.equal(values[:7], expected[name][:7])
             assert all(math.isnan(value) for value in retrieval_metrics(y, labels, references, ref_labels).values())
             assert all(math.isnan(value) for value in retrieval_metrics(y, labels).values())
-        huge = torch.full((2, 4), 1e30)  # whose norm is not finite in float32
-        assert retrieval_metrics(huge, torch.zeros(2).long(), reduction="none")["mAP"].isnan().all()
+        y = x.float()
+        y[7] *= 1e30  # whose norm is not finite in float32
+        each = retrieval_metrics(y, labels, references.float(), ref_labels, reduction="none")
+        assert all(values.isnan().nonzero().tolist() == [[7]] for values in each.values())
+        assert retrieval_metrics(y, labels, reduction="none")["mAP"].isnan().all()
 
     def test_plain_products(self):
         x, labels = points(50)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import roadmap_ext
 from roadmap_ext import ap_loss
 from tools import cuda, toolkit
 
@@ -198,6 +200,41 @@ def test_has_gpu_reads_the_driver_list(tmp_path, monkeypatch):
         listing.write_text(f'#!/bin/sh\necho "{line}"\n')
         listing.chmod(0o755)
         assert toolkit.has_gpu() is expected
+
+
+# --- the shared object -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_object():
+    """The one that these tests run with."""
+    if roadmap_ext._C is None:
+        pytest.skip("roadmap_ext was installed without kernels")
+    return Path(roadmap_ext._C.__file__)
+
+
+def test_no_source_is_named_by_its_place_on_this_machine(shared_object):
+    """Messages name source files, and only so are these in it; their folders are whose machine it was."""
+    named = set(re.findall(rb"[\w./+-]*\.(?:h|cpp|cuh?)(?=\0)", shared_object.read_bytes()))
+    assert b"csrc/ops.cpp" in named
+    assert not [name for name in named if name.startswith(b"/")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of ELF, which is Linux's")
+def test_hardened(shared_object):
+    """All is bound and read-only before the first call; arrays that overflow, on the stack or not, are noticed."""
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("needs readelf (Debian and Ubuntu: binutils)")
+
+    def read(*what):
+        return subprocess.run([readelf, *what, shared_object], capture_output=True, text=True, check=True).stdout
+
+    assert re.search(r"\(FLAGS(_1)?\) .*\b(BIND_)?NOW\b", read("-dW"))
+    assert "GNU_RELRO" in read("-lW")
+    imported = re.findall(r" UND (\w+)", read("--dyn-syms", "-W"))
+    assert "__stack_chk_fail" in imported
+    assert any(name.endswith("_chk") for name in imported)  # of _FORTIFY_SOURCE, such as __memcpy_chk
 
 
 # --- the real packaging ----------------------------------------------------------------------------------------------
