@@ -119,6 +119,11 @@ class TestClasses:
         train, test = loaded(*given)
         assert (train.classes, test.classes) == (["cat0", "cat1"], ["cat2", "cat3"])
 
+    def test_parts_of_a_split_without_classes(self, tmp_path):
+        root = write(tmp_path, tree(["train", "test"]))
+        (given,) = offered(stopped("--data-root", root))
+        assert sum(map(len, loaded("--data-root", root, *given))) == 6
+
     def test_one_part_of_a_split(self, tmp_path):
         """Its name would make the same class another one in a --test-root."""
         root = write(tmp_path, tree(["train/cat0", "train/cat1"]))
