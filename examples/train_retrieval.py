@@ -2,6 +2,7 @@
 
 Without --data-root it takes scikit-learn's handwritten digits. With it, any folder or zip of images in which each
 folder that holds images is a class; the classes are split, so that those retrieved are classes never trained on.
+--check reads every image once, says what is there and what would spoil a training, and ends.
 Writes into --out, all along: metrics.csv (a row an evaluation), steps.csv (a row a step), checkpoint.pt, best.pt and
 settings.json; and at the end curves.png and neighbours.png. Ctrl-C leaves a checkpoint; --resume goes on from it, and
 from a run that was killed, to the same bits. Under torchrun all its processes train as one. docs/training.md goes

@@ -22,7 +22,7 @@ def load(options: argparse.Namespace, folder: Path | None = None) -> tuple[Image
     """The images to train on and those to test on, after what was found in them is printed.
 
     Args:
-        folder: for the lists of damaged, skipped and other files; None to write none.
+        folder: of the run, for lists of damaged, skipped and other files; None to write none.
 
     Raises:
         InputError: something would spoil the training, and no option says to go on.
@@ -68,6 +68,8 @@ def _examine(options: argparse.Namespace, findings: Findings) -> tuple[Images, I
     spoilers.doubt(found, options, findings)
     given = options.value_range and tuple(options.value_range)
     values = next((each for each in (given, *(one.values for one in found)) if each is not None), None)
+    if given and not any(one.values for one in found):
+        findings.note("--value-range has no effect: no image has more than 8 bits")
     named_by = f"{classes.BY[options.class_by or 'path']} (--class-by {options.class_by or 'path'})"
     parts = []
     for one in found:

@@ -63,13 +63,13 @@ def look(file: io.BytesIO, channels: int | None, size: int | None) -> tuple[Fact
         gray, deep = mode in GRAY or mode.startswith("I;16"), mode.startswith("I")
         if not deep and ";16" in str(opened.tile):
             mode += ";16"
-        turned = opened.getexif().get(_ORIENTATION, 1) != 1
+        turned = _turned(opened)
         image = _shown(opened, channels)
     bands = image.getextrema() if image.mode == "RGB" else [image.getextrema()]
     low, high = min(least for least, _ in bands), max(most for _, most in bands)
     spread = max(most - least for least, most in bands)
     digest = hashlib.blake2b(f"{image.size} {deep}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(image if deep else image.convert("RGB")))
+    digest.update(np.asarray(image if deep else _of_mode(image, "RGB")))
     facts = Facts(mode, *image.size, gray, deep, int(low), int(high), int(spread), turned, frames, digest.digest())
     return facts, None if size is None else _square(image, size)
 
@@ -106,18 +106,27 @@ def _opened(file: io.BytesIO) -> Iterator[Image.Image]:
             yield opened
 
 
+def _turned(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) != 1
+
+
 def _shown(opened: Image.Image, channels: int | None) -> Image.Image:
     """Upright and on white; of mode L, RGB, or F for a deep one."""
-    image = ImageOps.exif_transpose(opened)
-    if image.mode == "F":
+    if opened.mode == "F":
         raise ValueError("floating-point numbers, of which nothing says what is white: save it with 8 or 16 bits")
+    opened.load()  # while the file is open
+    image = ImageOps.exif_transpose(opened) if _turned(opened) else opened
     if image.mode.startswith("I"):
         return Image.fromarray(np.asarray(image).astype(np.float32))
     gray = channels == 1 or image.mode in GRAY
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if gray else "RGB")
+    return _of_mode(image, "L" if gray else "RGB")
+
+
+def _of_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:

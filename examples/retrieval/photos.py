@@ -129,6 +129,10 @@ class Photos:
 
         try:
             with Image.open(self._root / name) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(
+                        f"its mode {opened.mode} has more than 8 bits, of which nothing says what is white"
+                    )
                 image = opened.convert("RGB")
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             raise InputError(f"{self._root / name} is damaged or unreadable ({reason(error)}): restore it") from error

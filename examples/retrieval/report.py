@@ -20,7 +20,7 @@ class Findings:
     """All that a look at the images brings up.
 
     Args:
-        folder: for the lists; None to write none.
+        folder: of the run, whose folder "report" takes the lists; None to write none.
 
     Attributes:
         stops: what stops training, each with what to do about it.
@@ -28,7 +28,7 @@ class Findings:
 
     def __init__(self, folder: Path | None) -> None:
         self.stops: list[str] = []
-        self._folder = folder
+        self._folder = folder and folder / "report"
         self._text: list[str] = []
         self._lists: dict[str, list[Row]] = {name: [] for name in LISTS}
 

@@ -83,22 +83,23 @@ def look_at_all(root: Path, source: Folder | Zip, channels: int | None, size: in
     found = Survey(root, source, [], [], None if size is None else [], [], astray)
     held = 0
 
-    def attempt(name: str) -> tuple[Facts, np.ndarray | None] | Exception:
+    def attempt(name: str) -> tuple[Facts, np.ndarray | None] | str:
+        """What a picture is, or why it cannot be decoded: an error would keep what was read of it in memory."""
         try:
             with source.whole(name):
                 return decode.look(source.read(name), channels, size)
+        except (ImportError, MemoryError):
+            raise
+        except UnidentifiedImageError:
+            return "no image of a kind that Pillow knows"
         except Exception as error:  # Pillow raises whatever a file's format leads it into
-            return error
+            return reason(error)
 
     with tqdm(total=len(names), desc=f"reading {root.name}", unit="image", disable=None, leave=False) as progress:
         for name, result in zip(names, in_threads(attempt, names), strict=True):
             progress.update()
-            if isinstance(result, ImportError | MemoryError):
-                raise result
-            if isinstance(result, UnidentifiedImageError):
-                found.damaged.append((name, "no image of a kind that Pillow knows"))
-            elif isinstance(result, Exception):
-                found.damaged.append((name, reason(result)))
+            if isinstance(result, str):
+                found.damaged.append((name, result))
             else:
                 found.names.append(name)
                 found.facts.append(result[0])

@@ -126,7 +126,7 @@ def test_commands_of_training(capsys):
 
     page = (ROOT / "docs/training.md").read_text()
     commands = re.findall(r'^    make train (?:VENV=my )?ARGS="(.*)"$', page, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         options.parse(None, command.split())
     large = (ROOT / "docs/large-batches.md").read_text()

@@ -56,7 +56,7 @@ def some_classes(classes=6, each=4, mode="L"):
     return {f"kind{c % 2}/class{c}/{i}.png": png(100 * c + i, mode=mode) for c in range(classes) for i in range(each)}
 
 
-def entry(size, stated, method=8):
+def entry(size, stated, method=8, name="cat0/huge.png"):
     """A zip's entry of ``size`` zeros that states another size: (name, data, crc, stated size, method)."""
     if method == 8:
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -66,7 +66,7 @@ def entry(size, stated, method=8):
         import bz2
 
         data = bz2.compress(bytes(size))
-    return "cat0/huge.png", data, 0, stated, method
+    return name, data, 0, stated, method
 
 
 def write_zip(path, *entries):

@@ -338,6 +338,13 @@ class TestPhotos:
             with pytest.raises(InputError, match=rf"{path} is damaged or unreadable \(.*\): restore it"):
                 take(torch.arange(4))
 
+    def test_values_without_a_range(self, own):
+        root = own("cub")
+        train, _ = datasets.read("cub", root)
+        Image.fromarray(np.full((50, 50), 4000, dtype=np.uint16)).save(root / train.names[0], "PNG")
+        with pytest.raises(InputError, match="mode I;16 has more than 8 bits, of which nothing says what is white"):
+            Photos(root, train, TRANSFORM).pixels(torch.tensor([0]))
+
     def test_gray_images_are_shown_in_colour(self, own):
         root = own("cub")
         train, _ = datasets.read("cub", root)

@@ -48,7 +48,7 @@ def stopped(*arguments):
 
 @pytest.fixture
 def check(capsys, tmp_path):
-    """The report of --check, and its status; lists go into tmp_path / "run"."""
+    """The report of --check, and its status; lists go into tmp_path / "run" / "report"."""
 
     def check(*arguments):
         capsys.readouterr()
@@ -118,6 +118,11 @@ class TestClasses:
         assert "--split" not in given
         train, test = loaded(*given)
         assert (train.classes, test.classes) == (["cat0", "cat1"], ["cat2", "cat3"])
+
+    def test_parts_of_a_split_without_classes(self, tmp_path):
+        root = write(tmp_path, tree(["train", "test"]))
+        (given,) = offered(stopped("--data-root", root))
+        assert sum(map(len, loaded("--data-root", root, *given))) == 6
 
     def test_one_part_of_a_split(self, tmp_path):
         """Its name would make the same class another one in a --test-root."""
@@ -225,6 +230,10 @@ class TestValues:
         assert train_retrieval.main([*map(str, given)]) == 0
         assert json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]["value range"] == [12, 4095]
 
+    def test_a_range_that_has_no_effect(self, tmp_path, check):
+        text, _ = check("--data-root", write(tmp_path / "data", some_classes()), "--value-range", 0, 100)
+        assert "--value-range has no effect: no image has more than 8 bits" in text
+
     @pytest.mark.parametrize(
         ("made", "why"),
         [
@@ -247,7 +256,7 @@ class TestValues:
         text, status = check("--data-root", root)
         assert "blank       1 image of a single value" in text
         assert status == 0
-        assert listed(tmp_path / "run" / "blank.txt") == [f"{root}/kind0/class0/9.png"]
+        assert listed(tmp_path / "run" / "report" / "blank.txt") == [f"{root}/kind0/class0/9.png"]
 
 
 class TestDuplicates:
@@ -263,7 +272,7 @@ class TestDuplicates:
         assert "across classes: 12 images of 6 pictures" in text
         assert status == 1
         every = {f"{root}/{name}/{i}.png" for name in ("cat0", "cat1", "cat3", "deep/cat4") for i in range(3)}
-        assert set(listed(tmp_path / "run" / "duplicates.txt")) == every
+        assert set(listed(tmp_path / "run" / "report" / "duplicates.txt")) == every
 
     def test_copies_in_other_files(self, tmp_path):
         """Saved in another format, as colour, or turned and turned back by EXIF."""
@@ -289,7 +298,7 @@ class TestDuplicates:
         assert "1 in several classes, 1 of them in training and test (1 in cat1 and cat3)" in message
         text, _ = check(*given)
         assert "in training and test: 2 images of 1 picture" in text
-        assert [path[len(str(tmp_path)) :] for path in listed(tmp_path / "run" / "duplicates.txt")[:2]] == [
+        assert [path[len(str(tmp_path)) :] for path in listed(tmp_path / "run" / "report" / "duplicates.txt")[:2]] == [
             "/a/cat1/2.png",
             "/b/cat3/again.png",
         ]
@@ -329,9 +338,12 @@ class TestFiles:
         assert train_retrieval.main(["--data-root", str(root), "--out", str(run)]) == 2
         message = capsys.readouterr().err
         assert "60 images are damaged or unreadable: cat0/bad00.jpg (" in message
-        assert f"(all in {run / 'damaged.txt'}): replace or delete them, or leave them out by --skip-damaged" in message
+        assert (
+            f"(all in {run / 'report' / 'damaged.txt'}): replace or delete them, or leave them out by --skip-damaged"
+            in message
+        )
         bad = {str(root / name) for name, data in files.items() if not data}
-        assert set(listed(run / "damaged.txt")) == bad
+        assert set(listed(run / "report" / "damaged.txt")) == bad
         train, test = loaded("--data-root", root, "--skip-damaged")
         assert len(train) + len(test) == 9
         assert "Left out: 60 damaged images" in capsys.readouterr().out
@@ -339,7 +351,7 @@ class TestFiles:
         for path in bad:
             os.unlink(path)
         assert train_retrieval.main(["--data-root", str(root), "--check", "--out", str(run)]) == 0
-        assert not (run / "damaged.txt").exists()
+        assert not (run / "report" / "damaged.txt").exists()
 
     def test_skipped_files_are_counted_by_reason_and_suffix(self, tmp_path, check):
         root = write(
@@ -357,7 +369,7 @@ class TestFiles:
         skipped += ["5 of another kind (3 .heic, 1 .txt, 1 no suffix)"]
         assert f"skipped     {'; '.join(skipped)}\n" in text
         assert "no image is left in phone" in text
-        assert len(listed(tmp_path / "run" / "skipped.txt")) == 10
+        assert len(listed(tmp_path / "run" / "report" / "skipped.txt")) == 10
 
     def test_entries_of_one_name(self, tmp_path, check):
         stored = [(name, data, zlib.crc32(data), len(data), 0) for name, data in tree(["cat0", "cat1"]).items()]
@@ -372,6 +384,16 @@ class TestFiles:
         )
         train, test = loaded("--data-root", root, "--skip-astray")
         assert len(train) + len(test) == 16
+
+    def test_a_class_of_one_image_is_listed(self, tmp_path, capsys):
+        root = write(tmp_path / "data", some_classes() | {"alone/1.png": png(9999)})
+        assert train_retrieval.main(["--data-root", str(root), "--out", str(tmp_path / "run")]) == 2
+        assert (
+            f"for: alone (all in {tmp_path / 'run' / 'report' / 'small-classes.txt'}): add images"
+            in capsys.readouterr().err
+        )
+        assert [path.name for path in (tmp_path / "run" / "report").iterdir()] == ["small-classes.txt"]
+        assert listed(tmp_path / "run" / "report" / "small-classes.txt") == [f"{root}/alone/1.png"]
 
     def test_all_that_stops_is_told_at_once(self, tmp_path):
         files = tree(["cat0/x", "cat1/x"]) | {"cat0/x/bad.png": b"", "astray.png": png(9)}
@@ -409,17 +431,20 @@ class TestLimits:
     def test_memory_of_zips_that_are_refused(self, tmp_path):
         gib = 1 << 30
         made = {
-            "2 GiB, as it states": (entry(2 * gib, 2 * gib), "2,048 MiB: more than the 128 MiB"),
-            "2 GiB that state 1,000 bytes": (entry(2 * gib, 1000), "Bad CRC-32"),
-            "2 GiB that state 100 MiB": (entry(2 * gib, 100 << 20), "Bad CRC-32"),
-            "16 MiB that state 4 GB": (entry(1 << 24, 4_000_000_000), "3,815 MiB: more than the 128 MiB"),
+            "2 GiB, as it states": ([entry(2 * gib, 2 * gib)], "2,048 MiB: more than the 128 MiB"),
+            "2 GiB that state 1,000 bytes": ([entry(2 * gib, 1000)], "Bad CRC-32"),
+            "GiBs that state 100 MiB each": (
+                [entry(gib, 100 << 20, name=f"cat0/huge{number}.png") for number in range(4)],
+                "Bad CRC-32",
+            ),
+            "16 MiB that state 4 GB": ([entry(1 << 24, 4_000_000_000)], "3,815 MiB: more than the 128 MiB"),
             "bzip2 of 512 MiB that state 1,000 bytes": (
-                entry(gib // 2, 1000, method=12),
+                [entry(gib // 2, 1000, method=12)],
                 "neither stored nor deflated",
             ),
         }
         whole = ("cat0/1.png", png(1), zlib.crc32(png(1)), len(png(1)), 0)
-        paths = [write_zip(tmp_path / f"{name}.zip", huge, whole) for name, (huge, _) in made.items()]
+        paths = [write_zip(tmp_path / f"{name}.zip", *huge, whole) for name, (huge, _) in made.items()]
         script = (
             "import resource, sys, train_retrieval\n"
             "held = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
@@ -434,7 +459,7 @@ class TestLimits:
         assert len(said) == len(made), done.stderr
         for name, (message, status, rose) in zip(made, said, strict=True):
             assert made[name][1] in message
-            assert "cat0/huge.png" in message
+            assert "cat0/huge" in message
             assert status == "2"
             assert int(rose) < 256 << 20, name
 
@@ -527,7 +552,7 @@ class TestRealTrees:
         assert "of another kind (5 .heic, 2 .db)" in skipped
         assert "1 in __MACOSX (1 .png)" in skipped
         assert "4 hidden (2 .png, 2 no suffix)" in skipped
-        run = tmp_path / "run"
+        run = tmp_path / "run" / "report"
         bad = ("cut.png", "empty.jpg", "heic.jpg", "page.png")
         assert sorted(listed(run / "damaged.txt")) == [f"{root}/train/cat/2021/{name}" for name in bad]
         assert listed(run / "blank.txt") == [f"{root}/train/cat/2021/white.png"]
@@ -568,4 +593,4 @@ def test_a_data_set(tmp_path, check, name):
     assert "images of 1 picture" in text
     assert status == 1
     assert "an image is damaged or unreadable" in text
-    assert len(listed(tmp_path / "run" / "damaged.txt")) == 1
+    assert len(listed(tmp_path / "run" / "report" / "damaged.txt")) == 1

@@ -829,10 +829,6 @@ class TestBadInput:
             capsys, "--data-root", tmp_path / "no", "--out", tmp_path / "run"
         )
 
-    def test_a_single_image(self, tmp_path, capsys):
-        root = write(tmp_path / "data", some_classes() | {"alone/1.png": png(1)})
-        assert "alone" in refused(capsys, "--data-root", root, "--out", tmp_path / "run")
-
     def test_a_batch_that_cannot_be_filled(self, tmp_path, capsys):
         message = refused(capsys, "--batch-size", 100, "--per-class", 4, "--out", tmp_path / "run")
         assert "--per-class 10, or a --batch-size of at most 40" in message
