@@ -586,15 +586,15 @@ def test_the_caption_of_neighbours(tmp_path, drawn, right):
     torch.manual_seed(0)
     noise = torch.randn(len(found), 6)
     embeddings = torch.nn.functional.one_hot(found.labels, 6) + (0.01 if right else 1) * noise
-    pictures.neighbours(embeddings, found, tmp_path / "n.png", "title")
+    pictures.neighbours(embeddings, found, tmp_path / "n.png", "title", queries=2, columns=4)
     text = drawn[0].get_suptitle()
     assert "a query, then its nearest images; a cross marks an image of another class" in text
     if right:
-        assert "none of the 24 queries tried has a cross" in text
+        assert "none of 24 queries has a cross" in text
         assert "gray frame: of another class, where no more images of the query's class are left to find" in text
     else:
         points = torch.nn.functional.normalize(embeddings)
         nearest = (points @ points.T).fill_diagonal_(-2).topk(3).indices  # as many as there are others of a class
         wrong = int((found.labels[nearest] != found.labels[:, None]).any(1).sum())
         assert wrong > 0
-        assert f"among the queries with a cross: {wrong} of the 24 tried" in text
+        assert f"examples of queries with a cross: {wrong} of 24 have one" in text
