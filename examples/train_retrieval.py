@@ -312,12 +312,12 @@ def prepare(
     stack.callback(training.close)
     training.probe()
 
-    def check_run() -> None:
+    def compare() -> None:
         if state:
             check_length(options, state["step"], state["settings"], folder)
         opened[0].check(settings(options, training, train_on, test), about(device, ranks))
 
-    ranks.from_first(check_run)
+    ranks.from_first(compare)
     if state:
         try:
             training.load(state)

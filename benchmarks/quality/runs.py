@@ -109,10 +109,10 @@ class Results:
         self._rows: dict[Run, dict[str, float]] = {}
         self.foreign = 0
         self._header: list[str] | None = None  # of the file; None if it is new
-        text = path.read_text() if path.exists() else ""
-        self._whole = text[: text.rfind("\n") + 1]  # without a row that was cut off
-        reader = csv.DictReader(io.StringIO(self._whole))
         try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            self._whole = text[: text.rfind("\n") + 1]  # without a row that was cut off
+            reader = csv.DictReader(io.StringIO(self._whole))
             if reader.fieldnames and not {*self._COLUMNS} <= {*reader.fieldnames}:
                 raise KeyError(", ".join(sorted({*self._COLUMNS} - {*reader.fieldnames})) + " missing")
             self._header = None if reader.fieldnames is None else [*reader.fieldnames]

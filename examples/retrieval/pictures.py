@@ -96,9 +96,11 @@ def neighbours(
         about = [title, "each row: a query, then its nearest images; a cross marks an image of another class"]
         if flawed:
             rows = f"the lower {len(flawed)} rows" if len(flawed) < len(shown) else "all rows"
-            about.append(f"{rows} are among the queries with a cross: {int(wrong.sum()):,} of the {len(tried):,} tried")
+            about.append(
+                f"{rows} are examples of queries with a cross: {int(wrong.sum()):,} of {len(tried):,} have one"
+            )
         else:
-            about.append(f"none of the {len(tried):,} queries tried has a cross")
+            about.append(f"none of {len(tried):,} queries has a cross")
         if not possible[shown].all():
             about.append("gray frame: of another class, where no more images of the query's class are left to find")
         figure.suptitle("\n".join(about), fontsize=10, parse_math=False)

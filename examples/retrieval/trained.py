@@ -39,10 +39,10 @@ _REMEDY = "restore it, or train again"
 
 def contents(training: Training) -> dict[str, Any]:
     """What best.pt holds of a training, as it is now."""
-    options = vars(training.options) | {"channels": training.channels, "size": training.size}
-    options["normalize"] = options["normalize"] is not False
-    made_of = {name: options[name] for name in _MADE_OF}
-    return {"network": training.network.state_dict(), "made_of": made_of, "classes": training.classes}
+    given, trained_on = training.options, training.images
+    known = {"channels": trained_on.channels, "size": trained_on.size, "normalize": given.normalize is not False}
+    made_of = {name: known[name] if name in known else getattr(given, name) for name in _MADE_OF}
+    return {"network": training.network.state_dict(), "made_of": made_of, "classes": trained_on.classes}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, train: Images | Photos, device: torch.device, ranks: Ranks) -> None:
         self.options, self.device, self.ranks = options, device, ranks
-        self.channels, self.size, self.classes = train.channels, train.size, train.classes
+        self.images = train
         sampler = make_sampler(options, train)
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
         self._share = ranks.share(options.batch_size)

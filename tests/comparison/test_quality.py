@@ -285,12 +285,12 @@ class TestComparison:
         assert difference.mean == pytest.approx(0.11)
         assert difference.half == pytest.approx(12.7062 * 0.01, rel=1e-5)  # t of 1 degree of freedom
 
-    @pytest.mark.parametrize("text", ["key,role\nk,1\n", "some words\nand more\n"])
-    def test_another_file_is_refused(self, trained, tmp_path, capsys, text):
-        (tmp_path / "quality_tiny.csv").write_text(text)
+    @pytest.mark.parametrize("data", [b"key,role\nk,1\n", b"some words\nand more\n", b"key,r\xffle\n"])
+    def test_another_file_is_refused(self, trained, tmp_path, capsys, data):
+        (tmp_path / "quality_tiny.csv").write_bytes(data)
         assert start(tmp_path) == 2
         assert "is no table of runs" in capsys.readouterr().err
-        assert (tmp_path / "quality_tiny.csv").read_text() == text
+        assert (tmp_path / "quality_tiny.csv").read_bytes() == data
 
     def test_two_processes_are_kept_apart(self, tmp_path):
         first, second = (Results(tmp_path / "r.csv", "k") for _ in range(2))

@@ -20,6 +20,7 @@ from retrieval.errors import InputError
 from retrieval.networks import from_timm
 from retrieval.options import complete, parse
 from retrieval.ranks import Ranks
+from retrieval.trained import load as load_trained
 from retrieval.training import Training, make_sampler
 from test_training import outcome, refused, same
 from torch.nn.functional import adaptive_avg_pool2d
@@ -166,6 +167,7 @@ class TestEveryRecipe:
         state, (metrics, _) = outcome(tmp_path / "run")
         assert state["step"] == 2
         assert all(0 < float(row["mAP@R"]) < 1 for row in metrics)
+        assert load_trained(tmp_path / "run").embed([next(given(name)[3].rglob("*.[jJ]*"))]).isfinite().all()
         # The weights of the file are those trained from, but for what two steps of at most 2e-5 change.
         own, kept = network.state_dict(), state["network"]
         for key in (
