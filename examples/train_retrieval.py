@@ -38,6 +38,7 @@ from retrieval.progress import Progress
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training, make_sampler
+from retrieval.unlabelled import leave_out
 from torch import Tensor
 
 import roadmap_ext
@@ -268,7 +269,7 @@ def prepare(
 ) -> tuple[Training, Images | Photos, Run | Onlooker, Board]:
     """All that can go wrong before training starts."""
     device = usable(options.device, ranks)
-    train_on, test = load(options)
+    train_on, test = leave_out(options, *load(options))
     complete(options, len(train_on), make_sampler(options, train_on).epoch)
     ranks.join(device)
     stack.callback(ranks.leave)
