@@ -47,6 +47,8 @@ TOOLS_lint := ruff mypy clang-format
 export PYTHONPATH := $(CURDIR)
 
 FAIL = { echo "$(1)" >&2; exit 1; }
+# Of a build's log on a terminal: how many of its steps are done.
+STEPS = if [ -t 1 ]; then awk '/^\[[0-9]+\/[0-9]+\]/ { printf "\r%s ", $$1; fflush() } END { print "" }'; else cat >/dev/null; fi
 
 .PHONY: help build test test-deep demo train quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
 .DELETE_ON_ERROR:
@@ -163,9 +165,10 @@ $(BUILT): $(MADE)/build $(SOURCES) $(if $(wildcard roadmap_ext/_C*.so),,FORCE)
 	@$(PY) -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null || \
 	  $(call FAIL,Python.h is not there: install the headers of this Python (Debian and Ubuntu: python3-dev))
 	@echo "building roadmap_ext for $(VENV) (about 80 seconds on two cores; log in build/log)"
-	@mkdir -p build && rm -f build/for-* roadmap_ext/_reference_only.py
-	@root=$$($(PY) -m tools.toolkit) && env $${root:+CUDA_HOME="$$root"} \
-	  $(PY) setup.py build_ext --inplace --force >build/log 2>&1 || { cat build/log >&2; exit 1; }
+	@mkdir -p build && rm -f build/for-* build/failed roadmap_ext/_reference_only.py
+	@root=$$($(PY) -m tools.toolkit) && { env $${root:+CUDA_HOME="$$root"} \
+	  $(PY) setup.py build_ext --inplace --force 2>&1 || touch build/failed; } | tee build/log | { $(STEPS); }
+	@[ ! -e build/failed ] || { cat build/log >&2; exit 1; }
 	@grep '^CUDA kernels' build/log || true
 	@echo "$(CURDIR)" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/roadmap_ext.pth"
 	@touch $@

@@ -39,6 +39,7 @@ from retrieval.progress import Progress
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training, make_sampler
+from retrieval.unlabelled import leave_out
 from torch import Tensor
 
 import roadmap_ext
@@ -294,7 +295,7 @@ def prepare(
     """All that can go wrong before training starts."""
     device = usable(options.device, ranks)
     folder = folder_of(options)
-    train_on, test = load(options, folder)
+    train_on, test = leave_out(options, *load(options, folder))
     ranks.check(options.batch_size)
     epoch = make_sampler(options, train_on).epoch
     ranks.join(device)

@@ -69,7 +69,7 @@ def _vectors(name: str, value: Any) -> str:
         vectors.sort(key=lambda key: key not in _VECTORS)
         tokens = [key for key, each in tensors.items() if each.dim() == 3]
         codes = [f"{name}[{key!r}]" for key in vectors[:1]] + [f"{name}[{key!r}].mean(1)" for key in tokens[:1]]
-        return codes and f"pass one vector an item of what the network returns, {' or '.join(codes)}"
+        return f"pass one vector an item of what the network returns, {' or '.join(codes)}" if codes else ""
     if isinstance(value, tuple | list) and value and all(isinstance(each, Tensor) for each in value):
         if all(each.is_floating_point() and each.shape == value[0].shape[:1] for each in value):
             return f"use torch.stack({name})"
@@ -117,7 +117,7 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
         codes = [
             f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)
         ]
-        return codes and f"pass what numbers the classes in it, {' or '.join(codes)}"
+        return f"pass what numbers the classes in it, {' or '.join(codes)}" if codes else ""
     if not isinstance(value, Tensor) and len(value) and all(isinstance(each, str) for each in value):
         return (
             f"number the names, once for the whole data set: classes = sorted(set({name})), then "

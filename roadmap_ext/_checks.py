@@ -208,7 +208,7 @@ def check_ignore_label(value: object) -> None:
     """Check the label of items that are in no ranking; None: there is none."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"ignore_label must be None or an integer, the label of items to ignore, got {value!r}")
-    if value is not None and not -(2**63) <= value < 2**63:
+    if value is not None and not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"ignore_label must be an int64, as labels are, got {value}")
 
 

@@ -27,7 +27,9 @@ class EmbeddingMemory(nn.Module):
         loss = loss_function(embeddings, labels, ref_emb=memory, ids=ids)
 
     Entries carry no gradient. A query's own entry and older copies of the same item have its id, and are left out of
-    its ranking.
+    its ranking. Other duplicates are ranked: equal scores count against the ranking, but equal embeddings need not get
+    equal scores, for BLAS may round a product differently in another row. Entries without a label stay out of all
+    rankings where the loss has their label as ``ignore_label``.
 
     Args:
         size: entries at the most.

@@ -46,7 +46,7 @@ _ABOUT = {
     "method": "which kernels",
 }
 _TYPES = {"float": float, "float | None": float, "int | None": int, "str": str}
-_ELSEWHERE = {"gather_across_devices"}  # as the processes are
+_ELSEWHERE = {"gather_across_devices", "ignore_label"}  # as the processes are; images of it do not come here
 
 
 def _settings(name: str) -> dict[str, inspect.Parameter]:

@@ -134,6 +134,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="data sets: pixels of the shorter side, or width and height, before the middle is cut out of a test "
         "image; default 8/7 of --image-size",
     )
+    add(
+        "--ignore-label",
+        metavar="NAME",
+        help="a class whose images are in no ranking, such as a folder of unlabelled ones",
+    )
 
     network = parser.add_argument_group("network")
     add = network.add_argument

@@ -85,7 +85,7 @@ def test_the_page_of_the_loss():
     torch.manual_seed(0)
     names = {}
     found = blocks("docs/roadmap-loss.md")
-    assert len(found) == 6
+    assert len(found) == 7
     for block in found:
         exec(block, names)
         assert names["loss"].requires_grad

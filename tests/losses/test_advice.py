@@ -442,6 +442,31 @@ def test_the_code_in_a_message_is_taken(call, argument, value, code):
     assert not isinstance(result, torch.Tensor) or result.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("call", "argument", "value", "end"),
+    [
+        ("loss", "embeddings", None, "got NoneType"),
+        ("loss", "embeddings", {}, "got dict"),
+        ("loss", "embeddings", ["a"], "got list"),
+        ("loss", "embeddings", [[1.0], [2.0, 3.0]], "got list"),
+        ("loss", "embeddings", torch.tensor(1.0), r"got shape \(\)"),
+        ("loss", "labels", None, "got NoneType"),
+        ("loss", "labels", {"names": ["a"]}, "got dict"),
+        ("loss", "labels", LABELS[:4], r"got shape \(4,\)"),
+        ("loss", "labels", torch.randn(ROWS, 3), r"got shape \(6, 3\)"),
+        ("loss", "labels", ONE_HOT[None], r"got shape \(1, 6, 3\)"),
+        ("loss", "labels", LABELS.to(torch.complex64), "got torch.complex64"),
+        ("loss", "labels", ONE_HOT.to("meta"), r"got shape \(6, 3\)"),  # there is nothing to look at
+        ("scores", "scores", {"a": 1}, "got dict"),
+        ("scores", "scores", S.to(torch.complex64), "got torch.complex64"),
+        ("scores", "target", T[:4, :5], r"got \(4, 5\)"),
+        ("scores", "target", "mask", "got str"),
+    ],
+)
+def test_where_nothing_is_known_to_help_nothing_is_said(call, argument, value, end):
+    assert re.search(f"{end}$", error_of_case(call, argument, value))
+
+
 @pytest.mark.parametrize(("wrong", "words", "right"), OTHERS, ids=[words for _, words, _ in OTHERS])
 def test_the_right_call_is_taken(wrong, words, right):
     assert words in error_of(wrong)
