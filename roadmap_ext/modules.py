@@ -145,6 +145,7 @@ class RoadmapLoss(_EmbeddingLoss):
         include_self: count each query as its own positive.
         chunk_size: queries at a time; None takes as many as fit in 64 MiB of scores (256 MiB on a GPU).
         gather_across_devices: rank against the references of all ranks of torch.distributed.
+        ignore_label: the label of items whose class is not known: they are in no ranking. None: there is no such label.
         surrogate: what stands for the steps of a rank: ``"sup"``, or ``"smooth"`` for Smooth-AP's sigmoid.
         tau: temperature of the sigmoid, in units of similarity; positive.
         rho: slope of the linear part beyond ``delta``; not negative.

@@ -9,6 +9,7 @@ similarities = model.embed(["query.png"]) @ model.embed(["a.png", "b.png"]).T  #
 from __future__ import annotations
 
 import argparse
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import checkpoint, images
+from . import checkpoint, decode, images
 from .errors import FileError, InputError, reason
 from .networks import Network
 from .photos import Transform
+from .survey import in_threads
 from .training import Training, make_network
 
 _AT_A_TIME = 256
@@ -31,7 +33,8 @@ _TEXT_OR_NONE = (str, type(None))
 # What best.pt says of the network and of its images, beside the weights.
 _MADE_OF = {
     "backbone": str, "dim": int, "blocks": int, "width": int, "pool": _TEXT_OR_NONE, "head": str,
-    "freeze_batch_norm": bool, "channels": int, "size": int, "test_resize": (list, type(None)), "normalize": bool,
+    "freeze_batch_norm": bool, "channels": int, "size": int, "values": (list, type(None)),
+    "test_resize": (list, type(None)), "normalize": bool,
 }  # fmt: skip
 _HOLDS = {"network": dict, "made_of": dict, "classes": list, "evaluation": dict}
 _REMEDY = "restore it, or train again"
@@ -41,6 +44,7 @@ def contents(training: Training) -> dict[str, Any]:
     """What best.pt holds of a training, as it is now."""
     given, trained_on = training.options, training.images
     known = {"channels": trained_on.channels, "size": trained_on.size, "normalize": given.normalize is not False}
+    known["values"] = list(trained_on.values) if isinstance(trained_on, images.Images) and trained_on.values else None
     made_of = {name: known[name] if name in known else getattr(given, name) for name in _MADE_OF}
     return {"network": training.network.state_dict(), "made_of": made_of, "classes": trained_on.classes}
 
@@ -51,7 +55,7 @@ class Trained:
 
     Attributes:
         network: images [b, C, S, S] of 0 to 255 to embeddings [b, D]; in evaluation mode.
-        made_of: the options that the network was made with, and its images' ``channels`` and ``size``.
+        made_of: the options that the network was made with, and its images' ``channels``, ``size`` and ``values``.
         classes: the names of those that it was trained on.
         evaluation: its row of metrics.csv, with the step.
     """
@@ -70,7 +74,7 @@ class Trained:
         """
         device, out = self.network.mean.device, [torch.empty(0, self.made_of["dim"])]
         for begin in range(0, len(files), _AT_A_TIME):
-            pixels = torch.stack(list(images.in_threads(self.pixels, files[begin : begin + _AT_A_TIME])))
+            pixels = torch.stack(list(in_threads(self.pixels, files[begin : begin + _AT_A_TIME])))
             out.append(self.network(pixels.to(device).float()).float().cpu())
         return functional.normalize(torch.cat(out)) if self.made_of["normalize"] else torch.cat(out)
 
@@ -78,10 +82,11 @@ class Trained:
         """[C, S, S] uint8 of an image file, turned, cut and resized as those of the test were."""
         from PIL import Image
 
-        size, resized = self.made_of["size"], self.made_of["test_resize"]
+        channels, size, resized = (self.made_of[name] for name in ("channels", "size", "test_resize"))
         try:
             if resized is None:
-                return torch.from_numpy(images._decode(Path(file).read_bytes(), self.made_of["channels"], size))
+                square = decode.square(io.BytesIO(Path(file).read_bytes()), channels, size)
+                return torch.from_numpy(decode.pixels(square, channels, self.made_of["values"]))
             with Image.open(file) as opened:
                 picture = Transform(size, None, (1, 1), (1, 1), tuple(resized)).test(opened.convert("RGB"))
         except Exception as error:  # Pillow raises whatever a file's format leads it into

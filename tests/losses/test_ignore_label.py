@@ -6,7 +6,7 @@ from cases import BACKENDS
 
 from roadmap_ext import CalibrationLoss, EmbeddingMemory, RoadmapLoss, SmoothAPLoss, SupAPLoss, reference, roadmap_loss
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.host]
 
 NONE = -1
 KINDS = {
