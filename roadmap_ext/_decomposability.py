@@ -94,4 +94,4 @@ def _harmonic(first: Tensor, terms: Tensor, start: Tensor) -> Tensor:
     m = terms.to(start.dtype)
     near = sum(m / ((start + k) * (start + k + m)) for k in range(8))
     u, v = 1 / (start + 8), 1 / (start + 8 + m)
-    return near + torch.log1p(m * u) + m * u * v * (1 / 2 + (u + v) / 12 * (1 - (u * u + v * v) / 10))
+    return near + torch.log1p(m * u) + m * u * v * (1 / 2 + (u + v) / 12)

@@ -592,7 +592,7 @@ def _pairs(
     if alone:
         ignore |= torch.arange(len(labels), device=labels.device)[part, None] == order
     if ignore_label is not None:
-        ignore |= (own == ignore_label) | (others == ignore_label)
+        ignore |= others == ignore_label  # and a query of it has no positive then
     return target, ignore
 
 

@@ -15,6 +15,7 @@ KINDS = {
     "sup": {"calibration_weight": 0.0},
     "smooth": {"calibration_weight": 0.0, "surrogate": "smooth"},
     "calibration": {"calibration_weight": 1.0},
+    "every negative costs": {"calibration_weight": 1.0, "negative_margin": -0.5},
     "violating pairs": {"calibration_weight": 1.0, "calibration_reduction": "violating_pairs"},
 }
 
