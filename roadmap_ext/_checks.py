@@ -384,7 +384,7 @@ def check_plain(name: str, wanted: str, value: object, advice: Callable[[], str]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}{advice()}")
     kind = None
-    if hasattr(value, "full_tensor"):  # its class is not imported for that
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):  # its class is not imported for that
         kind = "a DTensor"
     elif value.is_nested:
         kind = "a nested tensor"
