@@ -1,7 +1,7 @@
 """How an error message ends: each function looks at the value that was refused, and says what to pass instead.
 
 A remedy is code in terms of the argument's name. tests/losses/test_advice.py applies each one to the value that caused
-it. The value is looked at only once an error is certain; where it cannot be, in a graph or a transform, nothing is said.
+it. The value is looked at once an error is certain; where it cannot be, in a graph or a transform, nothing is said.
 """
 
 from __future__ import annotations
