@@ -1,7 +1,7 @@
-"""What to do with a value that cannot be taken: each function looks at the value and ends the message with its remedy.
+"""How an error message ends: each function looks at the value that was refused, and says what to pass instead.
 
-A remedy is code in terms of the argument's name; tests/losses/test_advice.py applies each to the value it is for. The
-value is looked at when an error is raised already. Where it cannot be, in a graph or a transform, there is no remedy.
+A remedy is code in terms of the argument's name. tests/losses/test_advice.py applies each one to the value that caused
+it. The value is looked at once an error is certain; where it cannot be, in a graph or a transform, nothing is said.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ def _looking(advise: Callable[_P, str]) -> Callable[_P, str]:
 
 @_looking
 def for_vectors(name: str, value: object) -> str:
-    """For what is no matrix of embeddings [items, dimension]."""
+    """For a value that is not a matrix of embeddings, [items, dimension]."""
     return _vectors(name, value)
 
 
 @_looking
 def for_scores(name: str, value: object) -> str:
-    """For what is no matrix of scores [queries, references]."""
+    """For a value that is not a matrix of scores, [queries, references]."""
     return _scores(name, value)
 
 
 @_looking
 def for_labels(name: str, value: object, rows: int | None) -> str:
-    """For what is no vector of integers, one for each of as many rows; None: of any length."""
+    """For a value that is not a vector of integers, one for each of ``rows`` rows (None: of any length)."""
     return _labels(name, value, rows)
 
 
 @_looking
 def for_mask(name: str, value: object, scores: Tensor) -> str:
-    """For what is no bool mask of the shape of the scores."""
+    """For a value that is not a bool mask with the shape of the scores."""
     return _mask(name, value, scores)
 
 
 @_looking
 def for_rows(name: str, value: object) -> str:
-    """For what is no tensor, of any shape and dtype, one row an item."""
+    """For a value that is not a plain tensor of rows; any shape and dtype will do."""
     return _plain(name, value, lambda code, made: "", "torch.cat({}.unbind())")
 
 
@@ -69,7 +69,7 @@ def _vectors(name: str, value: Any) -> str:
         vectors.sort(key=lambda key: key not in _VECTORS)
         tokens = [key for key, each in tensors.items() if each.dim() == 3]
         codes = [f"{name}[{key!r}]" for key in vectors[:1]] + [f"{name}[{key!r}].mean(1)" for key in tokens[:1]]
-        return f"pass one vector an item of what the network returns, {' or '.join(codes)}" if codes else ""
+        return f"pass one vector per item of the network's output, {' or '.join(codes)}" if codes else ""
     if isinstance(value, tuple | list) and value and all(isinstance(each, Tensor) for each in value):
         if all(each.is_floating_point() and each.shape == value[0].shape[:1] for each in value):
             return f"use torch.stack({name})"
@@ -117,7 +117,7 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
         codes = [
             f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)
         ]
-        return f"pass what numbers the classes in it, {' or '.join(codes)}" if codes else ""
+        return f"pass its class numbers, {' or '.join(codes)}" if codes else ""
     if not isinstance(value, Tensor) and len(value) and all(isinstance(each, str) for each in value):
         return (
             f"number the names, once for the whole data set: classes = sorted(set({name})), then "
@@ -140,9 +140,9 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
     elif value.is_floating_point():
         numbers = value[~value.isnan()]
         if (numbers != numbers.round()).any():
-            return f"these are no whole numbers: to number the different ones use {code}.unique(return_inverse=True)[1]"
+            return f"they are not whole numbers; use {code}.unique(return_inverse=True)[1] to number the distinct ones"
         if len(numbers) < len(value):
-            return f"use {code}.nan_to_num(nan=-1).long(), and ignore_label=-1 for those that are NaN"
+            return f"use {code}.nan_to_num(nan=-1).long(), and ignore_label=-1 for the items that have none"
         code += ".long()"
     return "" if code == name else f"use {code}"
 
@@ -161,10 +161,10 @@ def _rows_of_labels(name: str, value: Tensor) -> str:
     elif (wide >= 0).all() and torch.allclose(wide.sum(1), torch.ones(len(wide), device=wide.device), atol=1e-2):
         target, what = f"{number} @ {number}.T > 0.5", "soft labels"
     else:
-        return "" if value.is_floating_point() else f"pass the column that is to tell the classes, such as {name}[:, 0]"
+        return "" if value.is_floating_point() else f"pass one column of classes, such as {name}[:, 0]"
     return (
-        f"{what} are for ap_loss(scores, {target}, ignore=itself), with scores of each item for each and itself the "
-        "diagonal (docs/roadmap-loss.md, Items of several classes)"
+        f"{what} are ranked by ap_loss(scores, {target}, ignore=itself), where scores compare each item with each and "
+        "itself is the diagonal (docs/roadmap-loss.md, Items of several classes)"
     )
 
 
@@ -177,8 +177,8 @@ def _mask(name: str, value: Any, scores: Tensor) -> str:
     code = name
     if value.dim() == 1 and value.dtype != torch.bool and not value.is_floating_point():
         if rows == columns == len(value):
-            return f"labels become {name}[:, None] == {name}"
-        return "labels become labels[:, None] == reference_labels[None]"
+            return f"make a mask of labels with {name}[:, None] == {name}"
+        return "make a mask of labels with labels[:, None] == reference_labels[None]"
     if value.shape == (rows,) and rows != columns:
         code = f"{name}[:, None].expand_as(scores)"
     elif value.shape == (columns, rows) and rows != columns:
@@ -192,13 +192,13 @@ def _mask(name: str, value: Any, scores: Tensor) -> str:
 
 
 def _plain(name: str, value: Any, further: Callable[[str, Tensor], str], nested: str) -> str:
-    """For what is no plain dense tensor: the code that makes one, and what is ``further`` to be done with that."""
+    """For a value that is not a plain dense tensor: the code that makes it one, and what ``further`` says of that."""
     if not isinstance(value, Tensor):
         try:
             code, made = f"torch.as_tensor({name})", torch.as_tensor(value)
         except (TypeError, ValueError):  # of NumPy's: another order of bytes, a step backwards, a type of its own
             code, made = f"torch.tensor({name}.tolist())", torch.tensor(value.tolist())
-    elif hasattr(value, "full_tensor"):  # to look at it would take all ranks
+    elif hasattr(value, "full_tensor"):  # only all ranks together could look at it
         return f"use {name}.full_tensor(), or {name}.to_local() and gather_across_devices=True"
     elif value.is_nested:
         return f"use {nested.format(name)}"

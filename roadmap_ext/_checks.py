@@ -180,7 +180,7 @@ def make_embedding_objective(
 
 
 def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
-    """The same memory as a tensor; what torch does not take is returned as it is, for the checks to say why."""
+    """A tensor on the same memory. An array that torch does not take is returned as it is: a check will refuse it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nobody does
@@ -385,11 +385,11 @@ def check_pairs(
 
 
 def check_plain(name: str, wanted: str, value: object, advice: Callable[[], str]) -> None:
-    """Raise TypeError unless ``value`` is a tensor of the kind that everything here takes: dense, whole, of numbers."""
+    """Raise TypeError unless ``value`` is a tensor of the only kind that this package takes: plain and dense."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}{advice()}")
     kind = None
-    if hasattr(value, "full_tensor"):  # its class is not imported for that
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):  # its class is not imported for that
         kind = "a DTensor"
     elif value.is_nested:
         kind = "a nested tensor"

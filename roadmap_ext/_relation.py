@@ -93,14 +93,16 @@ def from_labels(
     if ignore_label is None:
         return relation
     queries, references = labels.long() != ignore_label, ref_labels.long() != ignore_label
-    # One list of the labelled references, which all queries share, and which is none of the other rows'.
-    column = (~references).byte().argsort(stable=True)
-    end = references.sum() * queries
-    return relation._replace(
-        positive=Lists(relation.positive.span * queries[:, None], relation.positive.column),
-        negative=Lists(torch.stack([torch.zeros_like(end), end], dim=1), column),
-        queries=queries,
-    )
+    order = references.byte().argsort(stable=True)  # the others, then those with a label: columns ascend in both parts
+    others, columns = (~references).sum(), len(order)
+    positive = Lists(relation.positive.span * queries[:, None], relation.positive.column)
+    if relation.left_out is None:  # the others are, of each query, and of a row that is none all columns
+        span = torch.stack([torch.where(queries, 0, columns), torch.where(queries, others, 2 * columns)], dim=1)
+        left_out = Lists(span, torch.cat([order, torch.arange(columns, device=order.device)]))
+        return relation._replace(positive=positive, left_out=left_out, queries=queries)
+    # Ids have that place: only those with a label are negatives. It is the longer list.
+    negative = Lists(torch.stack([others * queries, columns * queries], dim=1), order)
+    return relation._replace(positive=positive, negative=negative, queries=queries)
 
 
 def blank(rows: Tensor, labels: Tensor, ignore_label: int | None) -> Tensor:

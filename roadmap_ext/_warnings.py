@@ -1,4 +1,4 @@
-"""What is said once in a process: that there are no kernels, and that a batch has no positive."""
+"""Warnings that come once in a process: that there are no kernels, and that a batch has no positive."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import warnings
 import torch
 
 _said: set[str] = set()
-# The warning is for who calls these.
+# The warning names the first line outside of these.
 _LIBRARIES = ("roadmap_ext", "torch", "pytorch_metric_learning")
 
 
 def without_kernels() -> None:
-    """An installation that has none by intention runs the reference instead."""
+    """The package was installed without kernels on purpose, and runs the reference instead."""
     _once(
         "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1: the plain PyTorch reference runs instead of the "
         "kernels, hundreds of times slower.",
@@ -22,7 +22,7 @@ def without_kernels() -> None:
 
 
 def without_positive() -> None:
-    """A batch whose AP loss is 0 because no query has a positive, which looks like one that is ranked perfectly."""
+    """No query has a positive. The AP loss is then 0, as if every ranking were perfect."""
     _once(
         "roadmap_ext: no query of this batch has a positive (or a miner named none), so its AP loss is 0 and teaches "
         "nothing. A batch needs several items of each class: draw it with the sampler in docs/roadmap-loss.md, or with "

@@ -51,7 +51,7 @@ Array: TypeAlias = Tensor | numpy.ndarray[Any, Any]
 
 
 def _of_arrays(function: Callable[..., _T]) -> Callable[..., _T]:
-    """The same function, with NumPy's arrays taken where they are as the tensors that it takes."""
+    """The same function, which takes NumPy arrays as well: as tensors on the same memory."""
 
     @wraps(function)
     def taking(*arguments: Any, **keywords: Any) -> _T:
@@ -80,7 +80,7 @@ def average_precision(scores: Array, target: Array, ignore: Array | None = None)
     scores are tied this is scikit-learn's ``average_precision_score``.
 
     Args:
-        scores: [B, N] float16, bfloat16, float32 or float64; a tensor, or an array of NumPy's, as all tensors here.
+        scores: [B, N] float16, bfloat16, float32 or float64. Tensors may be NumPy arrays.
         target: [B, N] bool, True where relevant.
         ignore: [B, N] bool, True where a pair is left out; None for none.
 
@@ -174,14 +174,14 @@ def retrieval_metrics(
         mAP@R         the same sum over the positives of rank <= R alone (Musgrave et al., "A Metric Learning Reality
                       Check", ECCV 2020)
         R-precision   the share of positives of rank <= R
-        R@k           1 if some positive has rank <= k, else 0: the hit rate, which is recall at k in image retrieval.
-                      Text retrieval calls another number recall: the share of the positives of rank <= k
+        R@k           1 if some positive has rank <= k, else 0: the hit rate, called recall at k in image retrieval.
+                      (In text retrieval recall at k is another number, the share of positives of rank <= k.)
 
     Ties count against the ranking. The query itself is left out: by index where the batch is its own reference, by ids
     where these are given, and never by its place in the ranking, which a duplicate may hold.
 
     Args:
-        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64. Tensors may be arrays of NumPy's.
+        embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64. Tensors may be NumPy arrays.
         labels: [B] the class of each, any integer dtype.
         ref_emb: [N, D] what to rank; any float dtype. None, or the very tensor that ``embeddings`` is: the batch
             itself.

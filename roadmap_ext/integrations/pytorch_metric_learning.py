@@ -30,7 +30,7 @@ from .._checks import (
     make_settings,
 )
 from .._chunks import embedding_loss
-from .._relation import Lists, Relation, blank, from_labels, from_pairs
+from .._relation import Relation, blank, from_labels, from_pairs
 from ..memory import EmbeddingMemory, make_writable
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
@@ -234,11 +234,10 @@ class _PairLoss(losses.BaseMetricLossFunction):
             raise ValueError("labels and indices_tuple are both None: one of them has to say what is positive")
         check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
         ref_labels = labels if ref_labels is None else ref_labels
-        relation = from_labels(labels, ref_labels, None, None, False, False, ignore_label=ignore_label)
-        if indices_tuple is None:
-            return relation
-        begin = torch.arange(len(labels), device=labels.device)
-        return relation._replace(left_out=Lists(torch.stack([begin, begin + 1], dim=1), indices_tuple.copy))
+        ids = ref_ids = None
+        if indices_tuple is not None:
+            ids, ref_ids = indices_tuple.copy, torch.arange(len(ref_labels), device=ref_labels.device)
+        return from_labels(labels, ref_labels, ids, ref_ids, False, False, ignore_label=ignore_label)
 
     def _objective(self, reduction: str) -> Objective:
         # RoadmapLoss takes every setting: it knows the defaults of those that its sisters leave out.
