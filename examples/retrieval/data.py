@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import classes, datasets, duplicates, images, spoilers, survey
+from . import classes, datasets, duplicates, images, stops, survey
 from .classes import class_of, folder_of
 from .errors import InputError, some
 from .images import Images
@@ -65,19 +65,20 @@ def _examine(options: argparse.Namespace, findings: Findings) -> tuple[Images, I
     channels = options.channels or (1 if found[0].gray else 3)
     if options.test_root is not None:
         found.append(survey.read(options.test_root, channels, held, options.hold_mib))
-    spoilers.doubt(found, options, findings)
-    given = options.value_range and tuple(options.value_range)
-    values = next((each for each in (given, *(one.values for one in found)) if each is not None), None)
-    if given and not any(one.values for one in found):
+    stops.doubt(found, options, findings)
+    values = next((one.values for one in found if one.values), None)
+    if options.value_range and values is None:
         findings.note("--value-range has no effect: no image has more than 8 bits")
+    elif options.value_range:
+        values = tuple(options.value_range)
     named_by = f"{classes.BY[options.class_by or 'path']} (--class-by {options.class_by or 'path'})"
     parts = []
     for one in found:
         named = [class_of(folder_of(name), options.class_by) for name in one.names]
         parts.append(images.of(one, named, channels, size, options.hold_mib, values))
         findings.table(f"{one.root}", rows(one, parts[-1], named_by))
-        spoilers.files(one, options, findings)
-        spoilers.blanks(one, values, options, findings)
+        stops.files(one, options, findings)
+        stops.blanks(one, values, options, findings)
     try:
         return _parts(parts, options, findings)
     except InputError as error:
@@ -89,18 +90,18 @@ def _examine(options: argparse.Namespace, findings: Findings) -> tuple[Images, I
 
 def _parts(every: Sequence[Images], options: argparse.Namespace, findings: Findings) -> tuple[Images, Images]:
     """Training and test, without what the options leave out."""
-    every = [spoilers.small_classes(part, options, findings) for part in every]
     try:
+        every = [stops.small_classes(part, options, findings) for part in every]
         if options.test_root is None:
             parts = _split(every[0], options)
         else:
             parts = every[0], every[1] if options.split == "images" else _unseen(*every, findings)
     except InputError:
-        spoilers.tell_duplicates(duplicates.find(every), every, findings)
+        stops.tell_duplicates(duplicates.find(every), every, findings)
         raise
-    train, test = spoilers.copies(parts, options, findings)
+    train, test = stops.copies(parts, options, findings)
     # Classes may have a single image now.
-    return spoilers.small_classes(train, options, findings), spoilers.small_classes(test, options, findings)
+    return stops.small_classes(train, options, findings), stops.small_classes(test, options, findings)
 
 
 # --- training and test -----------------------------------------------------------------------------------------------
@@ -190,6 +191,6 @@ def _examine_data_set(options: argparse.Namespace, findings: Findings) -> None:
         named = [listing.classes[label_of[image]] for image in found.names]
         parts.append(images.of(found, named, 3, options.image_size, 0, found.values))
         findings.table(f"{options.data_root}, {name}", rows(found, parts[-1], "the data set's lists"))
-        spoilers.files(found, options, findings)
-    spoilers.tell_duplicates(duplicates.find(parts), parts, findings)
+        stops.files(found, options, findings)
+    stops.tell_duplicates(duplicates.find(parts), parts, findings)
     findings.write()

@@ -58,6 +58,7 @@ class TestImages:
     def test_images_that_are_not_held_are_the_same(self, tmp_path):
         root = write(tmp_path, some_classes(mode="RGB"))
         held, decoded = read(root, 8), read(root, 8, hold_mib=0)
+        assert survey.read(root, None, 8, 0).squares is None
         index = torch.tensor([5, 0, 5, 17])
         assert torch.equal(held.pixels(index), decoded.pixels(index))
         part = torch.tensor([20, 3, 1])

@@ -161,6 +161,7 @@ class TestClasses:
         "folders",
         [
             ["train", "bus", "car"],
+            ["test", "probe", "bus"],
             ["train", "bus/a", "bus/b"],
             ["a/b/c", "a/b/d", "a/e"],
             ["x", "x/y"],

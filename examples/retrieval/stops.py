@@ -1,4 +1,4 @@
-"""What would spoil a training: each is told, and stops it unless an option says to go on."""
+"""What would spoil a training, and so stops it unless an option says to go on."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def copies(parts: tuple[Images, Images], options: argparse.Namespace, findings: 
         f"{len(groups):,} in {what} ({duplicates.where(parts, groups)})" for what, groups in spoiled.items() if groups
     ]
     findings.stops.append(
-        f"pictures are in several places: {' and '.join(said)}{everywhere}: delete what is too much, or leave it out "
-        "by --duplicates skip, or train on it all the same by --duplicates keep"
+        f"pictures are in several places: {' and '.join(said)}{everywhere}: delete the copies, or leave them out by "
+        "--duplicates skip, or train on them all the same by --duplicates keep"
     )
     return parts
 
