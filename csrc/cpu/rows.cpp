@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -563,34 +564,66 @@ double half_scale(const Row<T>& row, const Pass<T>& pass) {
   return std::ldexp(1.0, std::max(-100, std::min(100, 14 - std::ilogb(bound))));
 }
 
-// Kept by each thread from call to call: allocating it anew costs more page faults than a small batch costs time.
+// Kept by each thread from call to call, 0.6 MiB, or 1.1 in double.
 template <typename T>
 Scratch<T>& scratch() {
   static thread_local const std::unique_ptr<Scratch<T>> own(new Scratch<T>);
   return *own;
 }
 
-// So is the workspace of its rows, unless it is large: 33 bytes a column of sorted float scores, and 90 a positive.
+// What a thread needs for its rows.
 template <typename T>
 struct Workspace {
   Row<T> row;
   SortedRow<T> sorted;
   std::vector<typename Pass<T>::Found> found;  // of each span
 
-  void trim() {
-    if (row.size() > 1 << 18) {
-      row = {};
-      found.clear();
-    }
-    sorted.trim();
-  }
+  // About what it holds.
+  size_t bytes() const { return 33 * sorted.negatives().capacity() + 90 * row.p.score.capacity(); }
 };
 
+// Workspaces that wait for the next call: allocating them anew costs more page faults than a small batch costs time.
+// So many bytes are kept, all threads together.
+constexpr size_t kIdleBytes = size_t(48) << 20;
+std::mutex idle_lock;
+size_t idle_bytes = 0;
+
 template <typename T>
-Workspace<T>& workspace() {
-  static thread_local Workspace<T> own;
-  return own;
+std::vector<std::unique_ptr<Workspace<T>>>& idle() {
+  static auto* const all = new std::vector<std::unique_ptr<Workspace<T>>>;  // for good: threads may outlive the rest
+  return *all;
 }
+
+// One of them for as long as this lives, or a new one.
+template <typename T>
+class Leased {
+ public:
+  Workspace<T>& get() {
+    if (!space_) take();
+    return *space_;
+  }
+  ~Leased() {
+    if (!space_) return;
+    const std::lock_guard<std::mutex> guard(idle_lock);
+    if (idle_bytes + space_->bytes() > kIdleBytes) return;
+    idle_bytes += space_->bytes();
+    idle<T>().push_back(std::move(space_));
+  }
+
+ private:
+  void take() {
+    const std::lock_guard<std::mutex> guard(idle_lock);
+    if (idle<T>().empty()) {
+      space_ = std::make_unique<Workspace<T>>();
+      return;
+    }
+    space_ = std::move(idle<T>().back());
+    idle<T>().pop_back();
+    idle_bytes -= space_->bytes();
+  }
+
+  std::unique_ptr<Workspace<T>> space_;
+};
 
 // Boundaries of pieces of groups, about kPiece positives each. A piece sees the columns packed in its own way, on which
 // the last bits of float64 sums depend: rows that are not shared are worked in the same pieces.
@@ -656,9 +689,10 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   };
 
   // Collects and sorts the negatives of a row, and reads its ranks off them. Returns whether the scan takes the row.
-  const auto scan = [&](Row<T>& row, const Parallel& parallel) {
+  const auto scan = [&](Workspace<T>& space, const Parallel& parallel) {
+    Row<T>& row = space.row;
+    SortedRow<T>& sorted = space.sorted;
     if (!pass.scans(row) || !(reads || gradient)) return false;
-    SortedRow<T>& sorted = workspace<T>().sorted;
     const int64_t spans = divide_up(m.columns, kSpan);
     sorted.negatives().begin(m.columns, spans);
     row.hinges.assign(pass.objective().calibration ? spans : 0, {});
@@ -709,16 +743,17 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     return out;
   };
 
+  std::vector<Leased<T>> spaces(parallel.workers);
   const bool shared = parallel.workers > 1 && m.rows < 4 * parallel.workers && m.columns >= 2 * kBlock;
   if (!shared) {
-    parallel.run(m.rows, [&](int64_t index, int) {
-      Workspace<T>& space = workspace<T>();
+    parallel.run(m.rows, [&](int64_t index, int worker) {
+      Workspace<T>& space = spaces[worker].get();
       Row<T>& row = space.row;
       Scratch<T>& own = scratch<T>();
       space.found.resize(1);
       pass.collect(index, 0, m.columns, own, space.found[0]);
       pass.arrange(index, space.found, row, serial());
-      const bool scanned = scan(row, serial());
+      const bool scanned = scan(space, serial());
       if (!scanned) {
         pass.order(row, serial());
         pass.group(row);
@@ -742,7 +777,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
         if (pass.smooth()) pass.rank_positives(row, 0, groups, own);
       }
       finish(row);
-      if (!gradient) return space.trim();
+      if (!gradient) return;
       T* const direct = row.sorted ? scan_gradient(row, serial()) : nullptr;
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
@@ -756,12 +791,11 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
           pass.gradient(row, begin, own, saved.whole ? &saved : nullptr, gradient);
         }
       }
-      space.trim();
     });
     return;
   }
 
-  Workspace<T>& space = workspace<T>();
+  Workspace<T>& space = spaces[0].get();
   Row<T>& row = space.row;
   for (int64_t index = 0; index < m.rows; ++index) {
     space.found.resize(divide_up(m.columns, kSpan));
@@ -769,7 +803,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       pass.collect(index, part * kSpan, std::min(m.columns, (part + 1) * kSpan), scratch<T>(), space.found[part]);
     });
     pass.arrange(index, space.found, row, parallel);
-    const bool scanned = scan(row, parallel);
+    const bool scanned = scan(space, parallel);
     if (!scanned) {
       pass.order(row, parallel);
       pass.group(row);
@@ -795,10 +829,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
     }
     finish(row);
-    if (!gradient) {
-      space.trim();
-      continue;
-    }
+    if (!gradient) continue;
     T* const direct = row.sorted ? scan_gradient(row, parallel) : nullptr;
     if (!row.nan) {
       parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
@@ -811,7 +842,6 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       parallel.run(divide_up(m.columns, kBlock),
                    [&](int64_t block, int) { pass.gradient(row, block * kBlock, scratch<T>(), nullptr, gradient); });
     }
-    space.trim();
   }
 }
 
