@@ -604,10 +604,14 @@ class Leased {
   }
   ~Leased() {
     if (!space_) return;
+    const size_t bytes = space_->bytes();
     const std::lock_guard<std::mutex> guard(idle_lock);
-    if (idle_bytes + space_->bytes() > kIdleBytes) return;
-    idle_bytes += space_->bytes();
-    idle<T>().push_back(std::move(space_));
+    if (idle_bytes + bytes > kIdleBytes) return;
+    try {
+      idle<T>().push_back(std::move(space_));
+      idle_bytes += bytes;
+    } catch (const std::bad_alloc&) {  // not even for that is there memory
+    }
   }
 
  private:
