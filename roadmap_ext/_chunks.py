@@ -11,7 +11,6 @@ losses, and is one opaque op to torch.compile. What a reduction needs is put tog
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -349,6 +348,7 @@ def sweep(
                     queries.add(gradient, others.vectors, chunk, True)
                 if want_references:
                     others.add(gradient.T, vectors, every, first)
+        _done_with(buffer)
         if not rows:
             others.gradient.zero_()
         first_gradient = queries.finish(raised)
@@ -426,23 +426,32 @@ def _memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return memory
 
 
-_kept = threading.local()
+# Memory of the chunk that was done with last, whoever did it: one for the process, and none for a thread that is idle.
+_idle: list[torch.UntypedStorage] = []
 
 
 def _chunk(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a chunk of scores, [rows, columns]; on the CPU the last one again, if it is large enough.
+    """Memory for a chunk of scores, [rows, columns]; on the CPU the idle one, if it is large enough.
 
     The C library gives large memory back to the system each time, and to get it anew costs a tenth of the products.
     """
-    size = rows * columns
-    if like.device.type != "cpu" or size * dtype.itemsize > _BUDGET["cpu"]:
+    if like.device.type != "cpu":
         return _memory(like, (rows, columns), dtype)
-    kept = getattr(_kept, "chunk", None)
-    if kept is None or kept.dtype != dtype or kept.numel() < size:
-        _kept.chunk = None  # before there is another
-        with torch.inference_mode(False):  # which later calls could not write to what it made
-            _kept.chunk = kept = _memory(like, (size,), dtype)
-    return kept[:size].view(rows, columns)
+    try:
+        storage = _idle.pop()  # now no other thread's
+    except IndexError:
+        storage = None
+    if storage is None or storage.nbytes() < rows * columns * dtype.itemsize:
+        del storage  # before there is another
+        return _memory(like, (rows, columns), dtype)
+    return like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
+
+
+def _done_with(chunk: Tensor) -> None:
+    """Keep the memory of a chunk for the next one. Nobody may look at it from now on."""
+    storage = chunk.untyped_storage()
+    if chunk.device.type == "cpu" and storage.nbytes() <= _BUDGET["cpu"]:
+        _idle[:] = [storage]
 
 
 def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:

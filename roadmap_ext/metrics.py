@@ -31,7 +31,7 @@ from ._checks import (
     check_scores,
     one_of,
 )
-from ._chunks import _chunk
+from ._chunks import _chunk, _done_with
 from ._extension import _REFERENCE_ONLY
 from ._relation import from_labels
 
@@ -543,6 +543,7 @@ def _by_kernel(
             begin if alone else -1,
         )
         report(len(vectors))
+    _done_with(buffer)
     return values[:, :3], values[:, 3].nan_to_num(nan=_NO_RANK, posinf=_NO_POSITIVE).long()
 
 

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "relation.h"
 #include "row.h"
+#include "workspace.h"
 
 namespace roadmap {
 namespace {
@@ -60,13 +61,13 @@ HingeSum negative_hinges(const Row<T>& row, const Objective& objective) {
 template <typename T, typename Weigh>
 void run_rows(const Pass<T>& pass, const Parallel& parallel, const Weigh& weigh) {
   const int64_t rows = pass.input.rows();
-  const bool share = parallel.workers > 1 && rows < 4 * parallel.workers && pass.input.columns() >= 2 * kBlock;
-  if (share) {
-    for (int64_t row = 0; row < rows; ++row) RowSteps<T>(pass, parallel).run(row, weigh);
-  } else {
-    const Parallel alone;
-    parallel.run(rows, [&](int64_t row, int) { RowSteps<T>(pass, alone).run(row, weigh); });
+  std::vector<Leased<Workspace<T>>> spaces(parallel.workers);
+  if (parallel.workers > 1 && rows < 4 * parallel.workers && pass.input.columns() >= 2 * kBlock) {
+    for (int64_t row = 0; row < rows; ++row) RowSteps<T>(pass, parallel, spaces[0].get()).run(row, weigh);
+    return;
   }
+  const Parallel alone;
+  parallel.run(rows, [&](int64_t row, int worker) { RowSteps<T>(pass, alone, spaces[worker].get()).run(row, weigh); });
 }
 
 template <typename T, typename Factor>

@@ -59,7 +59,7 @@ class Sorter {
   Entry<T>* room(int64_t begin) { return from_.data() + begin; }
   const Entry<T>* room(int64_t begin) const { return from_.data() + begin; }
   Part& part(int64_t index) { return parts_[index]; }
-  size_t bytes() const { return (from_.capacity() + to_.capacity()) * sizeof(Entry<T>); }
+  size_t capacity() const { return from_.capacity(); }
 
   bool nan() const {
     return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.nan; });
@@ -184,13 +184,9 @@ class SortedRow {
 
   // The negatives, which the caller collects: by column, a part a span, so that several threads may.
   Sorter<T>& negatives() { return sorter_; }
+  const Sorter<T>& negatives() const { return sorter_; }
 
   int64_t size() const { return n_; }
-
-  // Gives back what a very long row has taken.
-  void trim() {
-    if (sorter_.bytes() > size_t(32) << 20) *this = {};
-  }
 
   // Deals what was collected, and the positives, to cells, if these are worth it: whether they are. The positives then
   // are in the order of their cells: ascending where ranks are smooth, else in any order within a cell. `column` [P]

@@ -784,7 +784,7 @@ def test_a_row_does_not_depend_on_its_neighbours(surrogate):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="nothing says what the process holds")
 def test_a_very_long_row_gives_its_workspace_back():
-    """A thread keeps its workspace for the next call, but not that of 6,000,000 columns; without a gradient, too."""
+    """Workspaces wait for the next call, but not that of 6,000,000 columns; without a gradient, too."""
 
     def held():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
