@@ -139,7 +139,7 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
         code += ".long()"
     elif value.is_floating_point():
         numbers = value[~value.isnan()]
-        if (numbers != numbers.round()).any():
+        if (numbers.isinf() | (numbers != numbers.round())).any():
             return f"they are not whole numbers; use {code}.unique(return_inverse=True)[1] to number the distinct ones"
         if len(numbers) < len(value):
             return f"use {code}.nan_to_num(nan=-1).long(), and ignore_label=-1 for the items that have none"
@@ -153,7 +153,7 @@ def _rows_of_labels(name: str, value: Tensor) -> str:
     wide = value.float()
     binary = bool(((wide == 0) | (wide == 1)).all())
     if len(wide) == wide.shape[1] and torch.equal(wide, wide.T):
-        target, what = f"{name}.bool()" if binary else f"{name} > 0.5", "a relation of pairs"
+        target, what = f"{name}.bool()" if binary else f"{name} > 0.5", "related pairs"
     elif binary and (wide.sum(1) == 1).all():
         return f"one-hot rows become {name}{'.int()' if value.dtype == torch.bool else ''}.argmax(1)"
     elif binary:
@@ -187,7 +187,7 @@ def _mask(name: str, value: Any, scores: Tensor) -> str:
         value.expand_as(scores)  # raises where nothing is to be broadcast
         code = f"{name}.expand_as(scores)"
     if value.dtype != torch.bool:
-        code = f"{code}.bool()" if ((value == 0) | (value == 1)).all() else f"{code} > 0"
+        code = f"{code}.bool()" if ((value == 0) | (value == 1)).all() else f"{code} > 0, or another threshold"
     return "" if code == name else f"use {code}"
 
 

@@ -224,6 +224,7 @@ def check_chunk_size(value: object) -> None:
 
 def check_ks(value: object) -> tuple[int, ...]:
     """Check the k of R@k, and return them. Raises TypeError for what is no integer, ValueError for one below 1."""
+    value = value.tolist() if isinstance(value, Tensor) else value
     ks = tuple(value) if isinstance(value, Iterable) else (value,)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, Integral):

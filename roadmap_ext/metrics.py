@@ -63,7 +63,7 @@ def _of_arrays(function: Callable[..., _T]) -> Callable[..., _T]:
             return made.setdefault(id(value), as_tensor(value)) if isinstance(value, numpy.ndarray) else value
 
         given = [tensor(value) for value in arguments]
-        named = {name: value if name == "k" else tensor(value) for name, value in keywords.items()}
+        named = {name: tensor(value) for name, value in keywords.items()}
         tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
         if tensors and all(value.is_meta for value in tensors):
             raise ValueError("metrics are of values, and tensors on the meta device have none")

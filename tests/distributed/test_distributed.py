@@ -118,13 +118,13 @@ def with_ids(who, rows):
     return {"loss": loss.detach(), "gradients": gradients(model)}
 
 
-def two_views(who, rows, method="auto"):
+def two_views(who, rows, **settings):
     """References of their own, with their gradients; there are more of them than queries."""
     x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
     model = who.wrap(network())
     both = model(torch.cat([x, x + 0.1, x.flip(1)]))
     queries, references = both.split([len(x), 2 * len(x)])
-    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, method=method)
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, **settings)
     loss = loss_function(
         queries, labels, ref_emb=references, ref_labels=labels.repeat(2), ids=ids, ref_ids=ids.repeat(2)
     )
@@ -144,14 +144,14 @@ def detached_references(who, rows):
     return {"loss": loss.detach(), "gradients": gradients(model)}
 
 
-def memory(who, rows, mini_batch_size=None, method="auto"):
+def memory(who, rows, mini_batch_size=None, **settings):
     """Four steps with a memory that is shorter than they are long, and warm."""
     x, labels, ids = batch(sum(rows))
     model = who.wrap(network())
     held = EmbeddingMemory(
         max(1, 2 * sum(rows) + 3), DIM, warm_up=1, gather_across_devices=who.gather, dtype=torch.float64
     )
-    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, method=method)
+    loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather, **settings)
     losses = []
     for step in range(4):
         mine, labels_now, ids_now = (x + step)[who.mine], labels[who.mine], (ids + 5 * step)[who.mine]
@@ -260,6 +260,7 @@ CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | 
     "ids": with_ids,
     "two views": two_views,
     "two views, reference": functools.partial(two_views, method="reference"),
+    "two views, ignored label": functools.partial(two_views, ignore_label=1),
     "detached references": detached_references,
     "inference references": inference_references,
     "inference references, none": functools.partial(inference_references, reduction="none"),
@@ -267,6 +268,7 @@ CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | 
     "default device": default_device,
     "memory": memory,
     "memory, reference": functools.partial(memory, method="reference"),
+    "memory, ignored label": functools.partial(memory, ignore_label=1),
     "memory, cached": functools.partial(memory, mini_batch_size=3),
     "cached": cached,
     "cached, scaled": functools.partial(cached, scale=2.0**12),

@@ -156,6 +156,7 @@ CLASSES = [
     (LABELS > 0, "labels.long()"),
     (LABELS.half(), "labels.long()"),
     (LABELS / 4, "labels.unique(return_inverse=True)[1]"),
+    (1 / LABELS, "labels.unique(return_inverse=True)[1]"),
     (ragged(LABELS, [4, 2]), "torch.cat(labels.unbind())"),
     (ragged(LABELS, [4, 2], torch.jagged), "torch.cat(labels.unbind())"),
     (quantized(LABELS), "labels.dequantize().long()"),

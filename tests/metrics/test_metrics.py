@@ -670,7 +670,7 @@ def test_an_array_is_read_where_it_is(recwarn):
 
 def test_one_k():
     x, labels = points(50)
-    for k in (3, numpy.int64(3)):
+    for k in (3, numpy.int64(3), numpy.array(3), torch.tensor(3), torch.tensor([3]), [3]):
         assert retrieval_metrics(x, labels, k=k) == retrieval_metrics(x, labels, k=(3,))
 
 
