@@ -57,7 +57,7 @@ def test_idle_threads_keep_little():
 
 
 def test_a_chunk_is_used_again():
-    """By the next call, whatever its dtype; not by two at once, nor where it is too small; a very large one is let go."""
+    """By the next call, whatever its dtype; not by two at once, nor where it is too small. A large one is let go."""
     from roadmap_ext import _chunks
 
     def memory(rows, dtype):
