@@ -12,7 +12,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "relation.h"
-#include "sorted.h"
+#include "scan.h"
 
 namespace roadmap {
 namespace {
@@ -49,7 +49,7 @@ struct Row {
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
   Sorter<T> sorter;                                 // of its positives
-  SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row runs pairwise
+  Scan* scan = nullptr;                             // holds its negatives; null: the row runs pairwise
 
   int64_t size() const { return p.size(); }
   int64_t spans(int64_t columns) const {
@@ -124,7 +124,7 @@ class Pass {
     found.part = part;
   }
 
-  // Takes what collect() found in the spans of a row. Its positives have no order yet: order() or a scan gives it.
+  // Takes what collect() found in the spans of a row. Its positives have no order yet: order() gives it.
   void arrange(int64_t index, std::vector<Found>& spans, Row<T>& row, const Parallel& parallel) const {
     const int64_t size = row.sorter.gather(spans, parallel);
     // The buffers stay from row to row and from call to call, and nothing else does.
@@ -132,7 +132,7 @@ class Pass {
     row.scale = 1;
     row.positive_weight = row.negative_weight = 0;
     row.negative_hinges = 0;
-    row.sorted = nullptr;
+    row.scan = nullptr;
     row.nan = row.sorter.nan();
     row.hinges.clear();
     row.column.clear();
@@ -140,7 +140,7 @@ class Pass {
     p.score.resize(size);
     p.weight.resize(size);
     p.weight_negative.resize(size + kPad);
-    p.weight_positive.resize(smooth_ ? size : 0);
+    p.weight_positive.assign(smooth_ ? size + kPad : 0, T(0));
     p.groups.clear();
     row.source.resize(size);
     row.rank_positive.resize(size);
@@ -150,21 +150,15 @@ class Pass {
     if (smooth_) std::fill_n(row.rank_positive.begin(), size, 1.0);
   }
 
-  // Fills `column`; before order(), or after a scan has scattered them to cells.
-  void list_columns(Row<T>& row) const {
-    const Entry<T>* const entry = row.sorter.room(0);
-    row.column.resize(row.size());
-    for (int64_t k = 0; k < row.size(); ++k) row.column[k] = static_cast<int64_t>(entry[k].index);
-  }
-
-  // Sorts them.
+  // Fills `column` and sorts them.
   void order(Row<T>& row, const Parallel& parallel) const {
-    list_columns(row);
     const int64_t size = row.size();
+    const Entry<T>* const entry = row.sorter.room(0);
+    row.column.resize(size);
+    for (int64_t k = 0; k < size; ++k) row.column[k] = static_cast<int64_t>(entry[k].index);
     T* const score = row.p.score.data();
     // A NaN has no place in an order; such a row is not computed at all.
     if (row.nan || !objective_.ap) {
-      const Entry<T>* const entry = row.sorter.room(0);
       for (int64_t i = 0; i < size; ++i) {
         score[i] = entry[i].value;
         row.source[i] = entry[i].index;
@@ -218,8 +212,10 @@ class Pass {
     kernels_.exponentials(p, settings_);
   }
 
-  // Whether the sorted scan takes a row, as far as its positives can tell.
+  // Whether the sorted scan takes a row, as far as its positives can tell. float64 is there for gradient checks: the
+  // series would need twice the terms.
   bool scans(const Row<T>& row) const {
+    if (sizeof(T) != sizeof(float)) return false;
     if (row.nan || !objective_.ap || !row.size() || method_ == Method::kPairwise) return false;
     if (!row.sorter.finite()) return false;
     if (m_.columns > std::numeric_limits<int32_t>::max()) return false;
@@ -256,12 +252,9 @@ class Pass {
     const double of_all = static_cast<double>(m_.columns) / static_cast<double>(samples);
     const double positives = static_cast<double>(size), of_seen = positives / static_cast<double>(seen);
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
-    // Where cells can be used (cells.h), they cost half of what leaves of sorted scores do, and something each.
     const double range = static_cast<double>(top) - static_cast<double>(low);
-    const bool cells = sizeof(T) == 4 && CellPlan::suit(negatives + positives, range, settings_.tau);
-    const double fixed = CellPlan::wide(settings_) ? 5000 : 7000;
-    double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings_.tau) + 7 * negatives + 25 * positives
-                        : 1500 + 14 * negatives + 36 * positives;
+    const double boxes = std::min(range / (Boxes::kWidth * settings_.tau), negatives + positives);
+    double scan = 3000 + 100 * boxes + 9 * negatives + 25 * positives;
     double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which compares positives with positives, too
       scan += 40 * positives;
@@ -327,7 +320,7 @@ class Pass {
       return;
     }
     double* const gradient = row.gradient.data();
-    if (row.sorted && smooth_) {
+    if (row.scan && smooth_) {
       // The scan has them.
     } else if (smooth_ && objective_.ap) {
       kernels_.gradient_positives(row.p, begin, end, settings_, scratch, gradient + begin);
@@ -346,7 +339,7 @@ class Pass {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, m_.columns - begin));
     // Saved slopes need no scores, nor do hinges that are all 0.
     const bool hinges = row.negative_hinges > 0;
-    const Block<T> block = (saved || row.sorted) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
+    const Block<T> block = (saved || row.scan) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
                                                                         : load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
     const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
@@ -361,9 +354,11 @@ class Pass {
       const Hinge<T> hinge = {static_cast<T>(objective_.negative_margin), static_cast<T>(row.negative_weight * by)};
       const Hinge<T>* const hinged = hinges ? &hinge : nullptr;
       const T* const column_scales = m_.column_scale ? static_cast<const T*>(m_.column_scale) + begin : nullptr;
-      if (row.sorted) {
-        sorting_.spread_block(block, row.sorted->gradient() + begin, row.scale * by, hinged, column_scales, scratch,
-                              out);
+      if (row.scan) {
+        if constexpr (sizeof(T) == sizeof(float)) {
+          sorting_.spread_block(block, row.scan->gradient() + begin, row.scale * by, hinged, column_scales, scratch,
+                                out);
+        }
       } else {
         kernels_.gradient_block(block, objective_.ap ? row.p : none, settings_, row.scale * by, hinged, column_scales,
                                 scratch, out, saved);
@@ -457,29 +452,6 @@ void weigh_groups(Positives<T>& p) {
   }
 }
 
-// Sorts positives, and all that is known of each, that a scan has left in another order.
-template <typename T>
-void sort_positives(Row<T>& row) {
-  Positives<T>& p = row.p;
-  std::vector<int64_t> order(row.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-    return p.score[i] < p.score[j] || (p.score[i] == p.score[j] && row.source[i] < row.source[j]);
-  });
-  const auto sort = [&](auto& values) {
-    const auto before = values;
-    for (size_t i = 0; i < std::min(order.size(), values.size()); ++i) values[i] = before[order[i]];
-  };
-  sort(p.score);
-  sort(p.weight);
-  sort(p.weight_negative);
-  sort(p.weight_positive);
-  sort(row.source);
-  sort(row.rank_positive);
-  sort(row.rank_negative);
-  sort(row.slope);
-}
-
 template <typename T>
 bool all_finite(const std::vector<T>& values) {
   unsigned other = 0;  // looked at to the end: in vectors
@@ -568,11 +540,11 @@ Scratch<T>& scratch() {
   return *own;
 }
 
-// So is the workspace of its rows, unless it is large: 33 bytes a column of sorted float scores, and 90 a positive.
+// So is the workspace of its rows, unless it is large.
 template <typename T>
 struct Workspace {
   Row<T> row;
-  SortedRow<T> sorted;
+  Scan scan;
   std::vector<typename Pass<T>::Found> found;  // of each span
 
   void trim() {
@@ -580,7 +552,7 @@ struct Workspace {
       row = {};
       found.clear();
     }
-    sorted.trim();
+    scan.trim();
   }
 };
 
@@ -629,10 +601,6 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
     return std::min(m.columns, divide_up(m.columns, kBlock) * span / spans * kBlock);
   };
   const bool reads = pass.ranks() || pass.objective().calibration;
-  // Whether anyone may ask for the scores of positives that are in cells.
-  const bool by_scores = pass.smooth() || pass.objective().calibration;
-  // Whether anyone may ask for the positives by column: not where ranks alone become gradients, written at once.
-  const bool by_columns = !gradient || !pass.ranks() || !pass.whole() || pass.objective().calibration;
   const auto clear_spans = [&](Row<T>& row, int64_t spans) {
     std::fill(row.rank_negative.begin(), row.rank_negative.end(), 0.0);
     std::fill(row.slope.begin(), row.slope.end(), 0.0);
@@ -656,30 +624,23 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   // Collects and sorts the negatives of a row, and reads its ranks off them. Returns whether the scan takes the row.
   const auto scan = [&](Row<T>& row, const Parallel& parallel) {
     if (!pass.scans(row) || !(reads || gradient)) return false;
-    SortedRow<T>& sorted = workspace<T>().sorted;
-    const int64_t spans = divide_up(m.columns, kSpan);
-    sorted.negatives().begin(m.columns, spans);
-    row.hinges.assign(pass.objective().calibration ? spans : 0, {});
-    parallel.run(spans, [&](int64_t span, int) {
-      pass.prune(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(),
-                 sorted.negatives().part(span), sorted.negatives().room(span * kSpan), hinges_of(row, span, 0));
-    });
-    row.nan = sorted.negatives().nan();
-    if (row.nan || !sorted.negatives().finite()) return false;
-    row.sorted = &sorted;
-    if (sorted.deal(row.sorter, pass.settings(), pass.sorting(), parallel, row.source)) {
-      if (by_columns) pass.list_columns(row);
-      if (by_scores) sorted.positive_scores(row.p.score);
-    } else {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      Scan& scan = workspace<T>().scan;
+      const int64_t spans = divide_up(m.columns, kSpan);
+      scan.negatives().begin(m.columns, spans);
+      row.hinges.assign(pass.objective().calibration ? spans : 0, {});
+      parallel.run(spans, [&](int64_t span, int) {
+        pass.prune(row, span * kSpan, std::min(m.columns, (span + 1) * kSpan), scratch<T>(),
+                   scan.negatives().part(span), scan.negatives().room(span * kSpan), hinges_of(row, span, 0));
+      });
+      row.nan = scan.negatives().nan();
+      if (row.nan || !scan.negatives().finite()) return false;
+      row.scan = &scan;
       pass.order(row, parallel);
-      sorted.sort(row.size(), pass.sorting(), parallel);
-    }
-    if (!pass.ranks()) return true;
-    sorted.rank(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>, row.rank_negative.data(),
-                pass.wants_slope() ? row.slope.data() : nullptr, row.rank_positive.data());
-    if (pass.smooth()) {
-      sorted.rank_positives(row.p.score, pass.settings(), pass.sorting(), parallel, scratch<T>,
-                            row.rank_positive.data());
+      scan.begin(row.p.score, pass.settings(), parallel);
+      if (!pass.ranks()) return true;
+      scan.rank(pass.settings(), parallel, row.rank_negative.data(), pass.wants_slope() ? row.slope.data() : nullptr);
+      if (pass.smooth()) scan.rank_positives(pass.settings(), parallel, row.rank_positive.data());
     }
     return true;
   };
@@ -687,22 +648,19 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
   const auto scan_gradient = [&](Row<T>& row, const Parallel& parallel) -> T* {
     Positives<T>& p = row.p;
     if (!all_finite(p.weight) || !all_finite(p.weight_positive)) {
-      SortedRow<T>& sorted = *row.sorted;
-      row.sorted = nullptr;  // sums would carry them to all
-      if (row.column.empty()) pass.list_columns(row);
-      if (sorted.by_cells()) sorted.positive_scores(row.p.score);
-      sort_positives(row);
+      row.scan = nullptr;  // sums would carry them to all
       pass.group(row);
       weigh_groups(p);
       return nullptr;
     }
     T* const out = pass.direct(row, gradient);
-    row.sorted->gradient(p.score, p.weight_negative, m.columns,
-                         (out ? pass.factor(row) : 1.0) * p.unit / pass.settings().tau, out, pass.settings(),
-                         pass.sorting(), parallel, scratch<T>);
-    if (pass.smooth()) {
-      row.sorted->gradient_positives(p.score, p.weight_positive, p.unit / pass.settings().tau, pass.settings(),
-                                     pass.sorting(), parallel, scratch<T>, row.gradient.data());
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const double unit = p.unit / pass.settings().tau;
+      row.scan->read_gradient(p.weight_negative, m.columns, (out ? pass.factor(row) : 1.0) * unit, pass.settings(),
+                              parallel, out);
+      if (pass.smooth()) {
+        row.scan->gradient_positives(p.weight_positive, unit, pass.settings(), parallel, row.gradient.data());
+      }
     }
     return out;
   };
@@ -741,7 +699,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       }
       finish(row);
       if (!gradient) return space.trim();
-      T* const direct = row.sorted ? scan_gradient(row, serial()) : nullptr;
+      T* const direct = row.scan ? scan_gradient(row, serial()) : nullptr;
       if (!row.nan) {
         for (int64_t i = 0; i < row.size(); i += kBlock) {
           pass.gradient_positives(row, i, std::min(row.size(), i + kBlock), own, direct);
@@ -797,7 +755,7 @@ void run_rows(const Pass<T>& pass, const Parallel& parallel, const Finish& finis
       space.trim();
       continue;
     }
-    T* const direct = row.sorted ? scan_gradient(row, parallel) : nullptr;
+    T* const direct = row.scan ? scan_gradient(row, parallel) : nullptr;
     if (!row.nan) {
       parallel.run(divide_up(row.size(), kBlock), [&](int64_t piece, int) {
         pass.gradient_positives(row, piece * kBlock, std::min(row.size(), (piece + 1) * kBlock), scratch<T>(), direct);

@@ -5,10 +5,7 @@
 #include "../pairwise_body.h"
 #include "../counting_body.h"
 #include "../sorting_body.h"
-#include "../sums_body.h"
-#include "../dense_body.h"
-#include "../sorted_body.h"
-#include "../cells_body.h"
+#include "../scan_body.h"
 // clang-format on
 
 namespace {
@@ -21,6 +18,7 @@ constexpr InstructionSet make_instruction_set(const char* name) {
           make_counting<double>(),
           make_sorting<float>(),
           make_sorting<double>(),
+          make_scan(),
           {mask_bits, widen_half, narrow_half}};
 }
 
