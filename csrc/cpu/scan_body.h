@@ -1,345 +1,7 @@
-// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file: see scan.h.
-//
-// All is float64 but for single sources around a threshold: the coefficients of the series alternate, which would cost
-// float32 two digits where scores lie close.
+// What reads the sorted scan, in the vectors of whichever instruction set includes this file (after fields_body.h): ranks
+// of positives, and slopes of negatives. See scan.h.
 
 namespace {
-
-constexpr int kTerms = Boxes::kTerms, kDegree = Sources::kDegree, kStride = Sources::kStride;
-// Vectors of so many doubles.
-constexpr int kTermVectors = kTerms / Vec<double>::kWidth, kSumVectors = kStride / Vec<double>::kWidth;
-
-alignas(64) constexpr double kSigns[kTerms] = {1, -1, 1, -1, 1, -1, 1, -1};
-
-// Taylor coefficients of the exponentials e^(k x), and the same times those of the series; and the binomials.
-struct ScanTerms {
-  alignas(64) double power[kTerms][kStride] = {};                                  // [m][k - 1]  k^m / m!
-  alignas(64) double sigmoid[kDegree][kTerms] = {}, slope[kDegree][kTerms] = {};  // [k - 1][m]
-  alignas(64) double choose[kTerms][kTerms] = {};                                  // (r + i)! / (r! i!)
-
-  constexpr ScanTerms() {
-    for (int k = 0; k < kDegree; ++k) {
-      double by = 1;
-      for (int m = 0; m < kTerms; ++m) {
-        power[m][k] = by;
-        sigmoid[k][m] = Series<float>::sigmoid(k) * by;
-        slope[k][m] = Series<float>::slope(k) * by;
-        by *= (k + 1.0) / (m + 1);
-      }
-    }
-    for (int r = 0; r < kTerms; ++r) {
-      for (int i = 0; i < kTerms; ++i) choose[r][i] = r && i ? choose[r - 1][i] + choose[r][i - 1] : 1;
-    }
-  }
-};
-constexpr ScanTerms kScanTerms;
-
-// ---- decays ----
-
-// e^x, x <= 0, in each lane; 0 below -kFar, where nothing counts any more.
-Vec<double>::V decay_of(Vec<double>::V x) {
-  using D = Vec<double>;
-  const D::V far = D::set(-40);
-  return D::select(D::greater(x, far), exponential<double, 11>(D::max(x, far), D::set(0)), D::set(0));
-}
-
-// q^1, q^2 ... q^kStride of a decay q that stands in all lanes.
-void powers(Vec<double>::V q, Vec<double>::V* out) {
-  using D = Vec<double>;
-  D::V power = q, square = q;
-  for (int bit = 1; bit < D::kWidth; bit *= 2) {
-    unsigned with = 0;  // lanes whose exponent less 1 has this bit
-    for (int lane = 0; lane < D::kWidth; ++lane) with |= (lane & bit ? 1u : 0u) << lane;
-    power = D::select(D::lanes(with), power * square, power);
-    square = square * square;
-  }
-  for (int k = 0; k < kSumVectors; ++k) {
-    out[k] = power;
-    power = power * square;
-  }
-}
-
-void scan_decays(Boxes& boxes, double tau, int64_t begin, int64_t end) {
-  using D = Vec<double>;
-  alignas(64) double distance[D::kWidth] = {}, decay[D::kWidth];
-  for (int64_t b = begin; b < end; b += D::kWidth) {
-    const int count = static_cast<int>(std::min<int64_t>(D::kWidth, end - b));
-    for (int k = 0; k < count; ++k) distance[k] = b + k ? boxes.centre[b + k] - boxes.centre[b + k - 1] : 0;
-    D::store(decay, decay_of(D::load(distance) * D::set(-1 / tau)));
-    std::copy_n(decay, count, &boxes.decay[b]);
-  }
-}
-
-// ---- sums ----
-
-// sum[m] += sum of w y^m over sources [begin, end).
-void add_moments(const Sources& sources, int64_t begin, int64_t end, double centre, double rate,
-                 Vec<double>::V* moment) {
-  using D = Vec<double>;
-  const float* const v = sources.points->value.data();
-  D::V sum[kTerms];
-  for (D::V& s : sum) s = D::set(0);
-  for (int64_t j = begin; j < end; j += D::kWidth) {
-    D::V power = sources.weight ? D::widened(sources.weight + j) : D::set(1);
-    D::V y = (D::widened(v + j) - D::set(centre)) * D::set(rate);
-    if (end - j < D::kWidth) {  // what comes next may be infinite
-      const auto in = D::lanes((1u << (end - j)) - 1);
-      power = D::select(in, power, D::set(0));
-      y = D::select(in, y, D::set(0));
-    }
-    for (int m = 0; m < kTerms; ++m) {
-      sum[m] = sum[m] + power;
-      power = power * y;
-    }
-  }
-  for (int part = 0; part < kTermVectors; ++part) {
-    alignas(64) double total[D::kWidth];
-    D::sums(sum + part * D::kWidth, total);
-    moment[part] = moment[part] + D::load(total);
-  }
-}
-
-// The moments of boxes [begin, end), and in `upto` and `from` the sums of each alone.
-void scan_moments(const Boxes& boxes, double tau, int64_t begin, int64_t end, Sources& sources) {
-  using D = Vec<double>;
-  const auto& first = sources.points->first;
-  for (int64_t b = begin; b < end; ++b) {
-    D::V moment[kTermVectors];
-    for (D::V& m : moment) m = D::set(0);
-    for (int64_t j = first[b]; j < first[b + 1];) {
-      const int64_t chunk = j / sources.chunk + 1, next = std::min<int64_t>(chunk * sources.chunk, first[b + 1]);
-      add_moments(sources, j, next, boxes.centre[b], 1 / tau, moment);
-      for (int part = 0; next < first[b + 1] && part < kTermVectors; ++part) {
-        D::store(&sources.running[chunk * kTerms + part * D::kWidth], moment[part]);
-      }
-      j = next;
-    }
-    double* const own = &sources.moment[b * kTerms];
-    for (int part = 0; part < kTermVectors; ++part) D::store(own + part * D::kWidth, moment[part]);
-    for (int k = 0; k < kStride; k += D::kWidth) {
-      D::V even = D::set(0), odd = D::set(0);
-      for (int m = kTerms - 2; m >= 0; m -= 2) {
-        even = D::mul_add(D::set(own[m]), D::load(kScanTerms.power[m] + k), even);
-        odd = D::mul_add(D::set(own[m + 1]), D::load(kScanTerms.power[m + 1] + k), odd);
-      }
-      D::store(&sources.upto[b * kStride + k], even + odd);
-      D::store(&sources.from[b * kStride + k], even - odd);
-    }
-  }
-}
-
-// own[k - 1] += q^k neighbour[k - 1]
-void add_translated(double q, const double* neighbour, double* own) {
-  using D = Vec<double>;
-  D::V by[kSumVectors];
-  powers(D::set(q), by);
-  for (int k = 0; k < kSumVectors; ++k) {
-    const int at = k * D::kWidth;
-    D::store(own + at, D::mul_add(by[k], D::load(neighbour + at), D::load(own + at)));
-  }
-}
-
-void scan_up(const Boxes& boxes, Sources& sources) {
-  for (int64_t b = 1; b < boxes.size(); ++b) {
-    add_translated(boxes.decay[b], &sources.upto[(b - 1) * kStride], &sources.upto[b * kStride]);
-  }
-}
-
-void scan_down(const Boxes& boxes, Sources& sources) {
-  for (int64_t b = boxes.size() - 2; b >= 0; --b) {
-    add_translated(boxes.decay[b + 1], &sources.from[(b + 1) * kStride], &sources.from[b * kStride]);
-  }
-}
-
-// `beyond`, or `passed`: distances from one chunk to the next, so that nothing is ever taken off.
-void scan_linear(Sources& sources) {
-  const int64_t n = sources.points->n;
-  if (sources.weight) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      sources.passed[j] = sum;
-      sum += static_cast<double>(sources.weight[j]);
-    }
-    sources.passed[n] = sum;
-    return;
-  }
-  using D = Vec<double>;
-  const float* const v = sources.points->value.data();
-  double sum = 0;
-  sources.beyond[sources.chunks()] = 0;
-  for (int64_t c = sources.chunks() - 1; c >= 0; --c) {
-    const int64_t begin = c * sources.chunk, end = std::min<int64_t>(begin + sources.chunk, n);
-    const double low = static_cast<double>(v[begin]);
-    D::V own = D::set(0);
-    for (int64_t j = begin; j < end; j += D::kWidth) {
-      const D::V d = D::widened(v + j) - D::set(low);
-      own = own + (end - j < D::kWidth ? D::select(D::lanes((1u << (end - j)) - 1), d, D::set(0)) : d);
-    }
-    alignas(64) double lanes[D::kWidth];
-    D::store(lanes, own);
-    if (end < n) sum += static_cast<double>(n - end) * (static_cast<double>(v[end]) - low);
-    for (const double lane : lanes) sum += lane;
-    sources.beyond[c] = sum;
-  }
-}
-
-// ---- fields ----
-
-// a[m] = the m-th Taylor coefficient of sigma at x, of 1 to `terms` + 1.
-template <int kCount>
-void taylor_of_sigma(double x, double* a) {
-  a[0] = 1 / (1 + std::exp(-x));
-  for (int m = 0; m + 1 < kCount; ++m) {  // sigma' = sigma - sigma^2
-    double square = 0;
-    for (int i = 0; i <= m; ++i) square += a[i] * a[m - i];
-    a[m + 1] = (a[m] - square) / (m + 1);
-  }
-}
-
-// What sources far from a box make of it: sigma and its slope, summed over them, as polynomials of x = (target -
-// centre) / tau. Slopes are in units of 1 / tau.
-template <bool Curve>
-struct Field {
-  using D = Vec<double>;
-  D::V curve[kTermVectors], slope[kTermVectors];
-
-  Field() {
-    for (int part = 0; part < kTermVectors; ++part) curve[part] = slope[part] = D::set(0);
-  }
-
-  // Sources in lower boxes, by their sums at the centre of this one: sigma(-d) ~ sum_k a_k e^(-k d) each.
-  void add_below(const double* sums) { add<false>(sums); }
-  // Sources in higher boxes, `count` of them: sigma(d) = 1 - sigma(-d).
-  void add_above(const double* sums, double count) {
-    add<true>(sums);
-    if (Curve) curve[0] = curve[0] + D::select(D::lanes(1), D::set(count), D::set(0));
-  }
-
- private:
-  template <bool Above>
-  void add(const double* sums) {
-    for (int part = 0; part < kTermVectors; ++part) {
-      const int m = part * D::kWidth;
-      D::V value = D::set(0), rate = D::set(0);
-      for (int k = 0; k < kDegree; ++k) {
-        const D::V sum = D::set(sums[k]);
-        if (Curve) value = D::mul_add(sum, D::load(kScanTerms.sigmoid[k] + m), value);
-        rate = D::mul_add(sum, D::load(kScanTerms.slope[k] + m), rate);
-      }
-      const D::V sign = D::load(kSigns + m);  // e^(-k x) of sources below, e^(k x) of those above
-      if (Curve) curve[part] = Above ? curve[part] - value : D::mul_add(value, sign, curve[part]);
-      slope[part] = Above ? slope[part] + rate : D::mul_add(rate, sign, slope[part]);
-    }
-  }
-};
-
-// What sources in one box make of targets in another, from the moments of the sources: sigma(d + y - x) is a sum over
-// r and i of y^r (-x)^i times an entry of a symmetric table, for the distance d of the centres; so is its slope.
-template <bool Curve>
-class Translation {
-  using D = Vec<double>;
-
- public:
-  // Within one box.
-  static const Translation& own() {
-    static const Translation table(0);
-    return table;
-  }
-  Translation() = default;
-  // From a box whose centre lies so far above, q = e^(-d / tau): what one source there does, with a sign that turns.
-  void set(const double* powers_of_q) {
-    Field<Curve> one;
-    one.add_above(powers_of_q, 1);
-    alignas(64) double curve[kTerms], slope[kTerms];
-    for (int part = 0; part < kTermVectors; ++part) {
-      const int m = part * D::kWidth;
-      D::store(curve + m, one.curve[part] * D::load(kSigns + m));
-      D::store(slope + m, one.slope[part] * D::load(kSigns + m));
-    }
-    fill(curve, slope);
-  }
-
-  // Adds sources of these moments, all in that box; or in one as far below, with the signs of y and x turned round.
-  template <bool Below>
-  void add(const double* moment, Field<Curve>& field) const {
-    for (int part = 0; part < kTermVectors; ++part) {
-      const int m = part * D::kWidth;
-      const D::V sign = Below ? D::set(1) : D::load(kSigns + m);
-      D::V curve = D::set(0), slope = D::set(0);
-      for (int r = 0; r < kTerms; ++r) {
-        const D::V own = D::set(Below && r % 2 ? -moment[r] : moment[r]);
-        if (Curve) curve = D::mul_add(own, D::load(curve_[r] + m), curve);
-        slope = D::mul_add(own, D::load(slope_[r] + m), slope);
-      }
-      if (Curve) field.curve[part] = D::mul_add(curve, sign, field.curve[part]);
-      field.slope[part] = D::mul_add(slope, sign, field.slope[part]);
-    }
-  }
-
-  // Adds what one target at x reads of them, lane by lane: these have to be added up.
-  void read(const double* moment, double x, D::V& curve, D::V& slope) const {
-    const D::V by = D::set(-x);
-    for (int part = 0; part < kTermVectors; ++part) {
-      const int m = part * D::kWidth;
-      D::V value = D::load(curve_[kTerms - 1] + m), rate = D::load(slope_[kTerms - 1] + m);
-      for (int i = kTerms - 2; i >= 0; --i) {
-        value = D::mul_add(value, by, D::load(curve_[i] + m));
-        rate = D::mul_add(rate, by, D::load(slope_[i] + m));
-      }
-      const D::V own = D::load(moment + m);
-      curve = D::mul_add(own, value, curve);
-      slope = D::mul_add(own, rate, slope);
-    }
-  }
-
- private:
-  explicit Translation(double distance) {
-    double a[kTerms + 1];
-    taylor_of_sigma<kTerms + 1>(distance, a);
-    double slope[kTerms];
-    for (int m = 0; m < kTerms; ++m) slope[m] = (m + 1) * a[m + 1];
-    fill(a, slope);
-  }
-  // From the Taylor coefficients of sigma and of its slope at the distance.
-  void fill(const double* curve, const double* slope) {
-    alignas(64) double padded[2][2 * kTerms] = {};
-    std::copy_n(curve, kTerms, padded[0]);
-    std::copy_n(slope, kTerms, padded[1]);
-    for (int r = 0; r < kTerms; ++r) {
-      for (int m = 0; m < kTerms; m += D::kWidth) {
-        const D::V choose = D::load(kScanTerms.choose[r] + m);
-        D::store(curve_[r] + m, D::load(padded[0] + r + m) * choose);
-        D::store(slope_[r] + m, D::load(padded[1] + r + m) * choose);
-      }
-    }
-  }
-
-  alignas(64) double curve_[kTerms][kTerms], slope_[kTerms][kTerms];
-};
-
-// sigma and its slope near a threshold, for single sources: polynomials of (v - u - middle) / tau in float. Sources
-// that are met up to the threshold lie less than a box below it.
-template <int Terms>
-struct ThresholdCurve {
-  using X = Vec<float>;
-  float middle;
-  X::V curve[Terms], slope[Terms];
-
-  explicit ThresholdCurve(const Settings<float>& s)
-      : middle(static_cast<float>(s.exact_delta - Boxes::kWidth / 2 * s.tau)) {
-    double a[Terms + 1];
-    taylor_of_sigma<Terms + 1>(static_cast<double>(middle) / s.tau, a);
-    for (int m = 0; m < Terms; ++m) {
-      curve[m] = X::set(static_cast<float>(a[m]));
-      slope[m] = X::set(static_cast<float>((m + 1) * a[m + 1]));
-    }
-  }
-  static X::V at(const X::V* coefficient, X::V z) {
-    X::V p = coefficient[Terms - 1];
-    for (int m = Terms - 2; m >= 0; --m) p = X::mul_add(p, z, coefficient[m]);
-    return p;
-  }
-};
 
 // ---- ranks ----
 
@@ -451,37 +113,31 @@ class Ranks {
     const int64_t b = box_, t = threshold_;
     if (b != field_box_) {
       below_ = {};
-      if (first_[b] > 0) {
-        translate(boxes_.decay[b], &sources_.upto[(b - 1) * kStride]);
-        below_.add_below(sums_);
-      }
+      if (first_[b] > 0) below_.add_below(from_below(b));
+    }
+    if (t > b && (b != field_box_ || field_threshold_ == b)) {
+      if (first_[b + 1] > first_[b]) own_.add<false>(&sources_.moment[b * kTerms], below_);
     }
     field_box_ = b;
     field_threshold_ = t;
     field_ = below_;
     translation_ = &own_;
     if (t == b) return;
-    if (first_[b + 1] > first_[b]) own_.add<false>(&sources_.moment[b * kTerms], field_);
+    Sums decays;
     if (t < boxes_.size()) {
-      powers(decay_of(D::set((boxes_.centre[b] - boxes_.centre[t]) / s_.tau)), by_);
-      alignas(64) double one[kStride];
-      for (int k = 0; k < kSumVectors; ++k) D::store(one + k * D::kWidth, by_[k]);
-      of_threshold_.set(one);
+      decays = Sums::decays(boxes_.centre[t] - boxes_.centre[b], s_.tau);
+      of_threshold_ = Translation<true>(decays);
       translation_ = &of_threshold_;
     }
     const int64_t between = first_[t] - first_[b + 1];
     if (!between) return;
-    translate(boxes_.decay[b + 1], &sources_.from[(b + 1) * kStride]);
-    for (int k = 0; t < boxes_.size() && k < kSumVectors; ++k) {
-      const int at = k * D::kWidth;
-      D::store(sums_ + at, D::load(sums_ + at) - by_[k] * D::load(&sources_.from[t * kStride + at]));
-    }
-    field_.add_above(sums_, static_cast<double>(between));
+    Sums above = Sums::powers(boxes_.decay[b + 1]) * Sums::load(&sources_.from[(b + 1) * kStride]);
+    if (t < boxes_.size()) above = above - decays * Sums::load(&sources_.from[t * kStride]);
+    field_.add_above(above, static_cast<double>(between));
   }
-  // The sums of a neighbour at this box.
-  void translate(double decay, const double* neighbour) {
-    std::fill_n(sums_, kStride, 0.0);
-    add_translated(decay, neighbour, sums_);
+  // All sources in lower boxes, at the centre of this one.
+  Sums from_below(int64_t b) const {
+    return Sums::powers(boxes_.decay[b]) * Sums::load(&sources_.upto[(b - 1) * kStride]);
   }
 
   void read_fields(float x, D::V& curve, D::V& slope) {
@@ -547,8 +203,6 @@ class Ranks {
   Field<true> below_, field_;
   const Translation<true>* translation_ = &own_;
   Translation<true> of_threshold_;
-  D::V by_[kSumVectors];
-  alignas(64) double sums_[kStride];
   double x_ = 0;
 };
 
@@ -615,7 +269,7 @@ class Slopes {
       first_past_ = last_;
       while (last_ < n_ && is_past(x[count - 1], u_[last_])) ++last_;
     }
-    if (b != box_ || last_ != field_last_) set_field(b);
+    if (b != box_ || last_ > end_) set_field(b);
     const double past = smooth_ ? 0 : s_.exact_rho * s_.tau * sources_.passed[first_past_];
     alignas(64) double coefficient[kTerms];
     for (int m = 0; m < kTermVectors; ++m) D::store(coefficient + m * D::kWidth, field_.slope[m]);
@@ -633,12 +287,10 @@ class Slopes {
     if (b != box_) {
       above_ = {};
       if (first_[b + 1] < n_) {
-        translate(boxes_.decay[b + 1], &sources_.from[(b + 1) * kStride]);
-        above_.add_above(sums_, 0);
+        above_.add_above(Sums::powers(boxes_.decay[b + 1]) * Sums::load(&sources_.from[(b + 1) * kStride]), 0);
       }
       box_ = b;
     }
-    field_last_ = last_;
     field_ = above_;
     int64_t whole = std::upper_bound(first_, first_ + boxes_.size() + 1, static_cast<uint32_t>(last_)) - first_ - 1;
     end_ = last_;
@@ -651,16 +303,12 @@ class Slopes {
     if (whole > b) return;
     if (first_[b + 1] > first_[b]) own_.add<true>(&sources_.moment[b * kTerms], field_);
     if (first_[whole] == first_[b]) return;
-    translate(boxes_.decay[b], &sources_.upto[(b - 1) * kStride]);
+    Sums below = Sums::powers(boxes_.decay[b]) * Sums::load(&sources_.upto[(b - 1) * kStride]);
     if (first_[whole] > 0) {
-      D::V by[kSumVectors];
-      powers(decay_of(D::set((boxes_.centre[whole - 1] - boxes_.centre[b]) / s_.tau)), by);
-      for (int k = 0; k < kSumVectors; ++k) {
-        const int at = k * D::kWidth;
-        D::store(sums_ + at, D::load(sums_ + at) - by[k] * D::load(&sources_.upto[(whole - 1) * kStride + at]));
-      }
+      below = below - Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau) *
+                          Sums::load(&sources_.upto[(whole - 1) * kStride]);
     }
-    field_.add_below(sums_);
+    field_.add_below(below);
   }
   // The sources of the box q from the chunk on.
   void add_rest(int64_t q, int64_t chunk) {
@@ -668,16 +316,7 @@ class Slopes {
     const double *const all = &sources_.moment[q * kTerms], *const before = &sources_.running[chunk * kTerms];
     for (int m = 0; m < kTerms; ++m) rest[m] = all[m] - before[m];
     if (q == box_) return own_.add<true>(rest, field_);
-    D::V by[kSumVectors];
-    alignas(64) double one[kStride];
-    powers(decay_of(D::set((boxes_.centre[q] - boxes_.centre[box_]) / s_.tau)), by);
-    for (int k = 0; k < kSumVectors; ++k) D::store(one + k * D::kWidth, by[k]);
-    of_threshold_.set(one);
-    of_threshold_.add<true>(rest, field_);
-  }
-  void translate(double decay, const double* neighbour) {
-    std::fill_n(sums_, kStride, 0.0);
-    add_translated(decay, neighbour, sums_);
+    Translation<false>(Sums::decays(boxes_.centre[box_] - boxes_.centre[q], s_.tau)).add<true>(rest, field_);
   }
 
   // Sources around the thresholds, one by one.
@@ -709,10 +348,8 @@ class Slopes {
   const ThresholdCurve<kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
-  int64_t first_past_ = 0, last_ = 0, end_ = 0, box_ = -1, field_last_ = -1;
+  int64_t first_past_ = 0, last_ = 0, end_ = 0, box_ = -1;
   Field<false> above_, field_;
-  Translation<false> of_threshold_;
-  alignas(64) double sums_[kStride];
   alignas(64) double slope_[kTogether];
 };
 

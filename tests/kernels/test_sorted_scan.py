@@ -1,7 +1,7 @@
 """method="sorted": the sorted scan against float64 at every size, against the pairwise kernels at every oddity.
 
-Its float64 results hold to 1e-11 where float32 could hide a mistake; steps, ties and knees are counted exactly; what no
-oracle could go through pair by pair, up to 1,000,000 references and 100,000 positives, is checked on a sample.
+Steps, ties and thresholds are counted exactly; what no oracle could go through pair by pair, up to 1,000,000 references
+and 100,000 positives, is checked on a sample. Rows of float64 go the pairwise way.
 """
 
 import math
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.cpu_kernels
 EPS = torch.finfo(torch.float32).eps
 INF, NAN = float("inf"), float("nan")
 SURROGATES = ["sup", "smooth"]
-WIDE = [torch.float32, torch.float64]
-DTYPES = [torch.float16, torch.bfloat16, *WIDE]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 # --- what results are held against -----------------------------------------------------------------------------------
@@ -85,15 +84,12 @@ def assert_close(ours, theirs, rtol, atol=0.0, what=""):
     assert (error <= allowed).all(), f"{what}: {worst:.3g} of what is allowed"
 
 
-def assert_as_pairwise(scores, target, weights=None, rtol=None, **options):
+def assert_as_pairwise(scores, target, weights=None, **options):
     """Ranks and gradients of the scan are those of the pairwise kernels, every element, but for rounding.
 
-    What a pair below the cut would add to a rank, or to a gradient, one method may leave out and the other not. The
-    series of float64 lose a few digits where scores are tied, for their coefficients alternate.
+    What a pair below the cut would add to a rank, or to a gradient, one method may leave out and the other not.
     """
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    if rtol is None:
-        rtol = 1e-11 if wide == torch.float64 else 2e-6
+    rtol = 2e-6
     kept = target if options.get("ignore") is None else target & ~options["ignore"]
     if weights is None:
         weights = torch.rand(2, int(kept.sum())) + 0.5
@@ -102,11 +98,10 @@ def assert_as_pairwise(scores, target, weights=None, rtol=None, **options):
     assert torch.equal(ours.query, theirs.query)
     assert torch.equal(ours.reference, theirs.reference)
     assert_close(ours.positive_rank, theirs.positive_rank, rtol, what="rank+")
-    assert_close(ours.negative_rank, theirs.negative_rank, rtol, torch.finfo(wide).eps, "rank-")
+    assert_close(ours.negative_rank, theirs.negative_rank, rtol, EPS, "rank-")
     largest = other.abs().amax(1, keepdim=True).double() if other.numel() else 0.0
     unit = float(weights.abs().max()) / options.get("tau", 0.01) if weights.numel() else 0.0
-    floor = (1e-13 if wide == torch.float64 else ULPS * EPS) * unit
-    assert_close(gradient, other, rtol, rtol * largest + floor, "gradient")
+    assert_close(gradient, other, rtol, rtol * largest + ULPS * EPS * unit, "gradient")
     return ours, gradient
 
 
@@ -122,9 +117,9 @@ def test_published_settings(name, dtype):
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 129, 4096 + 32, 8192 + 8, 65536 + 3])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(columns, surrogate, dtype):
-    """From one column to several spans, whose entries are dealt to buckets before they are sorted."""
+    """From one column to several spans, whose entries are scattered to buckets before they are sorted."""
     scores, target = grid_scores(5, columns, dtype), ragged_target(5, columns)
     target[1:] &= torch.rand(4, columns) < (150 if columns < 8000 else 30) / columns  # the reference takes |P| x N
     assert_accurate(scores, target, method="sorted", surrogate=surrogate)
@@ -139,7 +134,7 @@ def test_any_settings(data):
     levels = data.draw(st.sampled_from([2, 16, 64, 512]))
     scores = torch.randint(-levels, levels + 1, (rows, columns), generator=generator) / 64
     target = torch.rand(rows, columns, generator=generator) < data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
-    # Knees lie between the grid's multiples of 1/64, or at 0.
+    # Thresholds lie between the grid's multiples of 1/64, or at 0.
     assert_accurate(
         scores,
         target,
@@ -155,7 +150,7 @@ def test_any_settings(data):
 
 
 def unclustered(columns, positives, scale=0.2):
-    """One row on a grid of 2^-20: differences are exact in float32, none is on a knee, and few scores are tied."""
+    """One row on a grid of 2^-20: differences are exact in float32, none is on a threshold, and few scores are tied."""
     scores = (torch.randn(1, columns) * scale).clamp(-1, 1).mul(2**20).round().div(2**20)
     target = torch.zeros(1, columns, dtype=torch.bool)
     target[0, torch.randperm(columns)[:positives]] = True
@@ -169,15 +164,14 @@ def unclustered(columns, positives, scale=0.2):
 )
 @pytest.mark.long
 def test_at_scale(columns, positives, tau, surrogate):
-    """Ranks, and gradients under weights that are given: a sample goes pair by pair, the whole row to float64."""
+    """Ranks, and gradients under weights that are given: a sample of both goes pair by pair, in float64."""
     scores, target = unclustered(columns, positives)
     weights = torch.rand(2, positives) + 0.5
     options = {"surrogate": surrogate, "tau": tau}
     ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
-    wide, exact = ranks_and_gradient(scores.double(), target, weights, "sorted", **options)
 
     u, v = scores[target], scores[~target]
-    i, j = torch.randperm(positives)[:12], torch.randperm(len(v))[:100]
+    i, j = torch.randperm(positives)[:40], torch.randperm(len(v))[:300]
     results = {}
     for dtype in (torch.float64, torch.float32):
         rank, slope = read(u[i], v, None, dtype, torch.float32, True, **options)
@@ -190,46 +184,45 @@ def test_at_scale(columns, positives, tau, surrogate):
             rank_positive += 0.5
             of_positives += weighted - weights[1, i] * own
         results[dtype] = {"-": rank, "+": rank_positive, "positives": of_positives, "negatives": of_negatives}
+    mine = {
+        "-": ranks.negative_rank[i],
+        "+": ranks.positive_rank[i],
+        "positives": gradient[target][i],
+        "negatives": gradient[~target][j],
+    }
     for name, truth in results[torch.float64].items():
-        mine, whole = {
-            "-": (ranks.negative_rank[i], wide.negative_rank[i]),
-            "+": (ranks.positive_rank[i], wide.positive_rank[i]),
-            "positives": (gradient[target][i], exact[target][i]),
-            "negatives": (gradient[~target][j], exact[~target][j]),
-        }[name]
         plain = (results[torch.float32][name].double() - truth).norm()
-        assert (whole.double() - truth).norm() <= 2e-12 * truth.norm(), f"float64 {name}"
-        assert (mine.double() - truth).norm() <= 2 * plain + ULPS * EPS * truth.norm(), name
-        # The prototype was off by 1.2e-5, plain PyTorch as well may be: this is what the method promises.
-        assert (mine.double() - truth).norm() <= 6e-7 * truth.norm(), name
-    for mine, truth in ((ranks.negative_rank, wide.negative_rank), (ranks.positive_rank, wide.positive_rank)):
-        assert_close(mine, truth, 2e-6, 1e-6, "ranks")
-    assert (gradient.double() - exact).norm() <= 6e-7 * exact.norm()
-    assert_close(gradient, exact, 4e-6, 4e-6 * exact.abs().max(), "gradient")
+        error = (mine[name].double() - truth).norm()
+        assert error <= 2 * plain + ULPS * EPS * truth.norm(), name
+        # Plain PyTorch may be off by 1e-5: this is what the method promises.
+        assert error <= 6e-7 * truth.norm(), name
+        assert_close(mine[name], truth, 2e-6, 4e-6 * truth.abs().max() if "tives" in name else 1e-6, name)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize(("columns", "positives"), [(200_000, 20_000), *deep((1_000_000, 100_000))])
 @pytest.mark.long
 def test_loss_at_scale(columns, positives, surrogate):
-    """The loss and its gradient in float32 beside float64, which test_at_scale has checked pair by pair.
-
-    Twice the error of plain PyTorch is not even needed: the stated ulp do.
-    """
+    """The loss and its gradient beside float64, from the ranks that test_at_scale has checked pair by pair."""
     scores, target = unclustered(columns, positives)
     ours = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
-    truth = run(ap_loss, scores.double(), target, torch.ones(1), method="sorted", surrogate=surrogate)
-    ranks = smooth_rank(scores.double(), target, surrogate=surrogate, method="sorted")
-    rank = ranks.positive_rank + ranks.negative_rank
-    c = ranks.positive_rank / rank**2 / positives
-    assert_close(truth.loss, 1 - (ranks.positive_rank / rank).mean()[None], 1e-10)
-    assert_close(ours.loss, truth.loss, ULPS * EPS)
-    error = (ours.gradient.double() - truth.gradient).norm()
-    assert error <= ULPS * EPS * c.max() / 0.01 + 6e-7 * truth.gradient.norm()
-    if surrogate == "sup":  # a sample of negatives with these weights
-        j = torch.randperm(columns - positives)[:100]
-        _, slope = read(scores[~target][j], scores[target], c, torch.float64, torch.float32, False)
-        assert_close(truth.gradient[~target][j], slope, 1e-10, 1e-14)
+    ranks = smooth_rank(scores, target, surrogate=surrogate, method="sorted")
+    above, below = ranks.positive_rank.double(), ranks.negative_rank.double()
+    rank = above + below
+    c, other = above / rank**2 / positives, below / rank**2 / positives
+    assert_close(ours.loss, (below / rank).mean()[None], ULPS * EPS)
+    u, v = scores[target], scores[~target]
+    i, j = torch.randperm(positives)[:40], torch.randperm(len(v))[:300]
+    options = {"dtype": torch.float64, "scores": torch.float32, "surrogate": surrogate}
+    _, of_negatives = read(v[j], u, c, points_are_positives=False, **options)
+    _, slope = read(u[i], v, None, points_are_positives=True, **options)
+    of_positives = -c[i] * slope
+    if surrogate == "smooth":
+        _, own = read(u[i], u, None, points_are_positives=True, **options)
+        _, weighted = read(u[i], u, other, points_are_positives=False, **options)
+        of_positives += other[i] * own - weighted
+    for mine, truth in ((ours.gradient[~target][j], of_negatives), (ours.gradient[target][i], of_positives)):
+        assert (mine.double() - truth).norm() <= ULPS * EPS * c.max() / 0.01 + 6e-7 * truth.norm()
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -285,39 +278,39 @@ def test_cluster(surrogate, density):
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_gradcheck(surrogate):
-    scores = torch.randn(3, 40, dtype=torch.float64).mul(0.1).requires_grad_()
-    target, ignore = torch.rand(3, 40) < 0.4, torch.rand(3, 40) < 0.2
-    options = {"ignore": ignore, "surrogate": surrogate, "tau": 0.05, "rho": 5.0, "method": "sorted"}
-    for reduction in ("mean", "sum", "none"):
-        assert torch.autograd.gradcheck(
-            lambda s, r=reduction: ap_loss(s, target, reduction=r, **options), scores, eps=1e-7, atol=1e-5
-        )
-
-    def ranks(s):
-        result = smooth_rank(s, target, **options)
-        return result.negative_rank if surrogate == "sup" else (result.positive_rank, result.negative_rank)
-
-    assert torch.autograd.gradcheck(ranks, scores, eps=1e-7, atol=1e-5)
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("columns", [1, 2, 17, 40, 400, 3000, 9000])
+@pytest.mark.parametrize("columns", [2, 17, 40, 400, 3000, 9000])
 @pytest.mark.parametrize("tau", [0.003, 0.05, 1.0])
-def test_float64_is_exact_to_many_digits(columns, surrogate, tau):
-    """Where float32's rounding has no say: the formulas, with every leaf, window and anchor in its place."""
-    scores = torch.randn(3, columns, dtype=torch.float64) * 0.3
+def test_every_share(columns, surrogate, tau):
+    """Settings at which start, slope and offset all weigh something, from 2 % positives to 90."""
+    scores = torch.randn(3, columns) * 0.3
     target = torch.rand(3, columns) < torch.tensor([[0.02], [0.3], [0.9]]) * min(1.0, 1500 / columns)
     weights = torch.randn(2, int(target.sum()))
     options = {"surrogate": surrogate, "tau": tau, "rho": 3.0, "delta": 0.07, "offset": 2.5, "start": 0.25}
     ours, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
-    truth, exact = ranks_and_gradient(scores, target, weights, None, reference.smooth_rank, **options)
-    assert_close(ours.positive_rank, truth.positive_rank, 1e-11)
-    assert_close(ours.negative_rank, truth.negative_rank, 1e-11, 1e-14)
-    assert_close(gradient, exact, 1e-11, 1e-11 * exact.abs().max() + 1e-15 / tau)
+    truth, exact = ranks_and_gradient(scores.double(), target, weights, None, reference.smooth_rank, **options)
+    assert_close(ours.positive_rank, truth.positive_rank, EPS)
+    assert_close(ours.negative_rank, truth.negative_rank, EPS, 1e-9)
+    assert_close(gradient, exact, 4e-7, 2e-7 * exact.abs().max() + 1e-12 / tau)
 
 
-# --- steps, ties and knees -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_float64_is_done_pairwise(surrogate):
+    """To the bit: the series would need twice the terms."""
+    scores, target = torch.randn(3, 3000, dtype=torch.float64) * 0.2, torch.rand(3, 3000) < 0.3
+    weights = torch.randn(2, int(target.sum()))
+    ours, pairwise = (
+        run(ap_loss, scores, target, torch.ones(3), method=m, surrogate=surrogate) for m in ("sorted", "pairwise")
+    )
+    assert torch.equal(ours.loss, pairwise.loss)
+    assert torch.equal(ours.gradient, pairwise.gradient)
+    (ranks, gradient), (others, other) = (
+        ranks_and_gradient(scores, target, weights, m, surrogate=surrogate) for m in ("sorted", "pairwise")
+    )
+    assert torch.equal(ranks.negative_rank, others.negative_rank)
+    assert torch.equal(gradient, other)
+
+
+# --- steps, ties and thresholds --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -325,28 +318,26 @@ def test_float64_is_exact_to_many_digits(columns, surrogate, tau):
 @pytest.mark.parametrize("density", [0.01, 0.5, 0.97])
 def test_counts_are_exact(columns, density, dtype):
     """A temperature so low that every pair is a step, a half or a count: each rank is a whole number of quarters."""
-    levels = 200 if dtype in (torch.float16, torch.bfloat16) else 1 << 20
+    levels = 1 << 20 if dtype == torch.float32 else 200
     scores = torch.randint(-levels, levels + 1, (1, columns)).to(dtype)
     if columns > 100:
-        scores[0, : columns // 3] = scores[0, columns // 2].clone()  # many at once, in one leaf and in many
+        scores[0, : columns // 3] = scores[0, columns // 2].clone()  # many at once, in one box
     target, ignore = torch.rand(1, columns) < density, torch.rand(1, columns) < 0.1
     options = {"tau": 1e-3, "rho": 0.0, "delta": 3.0, "start": 0.25, "offset": 8.0}
     ranks = smooth_rank(scores, target, ignore=ignore, method="sorted", **options)
     u = scores[target & ~ignore].double()
     v = scores[~target & ~ignore].double().sort().values
-    at, above, knee = (torch.searchsorted(v, x, right=right) for x, right in ((u, False), (u, True), (u + 3, True)))
-    expected = 0.75 * (above - at) + 1.25 * (knee - above) + 8.0 * (len(v) - knee)
-    # e^-1000 need not be 0, nor a sum of halves in float64 exact to the bit.
-    assert_close(ranks.negative_rank, expected, 4e-16 if dtype == torch.float64 else 0.0, 1e-15)
+    at, above, past = (torch.searchsorted(v, x, right=right) for x, right in ((u, False), (u, True), (u + 3, True)))
+    expected = 0.75 * (above - at) + 1.25 * (past - above) + 8.0 * (len(v) - past)
+    assert_close(ranks.negative_rank, expected, 0.0, 1e-15)
     own = u.sort().values
     assert torch.equal(ranks.positive_rank.double(), len(u) - torch.searchsorted(own, u).double())
 
 
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize(("columns", "positives"), [(50, 20), (9000, 300), (9000, 8500), (1_000_000, 100_000)])
-def test_tails_are_linear(columns, positives, dtype):
-    """The same, and a slope: sums over all that lies above the knee, of ranks and gradients, at any size."""
-    scores = torch.randint(-(1 << 20), 1 << 20, (1, columns)).to(dtype)
+def test_linear_parts(columns, positives):
+    """The same, and a slope: sums over all that lies past the threshold, of ranks and gradients, at any size."""
+    scores = torch.randint(-(1 << 20), 1 << 20, (1, columns)).float()
     target = torch.zeros(1, columns, dtype=torch.bool)
     target[0, torch.randperm(columns)[:positives]] = True
     scores = torch.where(target, scores, scores + 0.5)  # no ties, whose slope is 250
@@ -354,10 +345,10 @@ def test_tails_are_linear(columns, positives, dtype):
     options = {"tau": 1e-3, "rho": 2.0, "delta": 1000.25, "start": 0.5, "offset": 3.0}
     ranks, gradient = ranks_and_gradient(scores, target, weights, "sorted", **options)
     u, (v, order) = scores[target].double(), scores[~target].double().sort()
-    knee, at = torch.searchsorted(v, u + 1000.25, right=True), torch.searchsorted(v, u)
-    above, tails = torch.cat([v.flip(0).cumsum(0).flip(0), torch.zeros(1)])[knee], len(v) - knee
-    expected = 1.5 * (knee - at) + 2 * (above - tails * (u + 1000.25)) + 3.0 * tails
-    rtol = 1e-12 if dtype == torch.float64 else 4e-7
+    past, at = torch.searchsorted(v, u + 1000.25, right=True), torch.searchsorted(v, u)
+    above, tails = torch.cat([v.flip(0).cumsum(0).flip(0), torch.zeros(1)])[past], len(v) - past
+    expected = 1.5 * (past - at) + 2 * (above - tails * (u + 1000.25)) + 3.0 * tails
+    rtol = 4e-7
     assert_close(ranks.negative_rank, expected, rtol, 1e-15)
     assert_close(gradient[target], -weights[0] * 2 * tails, rtol, 1e-15)
     u, by = u.sort()
@@ -368,31 +359,30 @@ def test_tails_are_linear(columns, positives, dtype):
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05, 0.3, 1.7])
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_knees_to_the_ulp(delta, dtype):
-    """Scores whose difference rounds to the knee itself, and the neighbours of these: as fl(t) > delta decides."""
-    u = torch.randn(100, dtype=dtype) * 0.3
-    knee = torch.tensor(delta, dtype=dtype)
-    v = [u + knee]
+def test_thresholds_to_the_ulp(delta):
+    """Scores whose difference rounds to the threshold itself, and the neighbours of these: as fl(t) > delta decides."""
+    u = torch.randn(100) * 0.3
+    threshold = torch.tensor(delta)
+    v = [u + threshold]
     for towards in (INF, -INF):
         at = v[0]
         for _ in range(3):
-            at = torch.nextafter(at, torch.tensor(towards, dtype=dtype))
+            at = torch.nextafter(at, torch.tensor(towards))
             v.append(at)
-    v += [torch.nextafter(u, torch.tensor(towards, dtype=dtype)) for towards in (INF, -INF)]
+    v += [torch.nextafter(u, torch.tensor(towards)) for towards in (INF, -INF)]
     v = torch.cat([*v, u])
     gap = v[None] - u[:, None]
-    assert (gap == knee).any()
+    assert (gap == threshold).any()
     scores = torch.cat([u, v])[torch.randperm(len(u) + len(v))][None]
     target = torch.zeros_like(scores, dtype=torch.bool)
     target[0, torch.isin(scores[0], u).nonzero()[::2, 0]] = True  # a positive, or a tie of one
     u, v = scores[target], scores[~target]
     gap = v[None] - u[:, None]
-    # Almost every pair below 0 has no weight, one at 0 has 100, one up to the knee 200, above it there are 10,000.
+    # Almost every pair below 0 has no weight, one at 0 has 100, one up to the threshold 200, above it there are 10,000.
     options = {"tau": 1e-4, "rho": 0.0, "delta": delta, "start": 100.0, "offset": 10_000.0}
     ranks = smooth_rank(scores, target, method="sorted", **options)
-    steps, tails = ((gap >= 0) & (gap <= knee)).sum(1), (gap > knee).sum(1)
-    curve_sum = torch.where(gap > knee, 0.0, torch.sigmoid((gap.double()) / 1e-4)).sum(1)
+    steps, tails = ((gap >= 0) & (gap <= threshold)).sum(1), (gap > threshold).sum(1)
+    curve_sum = torch.where(gap > threshold, 0.0, torch.sigmoid((gap.double()) / 1e-4)).sum(1)
     assert_close(ranks.negative_rank, 100.0 * steps + 10_000.0 * tails + curve_sum, 1e-6)
     options |= {"rho": 7e4, "offset": None}
     assert_as_pairwise(scores, target, **options)
@@ -402,14 +392,12 @@ def test_knees_to_the_ulp(delta, dtype):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("n", [2, 9, 17, 33, 65, 300, 1000, 20_000])
 def test_constant_rows_and_few_values(n, surrogate):
-    """All scores tied, or all on one of two or three values: a leaf, and many leaves, without any width."""
+    """All scores tied, or all on one of two or three values: boxes without any width."""
     generator = torch.Generator().manual_seed(n)
-    for dtype in WIDE:
-        for values in ([0.25], [0.25, 0.26], [-1.0, 0.0, 1.0], [0.1, 0.15]):
-            which = torch.randint(len(values), (2, n), generator=generator)
-            scores = torch.tensor(values, dtype=dtype)[which]
-            target = torch.rand(2, n, generator=generator) < torch.tensor([[0.5], [300 / n if n > 1000 else 0.1]])
-            assert_as_pairwise(scores, target, surrogate=surrogate)
+    for values in ([0.25], [0.25, 0.26], [-1.0, 0.0, 1.0], [0.1, 0.15]):
+        scores = torch.tensor(values)[torch.randint(len(values), (2, n), generator=generator)]
+        target = torch.rand(2, n, generator=generator) < torch.tensor([[0.5], [300 / n if n > 1000 else 0.1]])
+        assert_as_pairwise(scores, target, surrogate=surrogate)
 
 
 def assert_as_exact(scores, target, **options):
@@ -423,51 +411,51 @@ def assert_as_exact(scores, target, **options):
     assert error <= 2 * other + ULPS * EPS * weights.max() / options["tau"], "gradient"
 
 
-def scattered(scores, target):
-    """The same with a positive far above all, which adds nothing: the whole row then goes by leaves, not by cells."""
+def with_one_far_above(scores, target):
+    """The same and a positive far above all, which adds nothing, a million times the range away."""
     above = scores.amax(1, keepdim=True) + 1e6 * (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1e-3)
     return torch.cat([scores, above], 1), torch.cat([target, torch.ones(above.shape, dtype=torch.bool)], 1)
 
 
-@pytest.mark.parametrize("way", ["cells", "leaves"])
+@pytest.mark.parametrize("far", [False, True], ids=["together", "one far above"])
 @pytest.mark.parametrize("delta", [0.0, 0.3, 2.0, 4.0, 12.0])
 @pytest.mark.parametrize(("rho", "offset"), [(0.0, 0.0), (0.0, 1.44), (100.0, None)])
-def test_dense_knees(delta, rho, offset, way):
-    """Targets within tau / 10 around the knees of others, and around others, in leaves narrow and wide beside that.
+def test_dense_thresholds(delta, rho, offset, far):
+    """Targets within tau / 10 around the thresholds of others, and around others, in boxes narrow and wide.
 
-    What lies past a knee has a sigma that the polynomials of all must not show: it may weigh nothing at all. Ties show
-    rounding. Gaps are multiples of tau / 128, knees half of one beside these.
+    What lies past a threshold has a sigma that the polynomials of all must not show: it may weigh nothing at all. Ties
+    show rounding. Gaps are multiples of tau / 128, thresholds half of one beside these.
     """
-    tau, knee = 1 / 128, round(delta * 128)
-    options = {"tau": tau, "rho": rho, "delta": (knee + 0.5) * tau / 128, "offset": offset}
+    tau, threshold = 1 / 128, round(delta * 128)
+    options = {"tau": tau, "rho": rho, "delta": (threshold + 0.5) * tau / 128, "offset": offset}
     cases = []
     for negatives, low, high in ((200, -2, 15), (250, -6, 60), (60, -300, 300), (3000, -900, 128)):
         for positives, span in ((32, 10), (500, 12), (100, 90)):
-            u, v = torch.randint(span + 1, (positives,)), knee + torch.randint(low, high, (negatives,))
-            u[::3] += knee
-            v[::3] -= knee
+            u, v = torch.randint(span + 1, (positives,)), threshold + torch.randint(low, high, (negatives,))
+            u[::3] += threshold
+            v[::3] -= threshold
             cases.append((u, v))
-    # Leaves of 16 reach from one tie of eight, with negatives around it, to the next.
+    # Ties of eight, with negatives around them.
     cases.append(((torch.arange(64) + 4) // 8 * 40, torch.randint(9, (200,)) * 40 + torch.randint(-6, 7, (200,))))
     for u, v in cases:
         scores = torch.cat([u, v])[None].float() * (tau / 128)
         target = (torch.arange(len(u) + len(v)) < len(u))[None]
-        if way == "leaves":
-            scores, target = scattered(scores, target)
+        if far:
+            scores, target = with_one_far_above(scores, target)
         assert_as_exact(scores, target, **options)
 
 
 @pytest.mark.parametrize("shape", ["even", "normal", "two scales"])
 @pytest.mark.parametrize(("columns", "positives"), [(300, 150), (2000, 8), (2000, 1900), (9000, 900)])
-def test_cells(columns, positives, shape):
-    """Where scores spread over their range: cells of all widths, knees low and high, within a cell and far beyond."""
+def test_boxes(columns, positives, shape):
+    """Boxes full and nearly empty, thresholds low and high: in the own box, in the next, and far beyond."""
     tau, order = 0.02, torch.randperm(columns)
     spread = {
         "even": torch.rand(columns),
         "normal": torch.randn(columns) * 0.1,
         "two scales": torch.where(torch.rand(columns) < 0.5, torch.rand(columns), 0.3 + 0.01 * torch.rand(columns)),
     }[shape]
-    # Some scores a knee apart, and some tied.
+    # Some scores a threshold apart, and some tied.
     spread[: columns // 4] = spread[columns // 4 : columns // 2][: columns // 4] + 0.1
     spread[-columns // 10 :] = spread[: columns - columns * 9 // 10]
     scores, target = spread[order][None], (torch.arange(columns) < positives)[None]
@@ -480,8 +468,8 @@ def test_cells(columns, positives, shape):
 
 @pytest.mark.parametrize(("rho", "offset"), [(0.0, None), (0.0, 0.0), (0.5, 0.3), (100.0, 0.0), (10.0, 0.1)])
 @pytest.mark.parametrize("delta", [0.04, 0.05, 0.0649])
-def test_many_just_past_their_knees(delta, rho, offset):
-    """Pairs that weigh little or nothing: no sigma must be left of what lies past a knee, however much that is."""
+def test_many_just_past_their_thresholds(delta, rho, offset):
+    """Pairs that weigh little or nothing: no sigma must be left of what lies past it, however much that is."""
     for negatives, positives in ((300, 50), (1000, 300), (3900, 2000)):
         u = 0.013 + torch.rand(positives, dtype=torch.float64) * 2e-4
         v = 0.013 + delta + 2.1e-4 + torch.rand(negatives, dtype=torch.float64) * 5e-4
@@ -491,9 +479,9 @@ def test_many_just_past_their_knees(delta, rho, offset):
 
 
 @pytest.mark.parametrize("many", ["negatives", "positives"])
-def test_more_around_the_knees_than_a_block_holds(many):
-    """Cells wide for few targets, whose knees lie among 10,000 sources in narrow ones."""
-    tau, delta = 0.02, 0.05  # a low knee: pair by pair
+def test_more_around_the_thresholds_than_a_block_holds(many):
+    """Few targets, whose thresholds lie among 10,000 sources, and many whose lie among few."""
+    tau, delta = 0.02, 0.05
     few, crowd, others = torch.rand(7) * 0.004, torch.rand(10_000) * 0.004, torch.rand(3000)
     at = 0.2 if many == "negatives" else 0.3
     scores = torch.cat([few + at, crowd + 0.25, others])[None]
@@ -506,7 +494,7 @@ def test_more_around_the_knees_than_a_block_holds(many):
 # --- anything that scores and settings may be -------------------------------------------------------------------------
 
 
-def awkward(kind, shape, dtype, generator):
+def awkward(kind, shape, generator):
     """Scores of one kind that breaks assumptions."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     near = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -520,13 +508,13 @@ def awkward(kind, shape, dtype, generator):
         "far apart": which.double() * 1e4 + near,
         "one outlier": torch.where(near == near.max(), 1e6, x * 0.01),
         "outside": x * 50 + 300,
-        "denormal": x * 1e-42 if dtype == torch.float32 else x * 1e-310,
+        "denormal": x * 1e-42,
         "signed zeros": torch.where(which == 0, -0.0, torch.where(which == 1, 0.0, x * 1e-3)),
         "huge": x * 1e30,
         "largest": torch.where(which == 0, 1.5e38, torch.where(which == 1, -1.5e38, x)),
         "skewed": x.exp() ** 6,
     }[kind]
-    return scores.to(dtype)
+    return scores.float()
 
 
 KINDS = [
@@ -540,8 +528,7 @@ KINDS = [
 def test_as_pairwise_whatever_comes(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     shape = data.draw(st.integers(1, 3)), data.draw(st.one_of(st.integers(1, 70), st.integers(70, 2500)))
-    dtype = data.draw(st.sampled_from(WIDE))
-    scores = awkward(data.draw(st.sampled_from(KINDS)), shape, dtype, generator)
+    scores = awkward(data.draw(st.sampled_from(KINDS)), shape, generator)
     target = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.01, 0.1, 0.5, 0.95, 1.0]))
     ignore = torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.2]))
     assert_as_pairwise(
@@ -560,10 +547,9 @@ def test_as_pairwise_whatever_comes(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tau", [1e-20, 1e-3, 1e3, 1e8])
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_as_pairwise_at_extremes(kind, tau, dtype):
+def test_as_pairwise_at_extremes(kind, tau):
     """Loss and gradient of whole rows, where temperatures are far from those of training, and scores, too."""
-    scores = awkward(kind, (4, 12_000), dtype, torch.Generator().manual_seed(7))
+    scores = awkward(kind, (4, 12_000), torch.Generator().manual_seed(7))
     target = torch.rand(4, 12_000) < torch.tensor([[0.001], [0.01], [0.03], [0.001]])
     for surrogate in SURROGATES:
         options = {"surrogate": surrogate, "tau": tau}
@@ -574,39 +560,20 @@ def test_as_pairwise_at_extremes(kind, tau, dtype):
         rank = (ranks.positive_rank + ranks.negative_rank).double()
         weight = torch.maximum(ranks.positive_rank, ranks.negative_rank).double() / rank / rank
         weight = torch.zeros(4, dtype=torch.float64).scatter_reduce(0, ranks.query, weight, "amax") / target.sum(1)
-        wide = dtype == torch.float64
-        assert_close(ours.loss, pairwise.loss, 1e-12 if wide else 1e-6, 1e-12 if wide else 1e-7)
-        atol = (1e-13 if wide else ULPS * EPS) * weight.nan_to_num(0) / tau
-        largest = pairwise.gradient.abs().amax(1).double()
-        rtol = 1e-11 if wide else 4e-6
-        assert_close(ours.gradient, pairwise.gradient, rtol, (rtol * largest + atol)[:, None], "gradient")
+        assert_close(ours.loss, pairwise.loss, 1e-6, 1e-7)
+        atol = ULPS * EPS * weight.nan_to_num(0) / tau + 4e-6 * pairwise.gradient.abs().amax(1).double()
+        assert_close(ours.gradient, pairwise.gradient, 4e-6, atol[:, None], "gradient")
 
 
 @pytest.mark.parametrize("low", [-1e2, -1e6, -1e10, -1e20, -1e30])
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_sums_do_not_cancel(low, dtype):
-    """A positive and a negative far below all others: distances in the tails are not taken from there."""
+def test_sums_do_not_cancel(low):
+    """A positive and a negative far below all others: distances in the linear part are not taken from there."""
     for columns in (30, 600, 9000):
-        scores, target = torch.randn(1, columns, dtype=dtype) * 0.2, torch.rand(1, columns) < 0.3
+        scores, target = torch.randn(1, columns) * 0.2, torch.rand(1, columns) < 0.3
         scores[0, target[0].nonzero()[0]] = low
         scores[0, (~target[0]).nonzero()[0]] = low
         assert_as_pairwise(scores, target)
         assert_as_pairwise(-scores, target)
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("is_positive", [True, False])
-def test_scores_too_large_to_be_summed(is_positive, surrogate):
-    """Finite, but not their sums times a count: such a row is done pairwise, to the bit, wherever they stand."""
-    scores, target = torch.randn(1, 9000, dtype=torch.float64) * 0.2, torch.rand(1, 9000) < 0.1
-    for at in (0, -1):
-        large = scores.clone()
-        large[0, (target[0] == is_positive).nonzero()[at]] = 1e200
-        ours, pairwise = (
-            run(ap_loss, large, target, torch.ones(1), method=m, surrogate=surrogate) for m in ("sorted", "pairwise")
-        )
-        assert torch.equal(ours.loss, pairwise.loss)
-        assert torch.equal(ours.gradient, pairwise.gradient)
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
@@ -637,10 +604,9 @@ def test_infinities_and_nan(value, surrogate, shape, dtype):
         assert torch.equal(ours.loss[1:], clean.loss[1:])
         assert torch.equal(ours.gradient[1:], clean.gradient[1:])
         ranks = [smooth_rank(dirty, target, method=m, **options) for m in ("sorted", "pairwise")]
-        rtol = 1e-11 if dtype == torch.float64 else 2e-6
         for name in ("positive_rank", "negative_rank"):
             one, other = (getattr(r, name).nan_to_num(-1) for r in ranks)
-            assert_close(one, other, rtol, rtol, name)
+            assert_close(one, other, 2e-6, 2e-6, name)
         ignore = torch.zeros(shape, dtype=torch.bool)
         ignore[0, at] = True
         left_out = run(ap_loss, dirty, target, weight, method="sorted", ignore=ignore, **options)
@@ -649,8 +615,8 @@ def test_infinities_and_nan(value, surrogate, shape, dtype):
         assert torch.equal(left_out.gradient, same.gradient)
 
 
-def test_no_slope_in_cells_is_exactly_none():
-    """Every negative past the knee, at rho = 0: what arrives at such ranks, were it infinite, moves nothing."""
+def test_no_slope_is_exactly_none():
+    """Every negative past the threshold, at rho = 0: what arrives at such ranks, were it infinite, moves nothing."""
     scores, target = torch.rand(1, 6000) * 0.5 + 0.2, torch.arange(6000)[None] < 600
     scores[0, :300] = torch.rand(300) * 0.02
     weights = torch.ones(2, 600)
@@ -661,12 +627,10 @@ def test_no_slope_in_cells_is_exactly_none():
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize(
-    ("dtype", "columns"), [(torch.float32, 600), (torch.float32, 9000), (torch.float64, 600)], ids=str
-)
-def test_upstream_gradients_that_are_not_finite(value, surrogate, dtype, columns):
+@pytest.mark.parametrize("columns", [600, 9000])
+def test_upstream_gradients_that_are_not_finite(value, surrogate, columns):
     """One rank's gradient is infinite, or NaN: its row shows it, its positives as ever, and no other row does."""
-    scores, target = torch.randn(3, columns, dtype=dtype) * 0.2, torch.rand(3, columns) < 0.2
+    scores, target = torch.randn(3, columns) * 0.2, torch.rand(3, columns) < 0.2
     weights = torch.randn(2, int(target.sum()))
     row = (target.nonzero()[:, 0] == 1).nonzero()[:, 0]
     _, healthy = ranks_and_gradient(scores, target, weights, "sorted", surrogate=surrogate)
@@ -680,7 +644,7 @@ def test_upstream_gradients_that_are_not_finite(value, surrogate, dtype, columns
         assert ours[1].isfinite().all() == (which == 1 and surrogate == "sup")  # which rank+ of sup ignores
         own, other = ours[1, target[1]], pairwise[1, target[1]]
         if surrogate == "sup":
-            assert_close(own[own.isfinite()], other[other.isfinite()], 1e-11 if dtype == torch.float64 else 2e-6)
+            assert_close(own[own.isfinite()], other[other.isfinite()], 2e-6)
             assert torch.equal(own[~own.isfinite()].nan_to_num(0.5), other[~other.isfinite()].nan_to_num(0.5))
 
 
@@ -733,40 +697,34 @@ OBJECTIVES = {
 @pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_roadmap_loss(name, memory, reduction):
-    """Lists of positives, hinges, scales: in float64 against the reference, in float32 beside pairwise."""
-    torch.set_num_threads(1)  # the reference goes from row to row
+    """Lists of positives, hinges, scales: beside the pairwise kernels."""
     labels = torch.arange(90) % 3
-    x = torch.randn(90, 12, dtype=torch.float64) + torch.randn(3, 12, dtype=torch.float64)[labels]
+    x = torch.randn(90, 12) + torch.randn(3, 12)[labels]
     references = torch.cat([x[40:], torch.randn(500, 12)]) if memory else None
     more = {}
     if memory:
         more = {"ref_labels": torch.cat([labels[40:], torch.arange(500) % 5])}
         more |= {"ids": torch.arange(90), "ref_ids": torch.cat([torch.arange(40, 90), torch.arange(500) + 1000])}
 
-    def result(function, dtype, **method):
-        leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (x, references) if leaf is not None]
-        loss = function(
-            leaves[0], labels, leaves[1] if memory else None, reduction=reduction, **more, **OBJECTIVES[name], **method
-        )
+    def result(method, chunk_size):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, references) if leaf is not None]
+        options = {"method": method, "chunk_size": chunk_size, "reduction": reduction, **more, **OBJECTIVES[name]}
+        loss = roadmap_loss(leaves[0], labels, leaves[1] if memory else None, **options)
         weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
         return loss, torch.autograd.grad((loss * weight).sum(), leaves)
 
-    loss, gradients = result(roadmap_loss, torch.float64, method="sorted")
-    truth, exact = result(reference.roadmap_loss, torch.float64)
-    assert_close(loss.flatten(), truth.flatten(), 1e-12, 1e-14)
-    for ours, theirs in zip(gradients, exact, strict=True):
-        assert_close(ours, theirs, 1e-9, 1e-11 * theirs.abs().max())
-    loss, gradients = result(roadmap_loss, torch.float32, method="sorted", chunk_size=37)
-    other, pairwise = result(roadmap_loss, torch.float32, method="pairwise", chunk_size=37)
-    assert_close(loss.flatten(), other.flatten(), 1e-6, EPS)
-    for ours, theirs in zip(gradients, pairwise, strict=True):
-        assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+    for chunk_size in (None, 37):
+        loss, gradients = result("sorted", chunk_size)
+        other, pairwise = result("pairwise", chunk_size)
+        assert_close(loss.flatten(), other.flatten(), 1e-6, EPS)
+        for ours, theirs in zip(gradients, pairwise, strict=True):
+            assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["paper", "smooth", "hinges everywhere", "no hinge"])
-def test_cells_from_embeddings(name, dtype):
-    """Positives stand in their cells in no order: hinges, scales and half types still find each at its column."""
+def test_from_embeddings(name, dtype):
+    """Hinges, scales and half types find each score at its column."""
     labels, references = torch.arange(3), torch.arange(6000) % 4
     centres = torch.randn(4, 16)
     x, y = (centres[of] + torch.randn(len(of), 16) for of in (labels, references))
@@ -787,7 +745,7 @@ def test_cells_from_embeddings(name, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 40_000), (3, 20_000), (40, 700), (2, 140_000), (7, 9_000), (1, 400_000)])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_bitwise_equal_for_any_number_of_threads(shape, surrogate, dtype):
     """Many rows, one a thread, and few that are long and shared; the memory that rows leave behind, and run to run."""
     scores = (torch.randn(shape) * 0.2).to(dtype)
@@ -837,28 +795,23 @@ def test_a_very_long_row_gives_its_workspace_back():
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_permuting_references_permutes_the_gradient(surrogate, dtype):
-    """To the bit where scores are sorted and none are tied: what is sorted has forgotten where it came from.
-
-    In a cell scores stand in the order of their columns: float32 sums to within rounding.
-    """
-    scores = (torch.randperm(20_000) / 2**14 - 0.6).to(dtype)[None]
+@pytest.mark.parametrize("levels", [40, 4000, 1 << 22])
+def test_results_do_not_depend_on_the_order_of_references(levels, surrogate):
+    """To the bit, ties included, of which a box has hundreds at 40 levels: what is sorted has forgotten its order."""
+    scores = torch.randint(levels, (1, 20_000)) / levels
     target, order = torch.rand(1, 20_000) < 0.2, torch.randperm(20_000)
-    one = run(ap_loss, scores, target, torch.ones(1), method="sorted", surrogate=surrogate)
-    other = run(ap_loss, scores[:, order], target[:, order], torch.ones(1), method="sorted", surrogate=surrogate)
-    assert_close(one.loss, other.loss, torch.finfo(dtype).eps)
-    if dtype == torch.float64:
+    for delta in (0.05, 0.0, 0.001):
+        options = {"method": "sorted", "surrogate": surrogate, "delta": delta}
+        one = run(ap_loss, scores, target, torch.ones(1), **options)
+        other = run(ap_loss, scores[:, order], target[:, order], torch.ones(1), **options)
+        assert torch.equal(one.loss, other.loss)
         assert torch.equal(one.gradient[:, order], other.gradient)
-    else:
-        assert_close(one.gradient[:, order], other.gradient, 4 * EPS, 4 * EPS * float(one.gradient.abs().max()))
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_auto_takes_one_of_the_two(surrogate, dtype):
+def test_auto_takes_one_of_the_two(surrogate):
     """Row by row, to the bit: the scan for many positives, the pairwise kernels for few."""
-    scores = torch.randn(6, 5000, dtype=dtype) * 0.2
+    scores = torch.randn(6, 5000) * 0.2
     target = torch.rand(6, 5000) < torch.tensor([0.0, 3e-4, 3e-3, 0.03, 0.2, 0.6])[:, None]
     target[1:, 0] = True
     weight = torch.ones(6)

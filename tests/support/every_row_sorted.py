@@ -4,7 +4,6 @@ Tests call the package as ever; what they ask of "auto" and of "pairwise" is ask
 rounding alone.
 """
 
-import oracle
 from implementation import Counted
 
 from roadmap_ext import _chunks, functional
@@ -24,7 +23,6 @@ def _sorted(method, *inputs):
 
 def pytest_configure(config):
     """Put it where the functions look."""
-    oracle.ULPS_FLOAT64 = oracle.ULPS_FLOAT64_SORTED  # before a test module takes it
     for module in (functional, _chunks):
         assert module.resolve_method is resolve_method
         module.resolve_method = _sorted

@@ -5,6 +5,8 @@
 #include "../pairwise_body.h"
 #include "../counting_body.h"
 #include "../sorting_body.h"
+#include "../box_sums_body.h"
+#include "../fields_body.h"
 #include "../scan_body.h"
 // clang-format on
 
