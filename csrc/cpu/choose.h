@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "boxes.h"
 #include "row_input.h"
 
 namespace roadmap {
@@ -53,12 +54,9 @@ bool scan_pays(const RowInput<T>& input,    //
   const double of_all = static_cast<double>(columns) / static_cast<double>(samples);
   const double all = static_cast<double>(size), of_seen = all / static_cast<double>(seen);
   const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
-  // Where cells can be used (cells.h), they cost half of what leaves of sorted scores do, and something each.
   const double range = static_cast<double>(top) - static_cast<double>(low);
-  const bool cells = CellPlan::suit(negatives + all, range, settings.tau);
-  const double fixed = CellPlan::wide(settings) ? 5000 : 7000;
-  double scan = cells ? fixed + 30 * range / (CellPlan::kWidth * settings.tau) + 7 * negatives + 25 * all
-                      : 1500 + 14 * negatives + 36 * all;
+  const double boxes = std::min(range / (Boxes::kWidth * settings.tau), negatives + all);
+  double scan = 3000 + 100 * boxes + 9 * negatives + 25 * all;
   double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * all;
   if (smooth) {  // which compares positives with positives, too
     scan += 40 * all;

@@ -10,17 +10,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "../series.h"
 #include "../smooth_rank.h"
-#include "knee.h"
+#include "boxes.h"
 
 namespace roadmap {
 
 // Columns of a row that are worked on together: values, exponentials and gradients of a block stay in the L2 cache.
 constexpr int kBlock = 4096;
 constexpr int kWords = kBlock / 64;
-// Elements past the end that a vector may touch.
-constexpr int kPad = 16;
 
 // A sum of doubles that loses nothing to their number (Kahan).
 struct KahanSum {
@@ -196,178 +193,14 @@ struct Entry {
   Index index;
 };
 
-// Finite scores in ascending order, cut into leaves, and where leaves meet the exponential sums that a target reads in
-// place of all scores below and above. With weights w (1 where there are none), k = 1 ... kDegree,
-//
-//     below[l][k - 1] = sum_{j < l leaf} w_j e^(-k (value[l leaf - 1] - value[j]) / tau)
-//     above[l][k - 1] = sum_{j >= l leaf} w_j e^(-k (value[j] - value[l leaf]) / tau)
-//
-// No exponent is positive, whatever the scores.
-template <typename T>
-struct Sources {
-  static constexpr int kMostLeaf = 64;
-  static constexpr int kDegree = Series<T>::kDegree;
-  static constexpr int kStride = (kDegree + 7) / 8 * 8;
-
-  int leaf = kMostLeaf;  // scores in a leaf
-  int64_t n = 0;
-  std::vector<T> value;         // [n + kPad]
-  std::vector<T> weight;        // [n + kPad]  empty: 1
-  std::vector<double> below;    // [leaves + 1, kStride]
-  std::vector<double> above;    // [leaves + 1, kStride]
-  std::vector<double> weights;  // [leaves + 1]  sum of w_j, j >= l leaf
-  std::vector<double> sums;     // [leaves + 1]  sum of value[j] - value[l leaf] of the same, without weights
-
-  int64_t leaves() const { return (n + leaf - 1) / leaf; }
-  // Allocates all but `weight`, which is left to the caller.
-  void resize(int64_t size, int of_leaf) {
-    n = size;
-    leaf = of_leaf;
-    value.resize(n + kPad);
-    below.resize((leaves() + 1) * kStride);
-    above.resize((leaves() + 1) * kStride);
-    weights.resize(leaves() + 1);
-    sums.resize(leaves() + 1);
-  }
-};
-
-// Equal parts of the range [low, high]: those with numbers of the same top bits, past `shift`, are one bucket; `first`
-// is the number of the first bucket. There are at most 2^16 buckets.
+// Equal parts of the range [low, high], 2^16 at the most.
 template <typename T>
 struct Buckets {
   T low, high;
   int32_t all;
-  int shift = 0;
-  uint32_t first = 0;
 };
 
-// Cells over the range of a row's scores, narrow where these are many: equal buckets, each cut into 2^level equal
-// cells. A score lies in unit (v - low) * scale, rounded down, of which a bucket has kUnits: see Bucketing. In real
-// numbers it is in [at(unit), at(unit + 1)), but for `guard`, which bounds all rounding.
-//
-// Scores meet each other by cells. What is smooth they read by spans: the buckets, or, where knees are too low for
-// that, the cells again.
-struct Grid {
-  static constexpr int kLevels = 6, kUnits = 1 << kLevels;
-  static constexpr int64_t kShared = 2;
-
-  Buckets<float> buckets = {};  // the units; a bucket's number lies past its shift
-  double unit = 0, guard = 0;
-  std::vector<uint8_t> level;        // [buckets]
-  std::vector<uint32_t> first_cell;  // [buckets + 1]
-  std::vector<int32_t> edge;         // [cells + 1]  the units where they begin
-  bool wide = false;                 // spans are buckets
-  std::vector<uint32_t> cell;        // [spans + 1]  where the cells of each span begin
-
-  int64_t units() const { return buckets.all; }
-  int64_t cells() const { return static_cast<int64_t>(edge.size()) - 1; }
-  double at(int64_t unit_edge) const {
-    return static_cast<double>(buckets.low) + static_cast<double>(unit_edge) * unit;
-  }
-  // The bucket of a unit, and the cell; the first and the last reach to infinity.
-  int64_t clamped(int64_t of_unit) const { return std::max<int64_t>(0, std::min(of_unit, units() - 1)); }
-  int64_t bucket_of(int64_t of_unit) const { return clamped(of_unit) >> kLevels; }
-  int64_t cell_of(int64_t of_unit) const {
-    const int64_t u = clamped(of_unit), bucket = u >> kLevels;
-    return first_cell[bucket] + ((u & (kUnits - 1)) >> (kLevels - level[bucket]));
-  }
-  // Where the cells begin, and end, that share moments with this one in a wide span: see Cells::moment.
-  int64_t shared_begin(int64_t of_unit) const {
-    const int64_t first = first_cell[bucket_of(of_unit)];
-    return first + ((cell_of(of_unit) - first) & -kShared);
-  }
-  int64_t shared_end(int64_t of_unit) const {
-    return std::min<int64_t>(shared_begin(of_unit) + kShared, first_cell[bucket_of(of_unit) + 1]);
-  }
-
-  int64_t spans() const { return static_cast<int64_t>(cell.size()) - 1; }
-  int32_t span_edge(int64_t span) const { return edge[cell[span]]; }
-  double span_at(int64_t span) const { return at(span_edge(span)); }
-  double middle(int64_t span) const { return (span_at(span) + span_at(span + 1)) / 2; }
-  // In halvings of a bucket.
-  int span_level(int64_t span) const {
-    return kLevels - __builtin_ctz(static_cast<uint32_t>(span_edge(span + 1) - span_edge(span)));
-  }
-};
-
-// Scores of one row by cell, and the exponential sums of all below and above the edges of spans:
-//
-//     below[s][k - 1] = sum over spans < s of w_j e^(-k (edge(s) - value[j]) / tau)
-//     above[s][k - 1] = sum over spans >= s of w_j e^(-k (value[j] - edge(s)) / tau)
-struct Cells {
-  static constexpr int kStride = Sources<float>::kStride, kMoments = 8;
-
-  int64_t n = 0;
-  std::vector<float> value;      // [n + kPad]  in any order within a cell
-  std::vector<float> weight;     // [n + kPad]  empty: 1
-  std::vector<uint32_t> column;  // [n]  where each comes from
-  std::vector<uint32_t> first;   // [cells + 1]  where each cell begins
-  // [cells, kMoments]  sum of w_j ((value[j] - middle of the span) / tau)^m, of a cell and all before it in its span.
-  // Only the last of a span has them, and every Grid::kShared-th: cells hold a few scores each.
-  std::vector<double> moment;
-  std::vector<double> below;  // [spans + 1, kStride]
-  std::vector<double> above;  // [spans + 1, kStride]
-  std::vector<double> tail;   // [spans + 1]  sum of value[j] - edge(s) from span s on; weighted: of w_j below it
-
-  // Allocates the sums.
-  void resize(int64_t cells, int64_t spans) {
-    moment.resize(cells * kMoments);
-    below.resize((spans + 1) * kStride);
-    above.resize((spans + 1) * kStride);
-    tail.resize(spans + 1);
-  }
-};
-
-// What is the same for all cells of a row.
-struct CellSeries {
-  static constexpr int kTerms = 8, kStride = Cells::kStride, kDegree = Sources<float>::kDegree;
-  // Of the polynomial of sigma past a knee.
-  static constexpr int kKneeTerms = 6;
-
-  // The knee of a target in unit U lies in units [U + knee, U + knee_last]; that of one in the wide span S in spans
-  // [S + near, S + far], three at the most.
-  int64_t knee = 0, knee_last = 0, near = 0, far = 0;
-  // e^(-k d / tau) for half a span and a span of each level.
-  alignas(64) double half[Grid::kLevels + 1][kStride], whole[Grid::kLevels + 1][kStride];
-
-  // What a pair past its knee adds to what sigma alone gives, of z, its distance from Settings::origin in units of tau;
-  // the curve as for a pair that is no step. `close`: of fewer terms, up to kClose past the knee.
-  static constexpr double kClose = 0.1;
-  static constexpr int kCloseTerms = 4;
-  struct Past {
-    float curve[kKneeTerms], slope[kKneeTerms];
-  } past, close;
-  // The same for target x and source y, each from the middle of its own wide span: of y^r x^i, for the spans of knees.
-  // `mirrored`: the slope, where the source is the lower one.
-  struct Shifted {
-    alignas(64) double curve[kKneeTerms][kTerms] = {}, slope[kKneeTerms][kTerms] = {},
-                       mirrored[kKneeTerms][kTerms] = {};
-  } shifted[3];
-
-  CellSeries(const Grid&, const Settings<float>&);
-};
-
-// The kernels of the sorted scan by cells. All may be called for parts at once where they take a range.
-struct CellKernels {
-  // Deals the entries of buckets [begin, end), entry[edge[b]] being the first of bucket b, to their cells, whose
-  // `first` it sets.
-  void (*split)(const Entry<float>* entry, const uint32_t* edge, int64_t begin, int64_t end, const Grid&, float* value,
-                uint32_t* column, uint32_t* first);
-  // The sums of each span in [begin, end) alone; join_below() and join_above() make them those of all.
-  void (*sum)(Cells&, const Grid&, const CellSeries&, double tau, int64_t begin, int64_t end);
-  void (*join_below)(Cells&, const Grid&, const CellSeries&);
-  void (*join_above)(Cells&, const Grid&, const CellSeries&, double tau);
-  // As Sorting::rank_targets, for targets in spans [begin, end). rank_target[i] = how many targets are at least x_i,
-  // itself included; not touched for smooth ranks.
-  void (*rank)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
-               const Settings<float>&, Scratch<float>&, double* rank, double* slope, double* rank_target);
-  // As Sorting::slope_targets; here the targets are the v of H-'(v - u), and out[column of each] = slope times scale.
-  void (*slope)(const Cells& sources, const Cells& targets, const Grid&, const CellSeries&, int64_t begin, int64_t end,
-                const Settings<float>&, Scratch<float>&, double scale, float* out);
-};
-
-// The kernels of the sorted scan. All may be called for parts at once where they take a range. double is sorted, and not
-// scanned: from sum_leaves on there is nothing for it.
+// The kernels that put scores in order. All may be called for parts at once.
 template <typename T>
 struct Sorting {
   // The negatives of a block that reach the lowest positive, with their columns, `first` being the block's first.
@@ -381,21 +214,32 @@ struct Sorting {
   // Sorts n entries, values within about [low, high], into `value` and `column` [n]: by value, equal ones by index if
   // they come so. Overwrites `from` and `space` [n].
   void (*sort)(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column);
-  // The sums of each leaf in [first, last) alone; join_below() and join_above() make them those of all.
-  void (*sum_leaves)(Sources<T>&, int64_t first, int64_t last, const Settings<T>&);
-  void (*join_below)(Sources<T>&, const Settings<T>&);
-  void (*join_above)(Sources<T>&, const Settings<T>&);
-  // For the ascending targets x_i, i in [begin, end): rank[i] = sum_j H-(value_j - x_i), slope[i] = sum_j H-'(...).
-  // `slope` may be null. Sources without weights.
-  void (*rank_targets)(const Sources<T>&, const T* target, int64_t begin, int64_t end, const Settings<T>&, Scratch<T>&,
-                       double* rank, double* slope);
-  // slope[i] = tau sum_j w_j H-'(value_j - x_i).
-  void (*slope_targets)(const Sources<T>&, const T* target, int64_t begin, int64_t end, const Settings<T>&, Scratch<T>&,
-                        double* slope);
   // As Kernels::gradient_block, from what each column has: slope [count].
   void (*spread_block)(const Block<T>&, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
                        Scratch<T>&, T* out);
-  const CellKernels* cells;
+};
+
+// The kernels of the sorted scan: see boxes.h for what they fill, and scan.h for the order. All that take a range may
+// be called for parts of it at once.
+struct ScanKernels {
+  // Boxes::decay of boxes [begin, end).
+  void (*decays)(Boxes&, double tau, int64_t begin, int64_t end);
+  // Moments of boxes [begin, end), and `upto` and `from` of each alone; up() and down() make them those of all.
+  void (*moments)(const Boxes&, double tau, int64_t begin, int64_t end, Sources&);
+  void (*up)(const Boxes&, Sources&);
+  void (*down)(const Boxes&, Sources&);
+  void (*linear)(Sources&);
+  // Of targets u in [begin, end): rank[i] = sum over sources of H-(v - u), slope[i] = sum of H-'(v - u); this may be
+  // null. Sources without weights.
+  void (*ranks)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end,
+                const Settings<float>&, double* rank, double* slope);
+  // Of targets v, and weighted sources u: out[column[j]] = scale times tau sum over sources of w H-'(v - u). A target
+  // at `begin` must not be tied with the one before.
+  void (*slopes)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end,
+                 const Settings<float>&, double scale, const uint32_t* column, float* out);
+  // The same, out[j], without a scale.
+  void (*slopes_in_order)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end,
+                          const Settings<float>&, double* out);
 };
 
 // The positives of one row in ascending order, and where they are many, a table that leads any score to its place among
@@ -447,6 +291,7 @@ struct InstructionSet {
   Counting<double> counting_double;
   Sorting<float> sorting_float;
   Sorting<double> sorting_double;
+  ScanKernels scan;
   Conversions conversions;
 
   template <typename T>

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 #include "choose.h"
@@ -15,7 +14,7 @@
 #include "parallel.h"
 #include "row_input.h"
 #include "rows.h"
-#include "sorted.h"
+#include "scan.h"
 
 namespace roadmap {
 
@@ -39,7 +38,7 @@ struct Row {
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
   Sorter<T> sorter;                                 // of its positives
-  SortedRow<T>* sorted = nullptr;                   // holds its negatives; null: the row runs pairwise
+  Scan* scan = nullptr;                             // holds its negatives; null: the row runs pairwise
 
   int64_t size() const { return p.size(); }
 
@@ -49,14 +48,14 @@ struct Row {
     scale = 1;
     positive_weight = negative_weight = 0;
     negative_hinges = 0;
-    sorted = nullptr;
+    scan = nullptr;
     nan = sorter.nan();
     hinges.clear();
     column.clear();
     p.score.resize(size);
     p.weight.resize(size);
     p.weight_negative.resize(size + kPad);
-    p.weight_positive.resize(smooth ? size : 0);
+    p.weight_positive.assign(smooth ? size + kPad : 0, T(0));
     p.groups.clear();
     source.resize(size);
     rank_positive.resize(size);
@@ -64,13 +63,6 @@ struct Row {
     slope.resize(size);
     gradient.resize(size);
     if (smooth) std::fill_n(rank_positive.begin(), size, 1.0);
-  }
-
-  // Fills `column`; before the positives are sorted, or after a scan has scattered them to cells.
-  void list_columns() {
-    const Entry<T>* const entry = sorter.room(0);
-    column.resize(size());
-    for (int64_t k = 0; k < size(); ++k) column[k] = static_cast<int64_t>(entry[k].index);
   }
 
   // Fills `ordinal` and `position`.
@@ -155,10 +147,10 @@ Scratch<T>& scratch() {
 template <typename T>
 struct Workspace {
   Row<T> row;
-  SortedRow<T> sorted;
+  Scan scan;
   std::vector<typename RowInput<T>::Found> found;  // of each span
 
-  size_t bytes() const { return 33 * sorted.negatives().capacity() + 90 * row.p.score.capacity(); }
+  size_t bytes() const { return scan.bytes() + 90 * row.p.score.capacity(); }
 };
 
 // The steps. Threads may share each; every sum is taken over fixed spans of columns in fixed order, so that bits do not
@@ -174,16 +166,15 @@ class RowSteps {
   void run(int64_t index, const Weigh& weigh) {
     load(index);
     choose();
-    if (row_.sorted) {
-      rank_by_scan();
-    } else {
-      rank_pairwise();
-    }
+    rank();
     weigh(row_);
     if (pass_.gradient) gradient();
   }
 
  private:
+  // float64 is there for what float32 cannot show, gradient checks above all: it meets every pair.
+  static constexpr bool kScans = sizeof(T) == sizeof(float);
+
   // ---- load ----
 
   void load(int64_t index) {
@@ -201,18 +192,20 @@ class RowSteps {
   bool reads() const { return pass_.ranks || pass_.objective.calibration; }
 
   void choose() {
-    if (scans() && prune()) {
-      arrange_for_scan();
-      return;
+    if constexpr (kScans) {
+      if (scans() && prune()) {
+        order();
+        row_.scan = &space_.scan;
+        row_.scan->begin(row_.p.score, pass_.settings, parallel_);
+        return;
+      }
     }
     order();
     group();
   }
 
-  // Whether the scan takes the row, as far as its positives can tell. float64 is there for what float32 cannot show,
-  // gradient checks above all: it meets every pair.
+  // Whether the scan takes the row, as far as its positives can tell.
   bool scans() const {
-    if (sizeof(T) == 8) return false;
     if (row_.nan || !pass_.objective.ap || !row_.size() || pass_.method == Method::kPairwise) return false;
     if (!(reads() || pass_.gradient) || !row_.sorter.finite()) return false;
     if (columns_ > std::numeric_limits<int32_t>::max()) return false;
@@ -222,7 +215,7 @@ class RowSteps {
 
   // Collects the negatives that reach a positive, and the hinges of all. Returns whether the scan can take them.
   bool prune() {
-    Sorter<T>& negatives = space_.sorted.negatives();
+    Sorter<T>& negatives = space_.scan.negatives();
     const int64_t spans = divide_up(columns_, kSpan);
     negatives.begin(columns_, spans);
     row_.hinges.assign(pass_.objective.calibration ? spans : 0, {});
@@ -241,28 +234,15 @@ class RowSteps {
     return !row_.nan && negatives.finite();
   }
 
-  void arrange_for_scan() {
-    row_.sorted = &space_.sorted;
-    if (!row_.sorted->deal(row_.sorter, pass_.settings, pass_.sorting, parallel_, row_.source)) {
-      order();
-      row_.sorted->sort(row_.size(), pass_.sorting, parallel_);
-      return;
-    }
-    // Cells order neither columns nor scores: whoever asks for them gets them, and where ranks alone become gradients,
-    // written at once, nobody does.
-    const bool calibration = pass_.objective.calibration;
-    if (!pass_.gradient || !pass_.ranks || !whole() || calibration) row_.list_columns();
-    if (pass_.smooth || calibration) row_.sorted->positive_scores(row_.p.score);
-  }
-
   // Sorts the positives.
   void order() {
-    row_.list_columns();
     const int64_t size = row_.size();
+    const Entry<T>* const entry = row_.sorter.room(0);
+    row_.column.resize(size);
+    for (int64_t k = 0; k < size; ++k) row_.column[k] = static_cast<int64_t>(entry[k].index);
     T* const score = row_.p.score.data();
     // A NaN has no place in an order; such a row is not computed at all.
     if (row_.nan || !pass_.objective.ap) {
-      const Entry<T>* const entry = row_.sorter.room(0);
       for (int64_t i = 0; i < size; ++i) {
         score[i] = entry[i].value;
         row_.source[i] = entry[i].index;
@@ -302,15 +282,17 @@ class RowSteps {
 
   // ---- rank ----
 
+  void rank() {
+    if constexpr (kScans) {
+      if (row_.scan) return rank_by_scan();
+    }
+    rank_pairwise();
+  }
+
   void rank_by_scan() {
     if (!pass_.ranks) return;
-    SortedRow<T>& sorted = *row_.sorted;
-    sorted.rank(row_.p.score, pass_.settings, pass_.sorting, parallel_, scratch<T>, row_.rank_negative.data(),
-                pass_.slope ? row_.slope.data() : nullptr, row_.rank_positive.data());
-    if (pass_.smooth) {
-      sorted.rank_positives(row_.p.score, pass_.settings, pass_.sorting, parallel_, scratch<T>,
-                            row_.rank_positive.data());
-    }
+    row_.scan->rank(pass_.settings, parallel_, row_.rank_negative.data(), pass_.slope ? row_.slope.data() : nullptr);
+    if (pass_.smooth) row_.scan->rank_positives(pass_.settings, parallel_, row_.rank_positive.data());
   }
 
   // By spans of columns and pieces of positives. Also looks for NaN where there is no positive.
@@ -402,7 +384,10 @@ class RowSteps {
   bool whole() const { return pass_.input.wide() && !pass_.input.column_scale(0); }
 
   void gradient() {
-    T* const direct = row_.sorted ? scan_gradient() : nullptr;
+    T* direct = nullptr;
+    if constexpr (kScans) {
+      if (row_.scan) direct = scan_gradient();
+    }
     if (!row_.nan) {
       parallel_.run(divide_up(row_.size(), kBlock), [&](int64_t piece, int) {
         positive_gradients(piece * kBlock, std::min(row_.size(), (piece + 1) * kBlock), direct);
@@ -421,12 +406,8 @@ class RowSteps {
   // else is to be added to it, narrowed or scaled by column.
   T* scan_gradient() {
     Positives<T>& p = row_.p;
-    SortedRow<T>& sorted = *row_.sorted;
     if (!all_finite(p.weight) || !all_finite(p.weight_positive)) {
-      row_.sorted = nullptr;  // sums would carry them to all
-      if (row_.column.empty()) row_.list_columns();
-      if (sorted.by_cells()) sorted.positive_scores(p.score);
-      sort_positives();
+      row_.scan = nullptr;  // sums would carry them to all
       group();
       row_.weigh_groups();
       return nullptr;
@@ -434,11 +415,9 @@ class RowSteps {
     T* const direct =
         whole() && !row_.negative_hinges ? static_cast<T*>(pass_.gradient) + row_.index * columns_ : nullptr;
     const double by = direct ? row_.scale * pass_.input.row_scale(row_.index) : 1.0, unit = p.unit / pass_.settings.tau;
-    sorted.gradient(p.score, p.weight_negative, columns_, by * unit, direct, pass_.settings, pass_.sorting, parallel_,
-                    scratch<T>);
+    row_.scan->read_gradient(p.weight_negative, columns_, by * unit, pass_.settings, parallel_, direct);
     if (pass_.smooth) {
-      sorted.gradient_positives(p.score, p.weight_positive, unit, pass_.settings, pass_.sorting, parallel_, scratch<T>,
-                                row_.gradient.data());
+      row_.scan->gradient_positives(p.weight_positive, unit, pass_.settings, parallel_, row_.gradient.data());
     }
     return direct;
   }
@@ -469,7 +448,7 @@ class RowSteps {
     const bool ap = pass_.objective.ap;
     if (!pass_.smooth || !ap) {
       std::fill(gradient + begin, gradient + end, 0.0);
-    } else if (!row_.sorted) {  // a scan has left them here
+    } else if (!row_.scan) {  // a scan has left them here
       pass_.kernels.gradient_positives(row_.p, begin, end, pass_.settings, scratch<T>(), gradient + begin);
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -493,7 +472,7 @@ class RowSteps {
     SavedSlopes<T>* const saved = saves_ && own.saved.whole ? &own.saved : nullptr;
     // Saved slopes need no scores, nor do hinges that are all 0.
     const bool hinges = row_.negative_hinges > 0;
-    const Block<T> block = (saved || row_.sorted) && !hinges && !row_.nan
+    const Block<T> block = (saved || row_.scan) && !hinges && !row_.nan
                                ? Block<T>{nullptr, nullptr, count}
                                : pass_.input.load(row_.index, begin, count, own);
     T* const out = pass_.input.out(row_.index, begin, pass_.gradient, own);
@@ -508,9 +487,11 @@ class RowSteps {
       const Hinge<T> hinge = {static_cast<T>(objective.negative_margin), static_cast<T>(row_.negative_weight * by)};
       const Hinge<T>* const hinged = hinges ? &hinge : nullptr;
       const T* const column_scale = pass_.input.column_scale(begin);
-      if (row_.sorted) {
-        pass_.sorting.spread_block(block, row_.sorted->gradient() + begin, row_.scale * by, hinged, column_scale, own,
-                                   out);
+      if (row_.scan) {
+        if constexpr (kScans) {
+          pass_.sorting.spread_block(block, row_.scan->gradient() + begin, row_.scale * by, hinged, column_scale, own,
+                                     out);
+        }
       } else {
         pass_.kernels.gradient_block(block, objective.ap ? row_.p : none, pass_.settings, row_.scale * by, hinged,
                                      column_scale, own, out, saved);
@@ -537,28 +518,6 @@ class RowSteps {
     const double bound = std::max(largest, sum * slope);
     if (!(bound > 0) || !std::isfinite(bound)) return 1;
     return std::ldexp(1.0, std::max(-100, std::min(100, 14 - std::ilogb(bound))));
-  }
-
-  // Sorts positives, and all that is known of each, that a scan has left in another order.
-  void sort_positives() {
-    Positives<T>& p = row_.p;
-    std::vector<int64_t> order(row_.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-      return p.score[i] < p.score[j] || (p.score[i] == p.score[j] && row_.source[i] < row_.source[j]);
-    });
-    const auto sort = [&](auto& values) {
-      const auto before = values;
-      for (size_t i = 0; i < std::min(order.size(), values.size()); ++i) values[i] = before[order[i]];
-    };
-    sort(p.score);
-    sort(p.weight);
-    sort(p.weight_negative);
-    sort(p.weight_positive);
-    sort(row_.source);
-    sort(row_.rank_positive);
-    sort(row_.rank_negative);
-    sort(row_.slope);
   }
 
   // Bound on spans x positives, which is the workspace of a shared row.

@@ -10,7 +10,7 @@
 #include "kernels.h"
 #include "relation.h"
 #include "rows.h"
-#include "sorted.h"
+#include "sorter.h"
 
 namespace roadmap {
 

@@ -1,7 +1,7 @@
 // The ops on rows of scores on the CPU. Know nothing of torch.
 //
 // Each takes every row through the five steps of row.h. With many positives the pairwise kernels give
-// way to the sorted scan (sorted.h). Bits of a result do not depend on the number of threads.
+// way to the sorted scan (scan.h). Bits of a result do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,58 +1,19 @@
-// The kernels of the sorted scan, in the vectors of whichever instruction set includes this file.
-//
-// On a half line the sigmoid is a short sum of exponentials (series.h), and a sum of e^(-k |v - u| / tau) over all v on
-// one side of u is the sum at any other point times a power of a decay. So the sources v are sorted and cut into leaves
-// of equal size; where leaves meet, the sums over all sources below and above are kept. A target u reads
-//
-//     the sources below its own leaf                     one series
-//     its own leaf, and whatever else is near            pair by pair
-//     from there to the leaf of the threshold u + delta  a count less the series of both ends
-//     the leaf of the threshold                          pair by pair
-//     the sources above that                             a count and a sum
-//
-// Neighbouring targets do so together. Series are float64: their coefficients alternate, which would cost float32 two
-// digits where scores lie close. Steps and thresholds are decided pair by pair, exactly as by the pairwise
-// kernels.
+// The kernels that put scores in order, in the vectors of whichever instruction set includes this file: the negatives of
+// a row are pruned, scattered to buckets, and sorted there by 16 bits of where they lie.
 
 namespace {
-
-// Relative error 8e-12 where scores are float, 5e-18 where they are double.
-template <typename T>
-constexpr int kDecayDegree = sizeof(T) == 4 ? 9 : 13;
-
-// e^x for x <= 0; from -600 on it stops falling, which keeps a product with any sum of sources a normal number.
-template <typename T>
-Vec<double>::V decay(Vec<double>::V x) {
-  using X = Vec<double>;
-  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(-600)), X::set(0));
-}
-
-// The same where powers up to the degree are taken of it.
-template <typename T>
-Vec<double>::V power_decay(Vec<double>::V x) {
-  using X = Vec<double>;
-  return exponential<double, kDecayDegree<T>>(X::max(x, X::set(sizeof(T) == 4 ? -55 : -600)), X::set(0));
-}
-
-// ---- sorting ----
 
 template <typename T>
 struct Bucketing {
   T low, scale, last;
-  int shift = 0;
-  uint32_t first = 0;
 
-  Bucketing(T low, T high, int32_t buckets) : low(low), scale(buckets / (high - low)), last(T(buckets - 1)) {}
-  explicit Bucketing(const Buckets<T>& b) : Bucketing(b.low, b.high, b.all) {
-    shift = b.shift;
-    first = b.first;
-  }
+  explicit Bucketing(const Buckets<T>& b) : low(b.low), scale(b.all / (b.high - b.low)), last(T(b.all - 1)) {}
   // Whether the buckets tell anything apart: the range may be too wide or too narrow for T.
   bool usable() const { return scale > 0 && scale < infinity<T>(); }
   // Never falls where the value rises.
   uint32_t of(T value) const {
     const T x = (value - low) * scale, from = x > 0 ? x : T(0);
-    return (static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last)) >> shift) - first;
+    return static_cast<uint32_t>(static_cast<int32_t>(from < last ? from : last));
   }
 };
 
@@ -197,7 +158,7 @@ void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* 
     insertion_sort(value, column, n, n * n);
     return;
   }
-  const Bucketing<T> bucket(low, high, kKeys);
+  const Bucketing<T> bucket({low, high, kKeys});
   if (!bucket.usable() || depth > 3) {
     std::sort(from, from + n, [](const Entry<T>& a, const Entry<T>& b) {
       return a.value < b.value || (a.value == b.value && a.index < b.index);
@@ -237,6 +198,25 @@ void sort_entries(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* 
 template <typename T>
 void sort(Entry<T>* from, int64_t n, T low, T high, Entry<T>* space, T* value, typename Entry<T>::Index* column) {
   sort_entries(from, n, low, high, space, value, column, 0);
+}
+
+// The block's slopes stand in scratch.kept, as if each of its columns had been kept.
+template <typename T>
+void spread_block(const Block<T>& block, const T* slope, double scale, const Hinge<T>* hinge, const T* column_scale,
+                  Scratch<T>& scratch, T* out) {
+  for (int j = 0; j < block.count; ++j) scratch.kept[j] = static_cast<T>(slope[j] * scale);
+  std::fill_n(scratch.kept_bits, padded<T>(block.count) / Vec<T>::kWidth,
+              static_cast<uint16_t>((1u << Vec<T>::kWidth) - 1));
+  if (hinge) {
+    unpack<true>(block, scratch.kept_bits, hinge, column_scale, scratch, out);
+  } else {
+    unpack<false>(block, scratch.kept_bits, hinge, column_scale, scratch, out);
+  }
+}
+
+template <typename T>
+constexpr Sorting<T> make_sorting() {
+  return {prune_entries<T>, count_buckets<T>, scatter_buckets<T>, sort<T>, spread_block<T>};
 }
 
 }  // namespace

@@ -7,10 +7,9 @@
 #include "../pairwise_gradient_kernels.h"
 #include "../counting_body.h"
 #include "../sorting_body.h"
-#include "../sums_body.h"
-#include "../dense_body.h"
-#include "../sorted_body.h"
-#include "../cells_body.h"
+#include "../box_sums_body.h"
+#include "../fields_body.h"
+#include "../scan_body.h"
 // clang-format on
 
 namespace {
@@ -23,6 +22,7 @@ constexpr InstructionSet make_instruction_set(const char* name) {
           make_counting<double>(),
           make_sorting<float>(),
           make_sorting<double>(),
+          make_scan(),
           {mask_bits, widen_half, narrow_half}};
 }
 

@@ -88,6 +88,7 @@ struct Vec<double> {
   static constexpr int kRows = 2;
 
   static V load(const T* p) { return _mm256_loadu_pd(p); }
+  static V widened(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static V load_first(const T* p, int n) { return _mm256_maskload_pd(p, _mm256_castpd_si256(lanes((1u << n) - 1))); }
   static void store(T* p, V v) { _mm256_storeu_pd(p, v); }
   static void store_first(T* p, int n, V v) { _mm256_maskstore_pd(p, _mm256_castpd_si256(lanes((1u << n) - 1)), v); }

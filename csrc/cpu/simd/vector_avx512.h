@@ -61,6 +61,7 @@ struct Vec<double> {
   static constexpr int kRows = 4;
 
   static V load(const T* p) { return _mm512_loadu_pd(p); }
+  static V widened(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static V load_first(const T* p, int n) { return _mm512_maskz_loadu_pd(static_cast<Bits>((1u << n) - 1), p); }
   static void store(T* p, V v) { _mm512_storeu_pd(p, v); }
   static void store_first(T* p, int n, V v) { _mm512_mask_storeu_pd(p, static_cast<Bits>((1u << n) - 1), v); }

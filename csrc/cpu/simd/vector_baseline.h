@@ -15,6 +15,11 @@ struct Vec {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static V widened(const float* p) {
+    V v;
+    for (int lane = 0; lane < kWidth; ++lane) v[lane] = static_cast<T>(p[lane]);
+    return v;
+  }
   static V load_first(const T* p, int n) {
     V v = set(0);
     std::memcpy(&v, p, n * sizeof(T));

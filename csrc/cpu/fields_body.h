@@ -1,0 +1,164 @@
+// What targets read of sources in other boxes and in their own, in the vectors of whichever instruction set includes this
+// file (after box_sums_body.h): far fields by exponential sums, near fields by moments, single sources by polynomials.
+
+namespace {
+
+// a[m] = the m-th Taylor coefficient of sigma at x, of 1 to `terms` + 1.
+template <int kCount>
+void taylor_of_sigma(double x, double* a) {
+  a[0] = 1 / (1 + std::exp(-x));
+  for (int m = 0; m + 1 < kCount; ++m) {  // sigma' = sigma - sigma^2
+    double square = 0;
+    for (int i = 0; i <= m; ++i) square += a[i] * a[m - i];
+    a[m + 1] = (a[m] - square) / (m + 1);
+  }
+}
+
+// What sources far from a box make of it: sigma and its slope, summed over them, as polynomials of x = (target -
+// centre) / tau. Slopes are in units of 1 / tau.
+template <bool Curve>
+struct Field {
+  using D = Vec<double>;
+  D::V curve[kTermVectors], slope[kTermVectors];
+
+  Field() {
+    for (int part = 0; part < kTermVectors; ++part) curve[part] = slope[part] = D::set(0);
+  }
+
+  // Sources in lower boxes, by their sums at the centre of this one: sigma(-d) ~ sum_k a_k e^(-k d) each.
+  void add_below(const Sums& sums) { add<false>(sums); }
+  // Sources in higher boxes, `count` of them: sigma(d) = 1 - sigma(-d).
+  void add_above(const Sums& sums, double count) {
+    add<true>(sums);
+    if (Curve) curve[0] = curve[0] + D::select(D::lanes(1), D::set(count), D::set(0));
+  }
+
+ private:
+  template <bool Above>
+  void add(const Sums& sums) {
+    alignas(64) double all[kStride];
+    sums.store(all);
+    for (int part = 0; part < kTermVectors; ++part) {
+      const int m = part * D::kWidth;
+      D::V value = D::set(0), rate = D::set(0);
+      for (int k = 0; k < kDegree; ++k) {
+        const D::V sum = D::set(all[k]);
+        if (Curve) value = D::mul_add(sum, D::load(kScanTerms.sigmoid[k] + m), value);
+        rate = D::mul_add(sum, D::load(kScanTerms.slope[k] + m), rate);
+      }
+      const D::V sign = D::load(kSigns + m);  // e^(-k x) of sources below, e^(k x) of those above
+      if (Curve) curve[part] = Above ? curve[part] - value : D::mul_add(value, sign, curve[part]);
+      slope[part] = Above ? slope[part] + rate : D::mul_add(rate, sign, slope[part]);
+    }
+  }
+};
+
+// What sources in one box make of targets in another, from the moments of the sources: sigma(d + y - x) is a sum over
+// r and i of y^r (-x)^i times an entry of a symmetric table, for the distance d of the centres; so is its slope.
+template <bool Curve>
+class Translation {
+  using D = Vec<double>;
+
+ public:
+  // Within one box.
+  static const Translation& own() {
+    static const Translation table(0);
+    return table;
+  }
+  Translation() = default;
+  // From a box whose centre lies further up, by these decays: what one source there does, but for the signs.
+  explicit Translation(const Sums& decays) {
+    Field<Curve> one;
+    one.add_above(decays, 1);
+    alignas(64) double curve[kTerms], slope[kTerms];
+    for (int part = 0; part < kTermVectors; ++part) {
+      const int m = part * D::kWidth;
+      D::store(curve + m, one.curve[part] * D::load(kSigns + m));
+      D::store(slope + m, one.slope[part] * D::load(kSigns + m));
+    }
+    fill(curve, slope);
+  }
+
+  // Adds sources of these moments, all in that box; or in one as far below, with the signs of y and x turned round.
+  template <bool Below>
+  void add(const double* moment, Field<Curve>& field) const {
+    for (int part = 0; part < kTermVectors; ++part) {
+      const int m = part * D::kWidth;
+      const D::V sign = Below ? D::set(1) : D::load(kSigns + m);
+      D::V curve = D::set(0), slope = D::set(0);
+      for (int r = 0; r < kTerms; ++r) {
+        const D::V own = D::set(Below && r % 2 ? -moment[r] : moment[r]);
+        if (Curve) curve = D::mul_add(own, D::load(curve_[r] + m), curve);
+        slope = D::mul_add(own, D::load(slope_[r] + m), slope);
+      }
+      if (Curve) field.curve[part] = D::mul_add(curve, sign, field.curve[part]);
+      field.slope[part] = D::mul_add(slope, sign, field.slope[part]);
+    }
+  }
+
+  // Adds what one target at x reads of them, lane by lane: these have to be added up.
+  void read(const double* moment, double x, D::V& curve, D::V& slope) const {
+    const D::V by = D::set(-x);
+    for (int part = 0; part < kTermVectors; ++part) {
+      const int m = part * D::kWidth;
+      D::V value = D::load(curve_[kTerms - 1] + m), rate = D::load(slope_[kTerms - 1] + m);
+      for (int i = kTerms - 2; i >= 0; --i) {
+        value = D::mul_add(value, by, D::load(curve_[i] + m));
+        rate = D::mul_add(rate, by, D::load(slope_[i] + m));
+      }
+      const D::V own = D::load(moment + m);
+      curve = D::mul_add(own, value, curve);
+      slope = D::mul_add(own, rate, slope);
+    }
+  }
+
+ private:
+  explicit Translation(double distance) {
+    double a[kTerms + 1];
+    taylor_of_sigma<kTerms + 1>(distance, a);
+    double slope[kTerms];
+    for (int m = 0; m < kTerms; ++m) slope[m] = (m + 1) * a[m + 1];
+    fill(a, slope);
+  }
+  // From the Taylor coefficients of sigma and of its slope at the distance.
+  void fill(const double* curve, const double* slope) {
+    alignas(64) double padded[2][2 * kTerms] = {};
+    std::copy_n(curve, kTerms, padded[0]);
+    std::copy_n(slope, kTerms, padded[1]);
+    for (int r = 0; r < kTerms; ++r) {
+      for (int m = 0; m < kTerms; m += D::kWidth) {
+        const D::V choose = D::load(kScanTerms.choose[r] + m);
+        D::store(curve_[r] + m, D::load(padded[0] + r + m) * choose);
+        D::store(slope_[r] + m, D::load(padded[1] + r + m) * choose);
+      }
+    }
+  }
+
+  alignas(64) double curve_[kTerms][kTerms], slope_[kTerms][kTerms];
+};
+
+// sigma and its slope near a threshold, for single sources: polynomials of (v - u - middle) / tau in float. Sources
+// that are met up to the threshold lie less than a box below it.
+template <int Terms>
+struct ThresholdCurve {
+  using X = Vec<float>;
+  float middle;
+  X::V curve[Terms], slope[Terms];
+
+  explicit ThresholdCurve(const Settings<float>& s)
+      : middle(static_cast<float>(s.exact_delta - Boxes::kWidth / 2 * s.tau)) {
+    double a[Terms + 1];
+    taylor_of_sigma<Terms + 1>(static_cast<double>(middle) / s.tau, a);
+    for (int m = 0; m < Terms; ++m) {
+      curve[m] = X::set(static_cast<float>(a[m]));
+      slope[m] = X::set(static_cast<float>((m + 1) * a[m + 1]));
+    }
+  }
+  static X::V at(const X::V* coefficient, X::V z) {
+    X::V p = coefficient[Terms - 1];
+    for (int m = Terms - 2; m >= 0; --m) p = X::mul_add(p, z, coefficient[m]);
+    return p;
+  }
+};
+
+}  // namespace
