@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/embeddings.h"
-#include "cpu/ranking.h"
+#include "cpu/metrics.h"
 #include "cpu/relation.h"
 #include "cpu/rows.h"
 #include "tensors.h"

@@ -90,11 +90,11 @@ struct Sources {
   const Points* points = nullptr;
   const float* weight = nullptr;  // [n + kPad]  null: 1
   int chunk = 0;
-  std::vector<double> moment;        // [boxes, kTerms]
-  std::vector<double> running;       // [chunks + 1, kTerms]
-  std::vector<double> upto, from;    // [boxes, kStride]
-  std::vector<double> beyond;        // [chunks + 1]
-  std::vector<double> passed;        // [n + 1]
+  std::vector<double> moment;      // [boxes, kTerms]
+  std::vector<double> running;     // [chunks + 1, kTerms]
+  std::vector<double> upto, from;  // [boxes, kStride]
+  std::vector<double> beyond;      // [chunks + 1]
+  std::vector<double> passed;      // [n + 1]
 
   int64_t chunks() const { return (points->n + chunk - 1) / chunk; }
 

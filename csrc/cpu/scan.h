@@ -1,5 +1,5 @@
 // One row by the sorted scan, a one-dimensional fast multipole method: its steps and their order. The work itself is in
-// scan_body.h.
+// scan_kernels.h.
 //
 // Negatives v and positives u are sorted, and boxes are laid over both (boxes.h). On a half line the sigmoid is a short
 // sum of exponentials (series.h), and a sum of e^(-k (u - v) / tau) over all v on one side of u is the sum at any other
@@ -35,7 +35,8 @@ class Scan {
   // About what it holds.
   size_t bytes() const {
     const size_t scores = negatives_.value.capacity() + positives_.value.capacity();
-    return sorter_.bytes() + sources_.bytes() + boxes_.bytes() + 4 * (scores + column_.capacity() + gradient_.capacity());
+    return sorter_.bytes() + sources_.bytes() + boxes_.bytes() +
+           4 * (scores + column_.capacity() + gradient_.capacity());
   }
 
   // Sorts what was collected, and lays boxes; the positives are ascending.
@@ -47,9 +48,8 @@ class Scan {
     positives_.resize(static_cast<int64_t>(positive.size()));
     std::copy(positive.begin(), positive.end(), positives_.value.begin());
     boxes_.lay(negatives_, positives_, s.tau);
-    in_pieces(boxes_.size(), kPiece, parallel, [&](int64_t begin, int64_t end) {
-      kernels().decays(boxes_, s.tau, begin, end);
-    });
+    in_pieces(boxes_.size(), kPiece, parallel,
+              [&](int64_t begin, int64_t end) { kernels().decays(boxes_, s.tau, begin, end); });
   }
 
   // Ranks of the positives among the negatives, and their slopes if `slope` is not null.
@@ -72,9 +72,8 @@ class Scan {
     gradient_.resize(out ? 0 : columns);
     float* const by_column = out ? out : gradient_.data();
     if (negatives_.n + positives_.n < columns) {
-      in_pieces(columns, kSpread, parallel, [&](int64_t begin, int64_t end) {
-        std::fill(by_column + begin, by_column + end, 0.0f);
-      });
+      in_pieces(columns, kSpread, parallel,
+                [&](int64_t begin, int64_t end) { std::fill(by_column + begin, by_column + end, 0.0f); });
     }
     sum(positives_, weight.data(), s, parallel);
     for_targets(negatives_, parallel, [&](int64_t begin, int64_t end) {
@@ -126,11 +125,12 @@ class Scan {
 
   void sum(const Points& points, const float* weight, const Settings<float>& s, const Parallel& parallel) {
     sources_.begin(points, weight, weight ? kWeightedChunk : kChunk, boxes_.size());
-    in_pieces(boxes_.size(), kBoxes, parallel, [&](int64_t begin, int64_t end) {
-      kernels().moments(boxes_, s.tau, begin, end, sources_);
-    });
+    in_pieces(boxes_.size(), kBoxes, parallel,
+              [&](int64_t begin, int64_t end) { kernels().moments(boxes_, s.tau, begin, end, sources_); });
     parallel.run(s.surrogate == Surrogate::kSmooth ? 2 : 3, [&](int64_t task, int) {
-      task == 0 ? kernels().up(boxes_, sources_) : task == 1 ? kernels().down(boxes_, sources_) : kernels().linear(sources_);
+      task == 0   ? kernels().up(boxes_, sources_)
+      : task == 1 ? kernels().down(boxes_, sources_)
+                  : kernels().linear(sources_);
     });
   }
 

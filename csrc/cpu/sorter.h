@@ -1,4 +1,4 @@
-// Puts the scores of a row in order: the steps of the sort. The work itself is in sorting_body.h.
+// Puts the scores of a row in order: the steps of the sort. The work itself is in sort_kernels.h.
 #pragma once
 
 #include <algorithm>

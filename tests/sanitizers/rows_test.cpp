@@ -19,7 +19,7 @@
 #include "../../csrc/cpu/embeddings.h"
 #include "../../csrc/cpu/half.h"
 #include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/ranking.h"
+#include "../../csrc/cpu/metrics.h"
 #include "../../csrc/cpu/relation.h"
 
 using namespace roadmap;

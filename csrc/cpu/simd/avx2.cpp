@@ -17,7 +17,7 @@ namespace roadmap {
 namespace avx2 {
 #include "vector_avx2.h"
 //
-#include "bodies.h"
+#include "all_kernels.h"
 }  // namespace avx2
 }  // namespace roadmap
 

@@ -23,7 +23,7 @@ namespace roadmap {
 namespace avx512 {
 #include "vector_avx512.h"
 //
-#include "bodies.h"
+#include "all_kernels.h"
 }  // namespace avx512
 }  // namespace roadmap
 

@@ -6,7 +6,7 @@ namespace roadmap {
 namespace baseline {
 #include "vector_baseline.h"
 //
-#include "bodies.h"
+#include "all_kernels.h"
 }  // namespace baseline
 
 const InstructionSet kBaseline = baseline::make_instruction_set("baseline");

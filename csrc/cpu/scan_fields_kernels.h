@@ -1,5 +1,5 @@
 // What targets read of sources in other boxes and in their own, in the vectors of whichever instruction set includes this
-// file (after box_sums_body.h): far fields by exponential sums, near fields by moments, single sources by polynomials.
+// file (after scan_sums_kernels.h): far fields by exponential sums, near fields by moments, single sources by polynomials.
 
 namespace {
 

@@ -1,5 +1,5 @@
-// From a row's scores to its metrics, and how rows are divided among threads: see ranking.h.
-#include "ranking.h"
+// From a row's scores to its metrics, and how rows are divided among threads: see metrics.h.
+#include "metrics.h"
 
 #include <algorithm>
 #include <cmath>

@@ -5,11 +5,11 @@
 #include "../block_kernels.h"
 #include "../pairwise_rank_kernels.h"
 #include "../pairwise_gradient_kernels.h"
-#include "../counting_body.h"
-#include "../sorting_body.h"
-#include "../box_sums_body.h"
-#include "../fields_body.h"
-#include "../scan_body.h"
+#include "../count_kernels.h"
+#include "../sort_kernels.h"
+#include "../scan_sums_kernels.h"
+#include "../scan_fields_kernels.h"
+#include "../scan_kernels.h"
 // clang-format on
 
 namespace {

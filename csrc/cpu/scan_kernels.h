@@ -1,4 +1,4 @@
-// What reads the sorted scan, in the vectors of whichever instruction set includes this file (after fields_body.h): ranks
+// What reads the sorted scan, in the vectors of whichever instruction set includes this file (after scan_fields_kernels.h): ranks
 // of positives, and slopes of negatives. See scan.h.
 
 namespace {
@@ -88,9 +88,8 @@ class Ranks {
     while (targets_.first[box_ + 1] <= i) ++box_;
     if (!smooth_) {
       step_ = advance(step_, [&](V v) { return X::bits(X::greater(X::set(x), v)); });
-      past_ = advance(std::max(past_, step_), [&](V v) {
-        return ~X::bits(X::greater(v - X::set(x), X::set(s_.delta)));
-      });
+      past_ =
+          advance(std::max(past_, step_), [&](V v) { return ~X::bits(X::greater(v - X::set(x), X::set(s_.delta))); });
     }
     while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= past_) ++threshold_;
     if (box_ != field_box_ || threshold_ != field_threshold_) set_fields();
@@ -362,8 +361,8 @@ void scan_slopes(const Boxes& boxes, const Sources& sources, const Points& targe
 }
 
 // out[j] = the slope of target j.
-void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin,
-                          int64_t end, const Settings<float>& s, double* out) {
+void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin, int64_t end,
+                          const Settings<float>& s, double* out) {
   Slopes(boxes, sources, targets, s).read(begin, end, [&](int64_t j, double slope) { out[j] = slope; });
 }
 
