@@ -342,7 +342,7 @@ def complete(
     if options.warmup is None:
         options.warmup = kept("warmup", min(20, options.steps // 10))
     if options.memory_size is not None and options.memory_warmup is None:
-        options.memory_warmup = kept("memory_warmup", options.warmup)
+        options.memory_warmup = options.warmup
     if options.evaluate_every is None:
         every = options.epoch * -(-options.steps // (EVALUATIONS * options.epoch))
         options.evaluate_every = kept("evaluate_every", every) or every

@@ -180,6 +180,7 @@ def test_what_a_checkpoint_holds(run):
     train_on, _ = load(given)
     complete(given, len(train_on))
     training = Training(given, train_on, torch.device("cpu"), Ranks())
+    training.load(training.state())  # before the first step the optimiser has no state
     for path, value, expected in FORMS:
         state = torch.load(run / "checkpoint.pt", weights_only=True)
         edit(state, path, value)
@@ -211,6 +212,7 @@ TABLES = [
     (lambda text: text.replace("step,", "steps,", 1), "lacks the column 'step'"),
     (lambda text: text.replace("loss_mib", "loss_gib"), "lacks the column 'loss_mib'"),
     (lambda text: text.replace("loss_mib", "loss"), "lacks the column 'loss_mib'"),
+    (lambda text: "".join(f"{line},{n or 'loss'}\n" for n, line in enumerate(text.splitlines())), "has a column twice"),
     (lambda text: text.replace("\n", ",x\n", 1), "in line 2"),
     (lambda text: text.replace("\n4,", "\n4,0,"), "has "),
     (lambda text: text.replace("\n4,", "\n-3,"), "has the step '-3' in line"),
@@ -537,6 +539,20 @@ class TestLength:
         assert (state["step"], len(steps)) == (70, 70)
         assert steps[:30] == first
         assert state["settings"]["warmup"] == state["settings"]["memory_warmup"] == 3
+
+    def test_what_the_length_chooses(self):
+        for earlier, expected in (
+            ({}, (20, 9)),
+            ({"warmup": 3, "evaluate_every": 3}, (3, 3)),
+            ({"warmup": "3"}, (20, 9)),
+        ):
+            given = options("--steps", 400, "--memory-size", 30)
+            complete(given, 1198, 3, earlier)
+            assert (given.warmup, given.evaluate_every) == expected
+            assert given.memory_warmup == given.warmup
+        given = options("--steps", 400, "--warmup", 4, "--evaluate-every", 5)
+        complete(given, 1198, 3, earlier={"warmup": 3, "evaluate_every": 3})
+        assert (given.warmup, given.evaluate_every) == (4, 5)
 
     def test_by_epochs(self, tmp_path, capsys):
         given = [*self.SHORT, "--batch-size", 400, "--per-class", 40, "--out", tmp_path / "run"]  # 3 steps an epoch
