@@ -144,7 +144,7 @@ void scan_moments(const Boxes& boxes, double tau, int64_t begin, int64_t end, So
     D::V moment[kTermVectors];
     for (D::V& m : moment) m = D::set(0);
     for (int64_t j = first[b]; j < first[b + 1];) {
-      const int64_t chunk = j / sources.chunk + 1, next = std::min<int64_t>(chunk * sources.chunk, first[b + 1]);
+      const int64_t chunk = j / Sources::kChunk + 1, next = std::min<int64_t>(chunk * Sources::kChunk, first[b + 1]);
       add_moments(sources, j, next, boxes.centre[b], 1 / tau, moment);
       for (int part = 0; next < first[b + 1] && part < kTermVectors; ++part) {
         D::store(&sources.running[chunk * kTerms + part * D::kWidth], moment[part]);
@@ -195,22 +195,15 @@ void scan_linear(Sources& sources) {
     sources.passed[n] = sum;
     return;
   }
-  using D = Vec<double>;
   const float* const v = sources.points->value.data();
   double sum = 0;
   sources.beyond[sources.chunks()] = 0;
   for (int64_t c = sources.chunks() - 1; c >= 0; --c) {
-    const int64_t begin = c * sources.chunk, end = std::min<int64_t>(begin + sources.chunk, n);
+    const int64_t begin = c * Sources::kChunk, end = std::min<int64_t>(begin + Sources::kChunk, n);
     const double low = static_cast<double>(v[begin]);
-    D::V own = D::set(0);
-    for (int64_t j = begin; j < end; j += D::kWidth) {
-      const D::V d = D::widened(v + j) - D::set(low);
-      own = own + (end - j < D::kWidth ? D::select(D::lanes((1u << (end - j)) - 1), d, D::set(0)) : d);
-    }
-    alignas(64) double lanes[D::kWidth];
-    D::store(lanes, own);
-    if (end < n) sum += static_cast<double>(n - end) * (static_cast<double>(v[end]) - low);
-    for (const double lane : lanes) sum += lane;
+    double own = end < n ? static_cast<double>(n - end) * (static_cast<double>(v[end]) - low) : 0;
+    for (int64_t j = begin + 1; j < end; ++j) own += static_cast<double>(v[j]) - low;
+    sum += own;
     sources.beyond[c] = sum;
   }
 }
