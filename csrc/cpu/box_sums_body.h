@@ -174,38 +174,31 @@ void scan_up(const Boxes& boxes, Sources& sources) {
   }
 }
 
-void scan_down(const Boxes& boxes, Sources& sources) {
+void scan_down(const Boxes& boxes, double tau, Sources& sources) {
   Sums sum = Sums::load(&sources.from[(boxes.size() - 1) * kStride]);
   for (int64_t b = boxes.size() - 2; b >= 0; --b) {
     double* const own = &sources.from[b * kStride];
     sum = Sums::load(own) + Sums::powers(boxes.decay[b + 1]) * sum;
     sum.store(own);
   }
+  if (sources.weight) return;
+  const auto& first = sources.points->first;
+  double beyond = 0;
+  for (int64_t b = boxes.size() - 1; b >= 0; --b) {
+    const double higher = static_cast<double>(sources.points->n - first[b + 1]);
+    if (higher > 0) beyond += higher * (boxes.centre[b + 1] - boxes.centre[b]);
+    beyond += tau * sources.moment[b * kTerms + 1];
+    sources.beyond[b] = beyond;
+  }
 }
 
-// `beyond`, or `passed`: distances from one chunk to the next, so that nothing is ever taken off.
-void scan_linear(Sources& sources) {
-  const int64_t n = sources.points->n;
-  if (sources.weight) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      sources.passed[j] = sum;
-      sum += static_cast<double>(sources.weight[j]);
-    }
-    sources.passed[n] = sum;
-    return;
-  }
-  const float* const v = sources.points->value.data();
+void scan_weights(Sources& sources) {
   double sum = 0;
-  sources.beyond[sources.chunks()] = 0;
-  for (int64_t c = sources.chunks() - 1; c >= 0; --c) {
-    const int64_t begin = c * Sources::kChunk, end = std::min<int64_t>(begin + Sources::kChunk, n);
-    const double low = static_cast<double>(v[begin]);
-    double own = end < n ? static_cast<double>(n - end) * (static_cast<double>(v[end]) - low) : 0;
-    for (int64_t j = begin + 1; j < end; ++j) own += static_cast<double>(v[j]) - low;
-    sum += own;
-    sources.beyond[c] = sum;
+  for (int64_t j = 0; j < sources.points->n; ++j) {
+    sources.passed[j] = sum;
+    sum += static_cast<double>(sources.weight[j]);
   }
+  sources.passed[sources.points->n] = sum;
 }
 
 }  // namespace

@@ -81,8 +81,8 @@ struct Boxes {
 //
 // and for what lies past the threshold
 //
-//     beyond[c] = sum over all sources j >= c kChunk of v_j - v_(c kChunk)     without weights
-//     passed[j] = sum over all sources < j of w                               with weights
+//     beyond[b] = sum over all boxes >= b of v - centre[b]      without weights
+//     passed[j] = sum over all sources before j of w            with weights
 struct Sources {
   static constexpr int kTerms = Boxes::kTerms, kDegree = Series<float>::kDegree, kStride = (kDegree + 7) / 8 * 8;
 
@@ -92,22 +92,20 @@ struct Sources {
   const Points* points = nullptr;
   const float* weight = nullptr;  // [n + kPad]  null: 1
   std::vector<double> moment;        // [boxes, kTerms]
-  std::vector<double> running;       // [chunks + 1, kTerms]
+  std::vector<double> running;       // [n / kChunk + 1, kTerms]
   std::vector<double> upto, from;    // [boxes, kStride]
-  std::vector<double> beyond;        // [chunks + 1]
+  std::vector<double> beyond;        // [boxes]
   std::vector<double> passed;        // [n + 1]
-
-  int64_t chunks() const { return (points->n + kChunk - 1) / kChunk; }
 
   // Takes other sources; ScanKernels compute the sums.
   void begin(const Points& of, const float* with, int64_t boxes) {
     points = &of;
     weight = with;
     moment.resize(boxes * kTerms);
-    running.resize((chunks() + 1) * kTerms);
+    running.resize((of.n / kChunk + 1) * kTerms);
     upto.resize(boxes * kStride);
     from.resize(boxes * kStride);
-    beyond.resize(weight ? 0 : chunks() + 1);
+    beyond.resize(weight ? 0 : boxes);
     passed.resize(weight ? of.n + 1 : 0);
   }
   size_t bytes() const {

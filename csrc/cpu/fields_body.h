@@ -30,7 +30,13 @@ struct Field {
   // Sources in higher boxes, `count` of them: sigma(d) = 1 - sigma(-d).
   void add_above(const Sums& sums, double count) {
     add<true>(sums);
-    if (Curve) curve[0] = curve[0] + D::select(D::lanes(1), D::set(count), D::set(0));
+    if (Curve) add_line(count, 0, 0);
+  }
+  // Adds constant + rate x to the curve, and to its slope by the sources' scores what is given.
+  void add_line(double constant, double rate, double to_slope) {
+    const auto one = D::lanes(1), two = D::lanes(2);
+    curve[0] = D::add_where(two, D::add_where(one, curve[0], D::set(constant)), D::set(rate));
+    slope[0] = D::add_where(one, slope[0], D::set(to_slope));
   }
 
  private:

@@ -126,8 +126,10 @@ class Scan {
     in_pieces(boxes_.size(), kBoxes, parallel, [&](int64_t begin, int64_t end) {
       kernels().moments(boxes_, s.tau, begin, end, sources_);
     });
-    parallel.run(s.surrogate == Surrogate::kSmooth ? 2 : 3, [&](int64_t task, int) {
-      task == 0 ? kernels().up(boxes_, sources_) : task == 1 ? kernels().down(boxes_, sources_) : kernels().linear(sources_);
+    parallel.run(weight && s.surrogate != Surrogate::kSmooth ? 3 : 2, [&](int64_t task, int) {
+      if (task == 0) kernels().up(boxes_, sources_);
+      if (task == 1) kernels().down(boxes_, s.tau, sources_);
+      if (task == 2) kernels().weights(sources_);
     });
   }
 

@@ -132,7 +132,7 @@ class Ranks {
   // Targets i + k and some more.
   void read(int64_t i, int first, int count, double* rank, double* slope) {
     D::V lanes[2 * kTogether];
-    double linear[kTogether], linear_slope[kTogether];
+    double steps[kTogether];
     for (int k = 0; k < kTogether; ++k) {
       const int at = first + std::min(k, count - 1);
       const float x = targets_.value[i + at];
@@ -142,14 +142,13 @@ class Ranks {
       if (past < n_) sum = meet(x, past, sum);
       lanes[2 * k] = sum.curve;
       lanes[2 * k + 1] = sum.slope;
-      linear[k] = smooth_ ? 0 : linear_part(static_cast<double>(x), step_[at], past);
-      linear_slope[k] = s_.exact_rho * static_cast<double>(n_ - past);
+      steps[k] = smooth_ ? 0 : static_cast<double>(past - step_[at]);
     }
     alignas(64) double sum[2 * kTogether];
     D::sums(lanes, sum);
     for (int k = 0; k < count; ++k) {
-      rank[i + first + k] = sum[2 * k] + linear[k];
-      if (slope) slope[i + first + k] = sum[2 * k + 1] * rate_ + linear_slope[k];
+      rank[i + first + k] = sum[2 * k] + s_.exact_start * steps[k];
+      if (slope) slope[i + first + k] = sum[2 * k + 1] * rate_;
     }
   }
 
@@ -168,9 +167,28 @@ class Ranks {
     if (box_ != field_box_ || t != field_threshold_) set_whole_boxes(box_, t);
     field_chunk_ = chunk;
     field_ = whole_boxes_;
-    if (t == boxes_.size() || chunk * kChunk <= first_[t]) return;
+    if (t == boxes_.size()) return;
+    add_linear(t, chunk);
+    if (chunk * kChunk <= first_[t]) return;
     if (t == box_) return own_.add<false>(&running_[chunk * kTerms], field_);
     of_threshold_.add<false>(&running_[chunk * kTerms], field_);
+  }
+  // What lies past the chunk of the threshold: rho (v - u - delta) + offset each, of which a count and a sum are enough.
+  void add_linear(int64_t t, int64_t chunk) {
+    const int64_t next = (chunk + 1) * kChunk;
+    double count = 0, sum = 0;  // of v - centre_
+    if (next < first_[t + 1]) {
+      count = static_cast<double>(first_[t + 1] - next);
+      sum = s_.tau * (sources_.moment[t * kTerms + 1] - running_[(chunk + 1) * kTerms + 1]) +
+            count * (boxes_.centre[t] - centre_);
+    }
+    if (first_[t + 1] < n_) {
+      const double higher = static_cast<double>(n_ - first_[t + 1]);
+      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre_);
+      count += higher;
+    }
+    const double rate = s_.exact_rho * s_.tau * count;
+    field_.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
   }
   // All boxes from the lowest to the one before the threshold's.
   void set_whole_boxes(int64_t b, int64_t t) {
@@ -213,34 +231,24 @@ class Ranks {
     return sum;
   }
 
-  // The chunk that the threshold cuts: up to it the sources of its box, one by one, and past it what is linear.
+  // The chunk that the threshold cuts: the sources of its box, one by one.
   Lanes meet(float x, int64_t past, Lanes sum) const {
-    const int64_t begin = past / kChunk * kChunk, first = first_[threshold_];
-    const unsigned before = bits_below(past - begin), left = bits_below(std::min<int64_t>(n_ - begin, kChunk));
-    const unsigned met = before & ~bits_below(std::max<int64_t>(0, std::min(first, past) - begin));
-    const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta), rho = D::set(s_.exact_rho);
+    const int64_t begin = past / kChunk * kChunk, first = first_[threshold_], last = first_[threshold_ + 1];
+    const unsigned before = bits_below(past - begin), all = bits_below(std::min<int64_t>(last - begin, kChunk));
+    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first - begin));
+    const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta);
+    const D::V rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset), rho_tau = D::set(s_.exact_rho * s_.tau);
     for (int k = 0; k < kChunk; k += D::kWidth) {
       const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
-      const auto in = D::lanes(met >> k & kLanes), tail = D::lanes((left & ~before) >> k & kLanes);
+      const auto in = D::lanes(met >> k & kLanes), tail = D::lanes((all & ~before) >> k & kLanes);
       sum.curve = D::add_where(in, sum.curve, near_.at(near_.curve, z));
       sum.slope = D::add_where(in, sum.slope, near_.at(near_.slope, z));
-      sum.curve = D::add_where(tail, sum.curve, t * rho);
+      sum.curve = D::add_where(tail, sum.curve, D::mul_add(t, rho, offset));
+      sum.slope = D::add_where(tail, sum.slope, rho_tau);
     }
     return sum;
   }
   static unsigned bits_below(int64_t count) { return (1u << count) - 1; }
-
-  // The step; what lies past the chunk of the threshold, and the offset of all past the threshold.
-  double linear_part(double u, int64_t step, int64_t past) const {
-    const int64_t chunk = past / kChunk + 1, end = chunk * kChunk;
-    double sum = 0;
-    if (end < n_) {
-      const double gap = static_cast<double>(v_[end]) - u - s_.exact_delta;
-      sum = sources_.beyond[chunk] + static_cast<double>(n_ - end) * gap;
-    }
-    return s_.exact_start * static_cast<double>(past - step) + s_.exact_rho * sum +
-           s_.exact_offset * static_cast<double>(n_ - past);
-  }
 
   const Boxes& boxes_;
   const Sources& sources_;
@@ -440,7 +448,7 @@ void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Poin
 }
 
 constexpr ScanKernels make_scan() {
-  return {scan_decays, scan_moments, scan_up, scan_down, scan_linear, scan_ranks, scan_slopes, scan_slopes_in_order};
+  return {scan_decays, scan_moments, scan_up, scan_down, scan_weights, scan_ranks, scan_slopes, scan_slopes_in_order};
 }
 
 }  // namespace
