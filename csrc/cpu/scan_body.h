@@ -75,7 +75,7 @@ class Ranks {
   using D = Vec<double>;
   static constexpr int kTogether = D::kWidth / 2;  // targets whose lanes are added up at once
   static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
-  static constexpr int kMany = 512;                // targets that are placed at once
+  static constexpr int kMany = 128;                // targets that are placed at once
   static constexpr int kChunk = Sources::kChunk;
   static constexpr int kNearTerms = 6;             // sources that are met lie within half a box of the middle
 
@@ -98,16 +98,12 @@ class Ranks {
     for (int64_t i = begin; i < end; i += kMany) {
       const int count = static_cast<int>(std::min<int64_t>(kMany, end - i));
       place_targets(i, count);
-      for (int k = 0; k < count; k += kTogether) read(i, k, std::min(kTogether, count - k), rank, slope);
+      for (int k = 0; k < count;) k = read_run(i, k, count);
+      add_up(count, rank + i, slope ? slope + i : nullptr);
     }
   }
 
  private:
-  // What one target has read, to be added up over the lanes; the slope in units of 1 / tau.
-  struct Lanes {
-    D::V curve, slope;
-  };
-
   // Before the target i.
   void seek(int64_t i) {
     const float x = targets_.value[i];
@@ -129,35 +125,34 @@ class Ranks {
     last_past_ = Places<decltype(past)>(v_, n_, past).find(last_past_, x, count, past_);
   }
 
-  // Targets i + k and some more.
-  void read(int64_t i, int first, int count, double* rank, double* slope) {
-    D::V lanes[2 * kTogether];
-    double steps[kTogether];
-    for (int k = 0; k < kTogether; ++k) {
-      const int at = first + std::min(k, count - 1);
-      const float x = targets_.value[i + at];
-      const int64_t past = past_[at];
-      go_to(i + at, past);
-      Lanes sum = read_field(x);
-      if (past < n_) sum = meet(x, past, sum);
-      lanes[2 * k] = sum.curve;
-      lanes[2 * k + 1] = sum.slope;
-      steps[k] = smooth_ ? 0 : static_cast<double>(past - step_[at]);
-    }
-    alignas(64) double sum[2 * kTogether];
-    D::sums(lanes, sum);
-    for (int k = 0; k < count; ++k) {
-      rank[i + first + k] = sum[2 * k] + s_.exact_start * steps[k];
-      if (slope) slope[i + first + k] = sum[2 * k + 1] * rate_;
-    }
+  // Reads target i + k, and those after it that are in the same box, with their thresholds in the same chunk and box.
+  // Returns where the next one is.
+  int read_run(int64_t i, int k, int count) {
+    const int64_t chunk = past_[k] / kChunk;
+    while (targets_.first[box_ + 1] <= i + k) ++box_;
+    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= past_[k]) ++threshold_;
+    if (box_ != field_box_ || threshold_ != field_threshold_ || chunk != field_chunk_) set_field(chunk);
+    const bool all = threshold_ == boxes_.size();
+    const int64_t last = all ? n_ : std::min<int64_t>((chunk + 1) * kChunk, first_[threshold_ + 1]) - 1;
+    const int most = static_cast<int>(std::min<int64_t>(count, targets_.first[box_ + 1] - i));
+    int end = k + 1;
+    while (end < most && past_[end] <= last) ++end;
+    const float* const x = targets_.value.data() + i;
+    for (int at = k; at < end; ++at) read_field(x[at], lanes_ + 2 * at);
+    for (int at = k; !all && at < end; ++at) meet(x[at], past_[at], chunk * kChunk, last, lanes_ + 2 * at);
+    return end;
   }
 
-  // Makes field_ that of target i.
-  void go_to(int64_t i, int64_t past) {
-    while (targets_.first[box_ + 1] <= i) ++box_;
-    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= past) ++threshold_;
-    const bool same_boxes = box_ == field_box_ && threshold_ == field_threshold_;
-    if (!same_boxes || past / kChunk != field_chunk_) set_field(past / kChunk);
+  void add_up(int count, double* rank, double* slope) {
+    for (int k = 0; k < count; k += kTogether) {
+      alignas(64) double sum[2 * kTogether];
+      D::sums(lanes_ + 2 * k, sum);
+      for (int at = k; at < std::min(k + kTogether, count); ++at) {
+        const double steps = smooth_ ? 0 : static_cast<double>(past_[at] - step_[at]);
+        rank[at] = sum[2 * (at - k)] + s_.exact_start * steps;
+        if (slope) slope[at] = sum[2 * (at - k) + 1] * rate_;
+      }
+    }
   }
 
   // What the targets of a box read whose thresholds lie in the same chunk: all sources before this, but those of earlier
@@ -217,36 +212,35 @@ class Ranks {
     whole_boxes_.add_above(above, static_cast<double>(between));
   }
 
-  // Where the target lies in its box, in units of tau.
-  double place(float x) const { return (static_cast<double>(x) - centre_) * rate_; }
-
-  Lanes read_field(float x) const {
+  // Lanes of curve and slope, the second in units of 1 / tau, which have to be added up.
+  void read_field(float x, D::V* lanes) const {
     D::V power[kTermVectors];
-    powers_from_0(place(x), power);
-    Lanes sum = {field_.curve[0] * power[0], field_.slope[0] * power[0]};
+    powers_from_0((static_cast<double>(x) - centre_) * rate_, power);
+    lanes[0] = field_.curve[0] * power[0];
+    lanes[1] = field_.slope[0] * power[0];
     for (int part = 1; part < kTermVectors; ++part) {
-      sum.curve = D::mul_add(field_.curve[part], power[part], sum.curve);
-      sum.slope = D::mul_add(field_.slope[part], power[part], sum.slope);
+      lanes[0] = D::mul_add(field_.curve[part], power[part], lanes[0]);
+      lanes[1] = D::mul_add(field_.slope[part], power[part], lanes[1]);
     }
-    return sum;
   }
 
-  // The chunk that the threshold cuts: the sources of its box, one by one.
-  Lanes meet(float x, int64_t past, Lanes sum) const {
-    const int64_t begin = past / kChunk * kChunk, first = first_[threshold_], last = first_[threshold_ + 1];
-    const unsigned before = bits_below(past - begin), all = bits_below(std::min<int64_t>(last - begin, kChunk));
-    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first - begin));
+  // The sources of the threshold's box in the chunk from `begin` on, `last` being the last of them: one by one.
+  void meet(float x, int64_t past, int64_t begin, int64_t last, D::V* lanes) const {
+    const unsigned before = bits_below(past - begin), all = bits_below(last + 1 - begin);
+    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first_[threshold_] - begin));
     const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta);
     const D::V rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset), rho_tau = D::set(s_.exact_rho * s_.tau);
+    D::V curve = lanes[0], slope = lanes[1];
     for (int k = 0; k < kChunk; k += D::kWidth) {
       const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
-      const auto in = D::lanes(met >> k & kLanes), tail = D::lanes((all & ~before) >> k & kLanes);
-      sum.curve = D::add_where(in, sum.curve, near_.at(near_.curve, z));
-      sum.slope = D::add_where(in, sum.slope, near_.at(near_.slope, z));
-      sum.curve = D::add_where(tail, sum.curve, D::mul_add(t, rho, offset));
-      sum.slope = D::add_where(tail, sum.slope, rho_tau);
+      const auto in = D::lanes(met >> k & kLanes), past_it = D::lanes((all & ~before) >> k & kLanes);
+      curve = D::add_where(in, curve, near_.at(near_.curve, z));
+      slope = D::add_where(in, slope, near_.at(near_.slope, z));
+      curve = D::add_where(past_it, curve, D::mul_add(t, rho, offset));
+      slope = D::add_where(past_it, slope, rho_tau);
     }
-    return sum;
+    lanes[0] = curve;
+    lanes[1] = slope;
   }
   static unsigned bits_below(int64_t count) { return (1u << count) - 1; }
 
@@ -264,6 +258,7 @@ class Ranks {
   const Translation<true>& own_ = Translation<true>::own();
 
   int64_t step_[kMany], past_[kMany];         // of targets: their first source that is no lower, and past the threshold
+  D::V lanes_[2 * kMany];                     // what they have read
   int64_t last_step_ = 0, last_past_ = 0;     // of the last of these
   int64_t box_ = 0, threshold_ = 0;           // of a target, and of its first source past the threshold
   int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that field_ is for
