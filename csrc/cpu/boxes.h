@@ -76,38 +76,37 @@ struct Boxes {
 // y = (v - centre) / tau in the box of v and k = 1 ... kDegree,
 //
 //     moment[b][m]   = sum over box b of w y^m
-//     running[c][m]  = the same of what stands before source c chunk in the box of that source
+//     running[c][m]  = the same of what stands before source c kChunk in the box of that source
 //     upto[b][k - 1] = sum over all boxes <= b of w e^(-k (centre[b] - v) / tau)
 //     from[b][k - 1] = sum over all boxes >= b of w e^(-k (v - centre[b]) / tau)
 //
 // and for what lies past the threshold
 //
-//     beyond[c] = sum over all sources j >= c chunk of v_j - v_(c chunk)      without weights
-//     passed[j] = sum over all sources < j of w                               with weights
+//     beyond[b] = sum over all boxes >= b of v - centre[b]      without weights
+//     passed[j] = sum over all sources before j of w            with weights
 struct Sources {
   static constexpr int kTerms = Boxes::kTerms, kDegree = Series<float>::kDegree, kStride = (kDegree + 7) / 8 * 8;
 
+  // Sources of a chunk that a threshold cuts are met one by one.
+  static constexpr int kChunk = 8;
+
   const Points* points = nullptr;
-  const float* weight = nullptr;  // [n + kPad]  null: 1
-  int chunk = 0;
+  const float* weight = nullptr;   // [n + kPad]  null: 1
   std::vector<double> moment;      // [boxes, kTerms]
-  std::vector<double> running;     // [chunks + 1, kTerms]
+  std::vector<double> running;     // [n / kChunk + 1, kTerms]
   std::vector<double> upto, from;  // [boxes, kStride]
-  std::vector<double> beyond;      // [chunks + 1]
+  std::vector<double> beyond;      // [boxes]
   std::vector<double> passed;      // [n + 1]
 
-  int64_t chunks() const { return (points->n + chunk - 1) / chunk; }
-
   // Takes other sources; ScanKernels compute the sums.
-  void begin(const Points& of, const float* with, int of_chunk, int64_t boxes) {
+  void begin(const Points& of, const float* with, int64_t boxes) {
     points = &of;
     weight = with;
-    chunk = of_chunk;
     moment.resize(boxes * kTerms);
-    running.resize((chunks() + 1) * kTerms);
+    running.resize((of.n / kChunk + 1) * kTerms);
     upto.resize(boxes * kStride);
     from.resize(boxes * kStride);
-    beyond.resize(weight ? 0 : chunks() + 1);
+    beyond.resize(weight ? 0 : boxes);
     passed.resize(weight ? of.n + 1 : 0);
   }
   size_t bytes() const {

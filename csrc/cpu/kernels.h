@@ -227,8 +227,8 @@ struct ScanKernels {
   // Moments of boxes [begin, end), and `upto` and `from` of each alone; up() and down() make them those of all.
   void (*moments)(const Boxes&, double tau, int64_t begin, int64_t end, Sources&);
   void (*up)(const Boxes&, Sources&);
-  void (*down)(const Boxes&, Sources&);
-  void (*linear)(Sources&);
+  void (*down)(const Boxes&, double tau, Sources&);  // and `beyond`
+  void (*weights)(Sources&);                         // `passed`
   // Of targets u in [begin, end): rank[i] = sum over sources of H-(v - u), slope[i] = sum of H-'(v - u); this may be
   // null. Sources without weights.
   void (*ranks)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end, const Settings<float>&,

@@ -101,8 +101,6 @@ class Scan {
  private:
   // Targets, boxes and columns of one task.
   static constexpr int64_t kPiece = 2048, kBoxes = 8, kSpread = 1 << 16;
-  // Sources between two running moments: many are met at once by a target, few one after the other by many targets.
-  static constexpr int kChunk = 16, kWeightedChunk = 8;
 
   static const ScanKernels& kernels() { return instruction_set().scan; }
 
@@ -124,13 +122,13 @@ class Scan {
   }
 
   void sum(const Points& points, const float* weight, const Settings<float>& s, const Parallel& parallel) {
-    sources_.begin(points, weight, weight ? kWeightedChunk : kChunk, boxes_.size());
+    sources_.begin(points, weight, boxes_.size());
     in_pieces(boxes_.size(), kBoxes, parallel,
               [&](int64_t begin, int64_t end) { kernels().moments(boxes_, s.tau, begin, end, sources_); });
-    parallel.run(s.surrogate == Surrogate::kSmooth ? 2 : 3, [&](int64_t task, int) {
-      task == 0   ? kernels().up(boxes_, sources_)
-      : task == 1 ? kernels().down(boxes_, sources_)
-                  : kernels().linear(sources_);
+    parallel.run(weight && s.surrogate != Surrogate::kSmooth ? 3 : 2, [&](int64_t task, int) {
+      if (task == 0) kernels().up(boxes_, sources_);
+      if (task == 1) kernels().down(boxes_, s.tau, sources_);
+      if (task == 2) kernels().weights(sources_);
     });
   }
 

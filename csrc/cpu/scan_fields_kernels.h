@@ -30,7 +30,13 @@ struct Field {
   // Sources in higher boxes, `count` of them: sigma(d) = 1 - sigma(-d).
   void add_above(const Sums& sums, double count) {
     add<true>(sums);
-    if (Curve) curve[0] = curve[0] + D::select(D::lanes(1), D::set(count), D::set(0));
+    if (Curve) add_line(count, 0, 0);
+  }
+  // Adds constant + rate x to the curve, and to its slope by the sources' scores what is given.
+  void add_line(double constant, double rate, double to_slope) {
+    const auto one = D::lanes(1), two = D::lanes(2);
+    curve[0] = D::add_where(two, D::add_where(one, curve[0], D::set(constant)), D::set(rate));
+    slope[0] = D::add_where(one, slope[0], D::set(to_slope));
   }
 
  private:
@@ -96,22 +102,6 @@ class Translation {
     }
   }
 
-  // Adds what one target at x reads of them, lane by lane: these have to be added up.
-  void read(const double* moment, double x, D::V& curve, D::V& slope) const {
-    const D::V by = D::set(-x);
-    for (int part = 0; part < kTermVectors; ++part) {
-      const int m = part * D::kWidth;
-      D::V value = D::load(curve_[kTerms - 1] + m), rate = D::load(slope_[kTerms - 1] + m);
-      for (int i = kTerms - 2; i >= 0; --i) {
-        value = D::mul_add(value, by, D::load(curve_[i] + m));
-        rate = D::mul_add(rate, by, D::load(slope_[i] + m));
-      }
-      const D::V own = D::load(moment + m);
-      curve = D::mul_add(own, value, curve);
-      slope = D::mul_add(own, rate, slope);
-    }
-  }
-
  private:
   explicit Translation(double distance) {
     double a[kTerms + 1];
@@ -137,25 +127,27 @@ class Translation {
   alignas(64) double curve_[kTerms][kTerms], slope_[kTerms][kTerms];
 };
 
-// sigma and its slope near a threshold, for single sources: polynomials of (v - u - middle) / tau in float. Sources
-// that are met up to the threshold lie less than a box below it.
-template <int Terms>
+// sigma and its slope up to half a box around a point half a box below the threshold, for single sources: polynomials
+// of z = (v - u - delta) / tau + shift. Slopes are in units of 1 / tau.
+template <typename T, int Terms>
 struct ThresholdCurve {
-  using X = Vec<float>;
-  float middle;
-  X::V curve[Terms], slope[Terms];
+  using X = Vec<T>;
+  using V = typename X::V;
+  static constexpr T shift = static_cast<T>(Boxes::kWidth / 2);
+  V curve[Terms], slope[Terms];
 
-  explicit ThresholdCurve(const Settings<float>& s)
-      : middle(static_cast<float>(s.exact_delta - Boxes::kWidth / 2 * s.tau)) {
+  explicit ThresholdCurve(const Settings<float>& s) {
     double a[Terms + 1];
-    taylor_of_sigma<Terms + 1>(static_cast<double>(middle) / s.tau, a);
+    // As exact as the point is: float differences are of the threshold as rounded.
+    const double threshold = sizeof(T) == 4 ? static_cast<double>(s.delta) : s.exact_delta;
+    taylor_of_sigma<Terms + 1>(threshold / s.tau - static_cast<double>(shift), a);
     for (int m = 0; m < Terms; ++m) {
-      curve[m] = X::set(static_cast<float>(a[m]));
-      slope[m] = X::set(static_cast<float>((m + 1) * a[m + 1]));
+      curve[m] = X::set(static_cast<T>(a[m]));
+      slope[m] = X::set(static_cast<T>((m + 1) * a[m + 1]));
     }
   }
-  static X::V at(const X::V* coefficient, X::V z) {
-    X::V p = coefficient[Terms - 1];
+  static V at(const V* coefficient, V z) {
+    V p = coefficient[Terms - 1];
     for (int m = Terms - 2; m >= 0; --m) p = X::mul_add(p, z, coefficient[m]);
     return p;
   }

@@ -21,13 +21,63 @@ void powers_from_0(double x, Vec<double>::V* out) {
   }
 }
 
+// Where in ascending sources ascending targets belong: at the first source v for which holds(v, target), as it does for
+// all after it.
+template <typename Holds>
+class Places {
+  using X = Vec<float>;
+
+ public:
+  Places(const float* v, int64_t n, const Holds& holds) : v_(v), n_(n), holds_(holds) {}
+
+  // Of `count` targets, none of which belongs before `at`. Returns the last.
+  int64_t find(int64_t at, const float* target, int count, int64_t* place) const {
+    for (int k = 0; k < count; k += X::kWidth) {
+      const int lanes = std::min(X::kWidth, count - k);
+      at = advance(at, target[k]);
+      const int64_t last = advance(at, target[k + lanes - 1]);
+      if (last - at > kMost) {
+        for (int lane = 0; lane < lanes; ++lane) place[k + lane] = at = advance(at, target[k + lane]);
+        continue;
+      }
+      // Neighbours together: one by one each would wait for the one before.
+      const auto x = X::load(target + k);
+      auto many = X::set(0);
+      for (int64_t j = at; j < last; ++j) many = X::add_where(holds_(X::set(v_[j]), x), many, X::set(1));
+      alignas(64) float from_last[X::kWidth];
+      X::store(from_last, many);
+      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = last - static_cast<int64_t>(from_last[lane]);
+      at = last;
+    }
+    return at;
+  }
+
+ private:
+  static constexpr int64_t kMost = 512;
+
+  int64_t advance(int64_t at, float target) const {
+    for (; at < n_; at += X::kWidth) {
+      const unsigned bits = X::bits(holds_(X::load(v_ + at), X::set(target)));
+      if (bits) return std::min<int64_t>(n_, at + __builtin_ctz(bits));
+    }
+    return n_;
+  }
+
+  const float* const v_;
+  const int64_t n_;
+  const Holds& holds_;
+};
+
 // Reads ranks and slopes of ascending targets, one after the other.
 class Ranks {
   using X = Vec<float>;
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kTogether = D::kWidth / 2;  // targets whose lanes are added up at once
-  static constexpr int kNearTerms = 7;             // sources that are met lie within half a box of the middle
+  static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
+  static constexpr int kMany = 128;  // targets that are placed at once
+  static constexpr int kChunk = Sources::kChunk;
+  static constexpr int kNearTerms = 6;  // sources that are met lie within half a box of the middle
 
  public:
   Ranks(const Boxes& boxes, const Sources& sources, const Points& targets, const Settings<float>& s)
@@ -38,153 +88,161 @@ class Ranks {
         v_(sources.points->value.data()),
         n_(sources.points->n),
         first_(sources.points->first.data()),
+        running_(sources.running.data()),
         smooth_(s.surrogate == Surrogate::kSmooth),
+        rate_(1 / s.tau),
         near_(s) {}
 
   void read(int64_t begin, int64_t end, double* rank, double* slope) {
     if (begin < end) seek(begin);
-    const double rate = 1 / s_.tau;
-    for (int64_t i = begin; i < end; i += kTogether) {
-      const int count = static_cast<int>(std::min<int64_t>(kTogether, end - i));
-      D::V lanes[2 * kTogether];
-      double linear[kTogether], tails[kTogether];
-      for (D::V& lane : lanes) lane = D::set(0);
-      for (int k = 0; k < count; ++k) {
-        const float x = targets_.value[i + k];
-        walk(i + k, x);
-        linear[k] = tails[k] = 0;
-        read_fields(x, lanes[2 * k], lanes[2 * k + 1]);
-        if (past_ < n_) {
-          meet(x, lanes[2 * k], lanes[2 * k + 1]);
-          linear[k] = add_linear(static_cast<double>(x), lanes[2 * k]);
-          tails[k] = s_.exact_rho * static_cast<double>(n_ - past_);
-        }
-        if (!smooth_) linear[k] += s_.exact_start * static_cast<double>(past_ - step_);
-      }
-      alignas(64) double sum[2 * kTogether];
-      D::sums(lanes, sum);
-      for (int k = 0; k < count; ++k) rank[i + k] = sum[2 * k] + linear[k];
-      for (int k = 0; slope && k < count; ++k) slope[i + k] = sum[2 * k + 1] * rate + tails[k];
+    for (int64_t i = begin; i < end; i += kMany) {
+      const int count = static_cast<int>(std::min<int64_t>(kMany, end - i));
+      place_targets(i, count);
+      for (int k = 0; k < count;) k = read_run(i, k, count);
+      add_up(count, rank + i, slope ? slope + i : nullptr);
     }
   }
 
  private:
-  bool is_past(float v, float x) const { return v - x > s_.delta; }
-
   // Before the target i.
   void seek(int64_t i) {
     const float x = targets_.value[i];
     box_ = std::upper_bound(targets_.first.begin(), targets_.first.end(), static_cast<uint32_t>(i)) -
            targets_.first.begin() - 1;
-    step_ = std::lower_bound(v_, v_ + n_, x) - v_;
-    past_ = n_;
-    if (!smooth_) past_ = std::partition_point(v_, v_ + n_, [&](float v) { return !is_past(v, x); }) - v_;
-    threshold_ = 0;
-    field_box_ = -1;
+    last_step_ = std::lower_bound(v_, v_ + n_, x) - v_;
+    last_past_ = std::partition_point(v_, v_ + n_, [&](float v) { return smooth_ || !(v - x > s_.delta); }) - v_;
   }
 
-  // To the target i: its box, its step, its threshold and the box of that.
-  void walk(int64_t i, float x) {
-    while (targets_.first[box_ + 1] <= i) ++box_;
-    if (!smooth_) {
-      step_ = advance(step_, [&](V v) { return X::bits(X::greater(X::set(x), v)); });
-      past_ =
-          advance(std::max(past_, step_), [&](V v) { return ~X::bits(X::greater(v - X::set(x), X::set(s_.delta))); });
+  void place_targets(int64_t i, int count) {
+    if (smooth_) {
+      std::fill_n(past_, count, n_);
+      return;
     }
-    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= past_) ++threshold_;
-    if (box_ != field_box_ || threshold_ != field_threshold_) set_fields();
-  }
-  // From `at` past all sources for which `bits` has a lane: these come first.
-  template <typename Bits>
-  int64_t advance(int64_t at, const Bits& bits) const {
-    constexpr unsigned kAll = (1u << X::kWidth) - 1;
-    while (at < n_) {
-      const unsigned others = ~bits(X::load(v_ + at)) & kAll;
-      if (others) return std::min<int64_t>(n_, at + __builtin_ctz(others));
-      at += X::kWidth;
-    }
-    return n_;
+    const float* const x = targets_.value.data() + i;
+    const auto steps = [](V v, V u) { return X::greater_equal(v, u); };
+    last_step_ = Places<decltype(steps)>(v_, n_, steps).find(last_step_, x, count, step_);
+    const auto past = [delta = X::set(s_.delta)](V v, V u) { return X::greater(v - u, delta); };
+    last_past_ = Places<decltype(past)>(v_, n_, past).find(last_past_, x, count, past_);
   }
 
-  // What the targets of a box read whose thresholds lie in the same box: of all whole boxes the field, of the box of
-  // the threshold a table that takes moments.
-  void set_fields() {
-    const int64_t b = box_, t = threshold_;
+  // Reads target i + k, and those after it that are in the same box, with their thresholds in the same chunk and box.
+  // Returns where the next one is.
+  int read_run(int64_t i, int k, int count) {
+    const int64_t chunk = past_[k] / kChunk;
+    while (targets_.first[box_ + 1] <= i + k) ++box_;
+    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= past_[k]) ++threshold_;
+    if (box_ != field_box_ || threshold_ != field_threshold_ || chunk != field_chunk_) set_field(chunk);
+    const bool all = threshold_ == boxes_.size();
+    const int64_t last = all ? n_ : std::min<int64_t>((chunk + 1) * kChunk, first_[threshold_ + 1]) - 1;
+    const int most = static_cast<int>(std::min<int64_t>(count, targets_.first[box_ + 1] - i));
+    int end = k + 1;
+    while (end < most && past_[end] <= last) ++end;
+    const float* const x = targets_.value.data() + i;
+    for (int at = k; at < end; ++at) read_field(x[at], lanes_ + 2 * at);
+    for (int at = k; !all && at < end; ++at) meet(x[at], past_[at], chunk * kChunk, last, lanes_ + 2 * at);
+    return end;
+  }
+
+  void add_up(int count, double* rank, double* slope) {
+    for (int k = 0; k < count; k += kTogether) {
+      alignas(64) double sum[2 * kTogether];
+      D::sums(lanes_ + 2 * k, sum);
+      for (int at = k; at < std::min(k + kTogether, count); ++at) {
+        const double steps = smooth_ ? 0 : static_cast<double>(past_[at] - step_[at]);
+        rank[at] = sum[2 * (at - k)] + s_.exact_start * steps;
+        if (slope) slope[at] = sum[2 * (at - k) + 1] * rate_;
+      }
+    }
+  }
+
+  // What the targets of a box read whose thresholds lie in the same chunk: all sources before this, but those of earlier
+  // chunks that do not lie in the box of the threshold are in whole boxes.
+  void set_field(int64_t chunk) {
+    const int64_t t = threshold_;
+    if (box_ != field_box_ || t != field_threshold_) set_whole_boxes(box_, t);
+    field_chunk_ = chunk;
+    field_ = whole_boxes_;
+    if (t == boxes_.size()) return;
+    add_linear(t, chunk);
+    if (chunk * kChunk <= first_[t]) return;
+    if (t == box_) return own_.add<false>(&running_[chunk * kTerms], field_);
+    of_threshold_.add<false>(&running_[chunk * kTerms], field_);
+  }
+  // What lies past the chunk of the threshold: rho (v - u - delta) + offset each, of which a count and a sum are enough.
+  void add_linear(int64_t t, int64_t chunk) {
+    const int64_t next = (chunk + 1) * kChunk;
+    double count = 0, sum = 0;  // of v - centre_
+    if (next < first_[t + 1]) {
+      count = static_cast<double>(first_[t + 1] - next);
+      sum = s_.tau * (sources_.moment[t * kTerms + 1] - running_[(chunk + 1) * kTerms + 1]) +
+            count * (boxes_.centre[t] - centre_);
+    }
+    if (first_[t + 1] < n_) {
+      const double higher = static_cast<double>(n_ - first_[t + 1]);
+      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre_);
+      count += higher;
+    }
+    const double rate = s_.exact_rho * s_.tau * count;
+    field_.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
+  }
+  // All boxes from the lowest to the one before the threshold's.
+  void set_whole_boxes(int64_t b, int64_t t) {
     if (b != field_box_) {
-      below_ = {};
-      if (first_[b] > 0) below_.add_below(from_below(b));
-    }
-    if (t > b && (b != field_box_ || field_threshold_ == b)) {
+      whole_boxes_ = {};
+      if (first_[b] > 0) {
+        whole_boxes_.add_below(Sums::powers(boxes_.decay[b]) * Sums::load(&sources_.upto[(b - 1) * kStride]));
+      }
+      below_ = whole_boxes_;
       if (first_[b + 1] > first_[b]) own_.add<false>(&sources_.moment[b * kTerms], below_);
     }
     field_box_ = b;
     field_threshold_ = t;
-    field_ = below_;
-    translation_ = &own_;
+    centre_ = boxes_.centre[b];
     if (t == b) return;
+    whole_boxes_ = below_;
     Sums decays;
     if (t < boxes_.size()) {
       decays = Sums::decays(boxes_.centre[t] - boxes_.centre[b], s_.tau);
       of_threshold_ = Translation<true>(decays);
-      translation_ = &of_threshold_;
     }
     const int64_t between = first_[t] - first_[b + 1];
     if (!between) return;
     Sums above = Sums::powers(boxes_.decay[b + 1]) * Sums::load(&sources_.from[(b + 1) * kStride]);
     if (t < boxes_.size()) above = above - decays * Sums::load(&sources_.from[t * kStride]);
-    field_.add_above(above, static_cast<double>(between));
-  }
-  // All sources in lower boxes, at the centre of this one.
-  Sums from_below(int64_t b) const {
-    return Sums::powers(boxes_.decay[b]) * Sums::load(&sources_.upto[(b - 1) * kStride]);
+    whole_boxes_.add_above(above, static_cast<double>(between));
   }
 
-  void read_fields(float x, D::V& curve, D::V& slope) {
-    x_ = (static_cast<double>(x) - boxes_.centre[box_]) / s_.tau;
+  // Lanes of curve and slope, the second in units of 1 / tau, which have to be added up.
+  void read_field(float x, D::V* lanes) const {
     D::V power[kTermVectors];
-    powers_from_0(x_, power);
-    for (int part = 0; part < kTermVectors; ++part) {
-      curve = D::mul_add(field_.curve[part], power[part], curve);
-      slope = D::mul_add(field_.slope[part], power[part], slope);
+    powers_from_0((static_cast<double>(x) - centre_) * rate_, power);
+    lanes[0] = field_.curve[0] * power[0];
+    lanes[1] = field_.slope[0] * power[0];
+    for (int part = 1; part < kTermVectors; ++part) {
+      lanes[0] = D::mul_add(field_.curve[part], power[part], lanes[0]);
+      lanes[1] = D::mul_add(field_.slope[part], power[part], lanes[1]);
     }
   }
 
-  // The sources of the threshold's box up to the threshold: whole chunks by moments, the rest one by one.
-  void meet(float x, D::V& curve, D::V& slope) const {
-    int64_t from = first_[threshold_];
-    const int64_t chunk = past_ / sources_.chunk;
-    if (chunk * sources_.chunk > from) {
-      from = chunk * sources_.chunk;
-      translation_->read(&sources_.running[chunk * kTerms], x_, curve, slope);
+  // The sources of the threshold's box in the chunk from `begin` on, `last` being the last of them: one by one.
+  void meet(float x, int64_t past, int64_t begin, int64_t last, D::V* lanes) const {
+    const unsigned before = bits_below(past - begin), all = bits_below(last + 1 - begin);
+    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first_[threshold_] - begin));
+    const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta);
+    const D::V rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset), rho_tau = D::set(s_.exact_rho * s_.tau);
+    D::V curve = lanes[0], slope = lanes[1];
+    for (int k = 0; k < kChunk; k += D::kWidth) {
+      const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
+      const auto in = D::lanes(met >> k & kLanes), past_it = D::lanes((all & ~before) >> k & kLanes);
+      curve = D::add_where(in, curve, near_.at(near_.curve, z));
+      slope = D::add_where(in, slope, near_.at(near_.slope, z));
+      curve = D::add_where(past_it, curve, D::mul_add(t, rho, offset));
+      slope = D::add_where(past_it, slope, rho_tau);
     }
-    for (int64_t j = from; j < past_; j += X::kWidth) {
-      const V z = ((X::load(v_ + j) - X::set(x)) - X::set(near_.middle)) * X::set(s_.rate_hi);
-      const auto in = X::lanes(past_ - j < X::kWidth ? (1u << (past_ - j)) - 1 : (1u << X::kWidth) - 1);
-      add_widened(X::select(in, near_.at(near_.curve, z), X::set(0)), curve);
-      add_widened(X::select(in, near_.at(near_.slope, z), X::set(0)), slope);
-    }
+    lanes[0] = curve;
+    lanes[1] = slope;
   }
-  static void add_widened(V v, D::V& sum) {
-    alignas(64) double wide[X::kWidth];
-    X::widen(v, wide);
-    for (int k = 0; k < X::kWidth; k += D::kWidth) sum = sum + D::load(wide + k);
-  }
-
-  // What lies past the threshold. The rest of its chunk goes to `curve`.
-  double add_linear(double u, D::V& curve) const {
-    const int64_t end = std::min<int64_t>((past_ / sources_.chunk + 1) * sources_.chunk, n_);
-    const D::V origin = D::set(u + s_.exact_delta), rho = D::set(s_.exact_rho);
-    for (int64_t j = past_; j < end; j += D::kWidth) {
-      const D::V past = (D::widened(v_ + j) - origin) * rho;
-      curve = curve + (end - j < D::kWidth ? D::select(D::lanes((1u << (end - j)) - 1), past, D::set(0)) : past);
-    }
-    double sum = 0;
-    if (end < n_) {
-      const double gap = static_cast<double>(v_[end]) - u - s_.exact_delta;
-      sum = sources_.beyond[end / sources_.chunk] + static_cast<double>(n_ - end) * gap;
-    }
-    return s_.exact_rho * sum + s_.exact_offset * static_cast<double>(n_ - past_);
-  }
+  static unsigned bits_below(int64_t count) { return (1u << count) - 1; }
 
   const Boxes& boxes_;
   const Sources& sources_;
@@ -193,16 +251,20 @@ class Ranks {
   const float* const v_;
   const int64_t n_;
   const uint32_t* const first_;
+  const double* const running_;
   const bool smooth_;
-  const ThresholdCurve<kNearTerms> near_;
+  const double rate_;
+  const ThresholdCurve<double, kNearTerms> near_;
   const Translation<true>& own_ = Translation<true>::own();
 
-  int64_t box_ = 0, step_ = 0, past_ = 0, threshold_ = 0;  // of the target; its threshold is in the box `threshold_`
-  int64_t field_box_ = -1, field_threshold_ = -1;
-  Field<true> below_, field_;
-  const Translation<true>* translation_ = &own_;
+  int64_t step_[kMany], past_[kMany];      // of targets: their first source that is no lower, and past the threshold
+  D::V lanes_[2 * kMany];                  // what they have read
+  int64_t last_step_ = 0, last_past_ = 0;  // of the last of these
+  int64_t box_ = 0, threshold_ = 0;        // of a target, and of its first source past the threshold
+  int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that field_ is for
+  Field<true> below_, whole_boxes_, field_;
   Translation<true> of_threshold_;
-  double x_ = 0;
+  double centre_ = 0;  // of the box of the target
 };
 
 void scan_ranks(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin, int64_t end,
@@ -219,7 +281,8 @@ class Slopes {
   using D = Vec<double>;
   static constexpr int kTogether = 16, kVectors = kTogether / X::kWidth;  // targets
   static constexpr int kNearTerms = 10;  // what they meet lies within one and a half boxes of the middle
-  static constexpr int kRun = 8;         // sources whose shares are summed in float
+  static constexpr int kChunk = Sources::kChunk;
+  static constexpr int kRun = 8;  // sources whose shares are summed in float
 
  public:
   Slopes(const Boxes& boxes, const Sources& sources, const Points& targets, const Settings<float>& s)
@@ -283,44 +346,55 @@ class Slopes {
 
   // The field of all sources from end_ on, which is at last_ or a little further, in the box b.
   void set_field(int64_t b) {
+    int64_t whole = std::upper_bound(first_, first_ + boxes_.size() + 1, static_cast<uint32_t>(last_)) - first_ - 1;
+    end_ = last_;
+    double rest[kTerms];
+    bool cut = false;  // the box `whole`: only the rest of its moments counts
+    if (whole < boxes_.size() && last_ > first_[whole]) {
+      const int64_t chunk = (last_ + kChunk - 1) / kChunk;
+      end_ = std::min<int64_t>(chunk * kChunk, first_[whole + 1]);
+      cut = end_ < first_[whole + 1];
+      for (int m = 0; cut && m < kTerms; ++m) {
+        rest[m] = sources_.moment[whole * kTerms + m] - sources_.running[chunk * kTerms + m];
+      }
+      ++whole;
+    }
+    if (b != box_ || whole != whole_) set_whole_boxes(b, whole);
+    field_ = whole_boxes_;
+    if (!cut) return;
+    if (whole - 1 == b) return own_.add<true>(rest, field_);
+    if (!translated_) {
+      of_threshold_ = Translation<false>(Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau));
+      translated_ = true;
+    }
+    of_threshold_.add<true>(rest, field_);
+  }
+  // That of all in boxes from `whole` on.
+  void set_whole_boxes(int64_t b, int64_t whole) {
     if (b != box_) {
       above_ = {};
       if (first_[b + 1] < n_) {
         above_.add_above(Sums::powers(boxes_.decay[b + 1]) * Sums::load(&sources_.from[(b + 1) * kStride]), 0);
       }
-      box_ = b;
     }
-    field_ = above_;
-    int64_t whole = std::upper_bound(first_, first_ + boxes_.size() + 1, static_cast<uint32_t>(last_)) - first_ - 1;
-    end_ = last_;
-    if (whole < boxes_.size() && last_ > first_[whole]) {  // in the midst of a box
-      const int64_t chunk = (last_ + sources_.chunk - 1) / sources_.chunk;
-      end_ = std::min<int64_t>(chunk * sources_.chunk, first_[whole + 1]);
-      if (end_ < first_[whole + 1]) add_rest(whole, chunk);
-      ++whole;
-    }
+    box_ = b;
+    whole_ = whole;
+    translated_ = false;
+    whole_boxes_ = above_;
     if (whole > b) return;
-    if (first_[b + 1] > first_[b]) own_.add<true>(&sources_.moment[b * kTerms], field_);
+    if (first_[b + 1] > first_[b]) own_.add<true>(&sources_.moment[b * kTerms], whole_boxes_);
     if (first_[whole] == first_[b]) return;
     Sums below = Sums::powers(boxes_.decay[b]) * Sums::load(&sources_.upto[(b - 1) * kStride]);
     if (first_[whole] > 0) {
       below = below - Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau) *
                           Sums::load(&sources_.upto[(whole - 1) * kStride]);
     }
-    field_.add_below(below);
-  }
-  // The sources of the box q from the chunk on.
-  void add_rest(int64_t q, int64_t chunk) {
-    double rest[kTerms];
-    const double *const all = &sources_.moment[q * kTerms], *const before = &sources_.running[chunk * kTerms];
-    for (int m = 0; m < kTerms; ++m) rest[m] = all[m] - before[m];
-    if (q == box_) return own_.add<true>(rest, field_);
-    Translation<false>(Sums::decays(boxes_.centre[box_] - boxes_.centre[q], s_.tau)).add<true>(rest, field_);
+    whole_boxes_.add_below(below);
   }
 
   // Sources around the thresholds, one by one.
   void meet(const float* x) {
-    const V middle = X::set(near_.middle), rate = X::set(s_.rate_hi), delta = X::set(s_.delta);
+    const V rate = X::set(s_.rate_hi), shift = X::set(near_.shift), delta = X::set(s_.delta);
     const V rho = X::set(s_.rho_tau);
     for (int64_t run = first_past_; run < end_; run += kRun) {
       V sum[kVectors];
@@ -328,7 +402,7 @@ class Slopes {
       for (int64_t i = run; i < std::min(end_, run + kRun); ++i) {
         const V u = X::set(u_[i]), w = X::set(sources_.weight[i]);
         for (int r = 0; r < kVectors; ++r) {
-          const V t = X::load(x + r * X::kWidth) - u, z = X::clamp((t - middle) * rate, 1);
+          const V t = X::load(x + r * X::kWidth) - u, z = X::clamp(X::mul_add(t - delta, rate, shift), 1);
           sum[r] = X::mul_add(w, X::select(X::greater(t, delta), rho, near_.at(near_.slope, z)), sum[r]);
         }
       }
@@ -344,11 +418,13 @@ class Slopes {
   const int64_t n_;
   const uint32_t* const first_;
   const bool smooth_;
-  const ThresholdCurve<kNearTerms> near_;
+  const ThresholdCurve<float, kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
-  int64_t first_past_ = 0, last_ = 0, end_ = 0, box_ = -1;
-  Field<false> above_, field_;
+  int64_t first_past_ = 0, last_ = 0, end_ = -1, box_ = -1, whole_ = -1;
+  Field<false> above_, whole_boxes_, field_;
+  Translation<false> of_threshold_;  // once `translated_`: from the box before `whole_`
+  bool translated_ = false;
   alignas(64) double slope_[kTogether];
 };
 
@@ -367,7 +443,7 @@ void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Poin
 }
 
 constexpr ScanKernels make_scan() {
-  return {scan_decays, scan_moments, scan_up, scan_down, scan_linear, scan_ranks, scan_slopes, scan_slopes_in_order};
+  return {scan_decays, scan_moments, scan_up, scan_down, scan_weights, scan_ranks, scan_slopes, scan_slopes_in_order};
 }
 
 }  // namespace

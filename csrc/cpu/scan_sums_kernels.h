@@ -144,7 +144,7 @@ void scan_moments(const Boxes& boxes, double tau, int64_t begin, int64_t end, So
     D::V moment[kTermVectors];
     for (D::V& m : moment) m = D::set(0);
     for (int64_t j = first[b]; j < first[b + 1];) {
-      const int64_t chunk = j / sources.chunk + 1, next = std::min<int64_t>(chunk * sources.chunk, first[b + 1]);
+      const int64_t chunk = j / Sources::kChunk + 1, next = std::min<int64_t>(chunk * Sources::kChunk, first[b + 1]);
       add_moments(sources, j, next, boxes.centre[b], 1 / tau, moment);
       for (int part = 0; next < first[b + 1] && part < kTermVectors; ++part) {
         D::store(&sources.running[chunk * kTerms + part * D::kWidth], moment[part]);
@@ -174,45 +174,31 @@ void scan_up(const Boxes& boxes, Sources& sources) {
   }
 }
 
-void scan_down(const Boxes& boxes, Sources& sources) {
+void scan_down(const Boxes& boxes, double tau, Sources& sources) {
   Sums sum = Sums::load(&sources.from[(boxes.size() - 1) * kStride]);
   for (int64_t b = boxes.size() - 2; b >= 0; --b) {
     double* const own = &sources.from[b * kStride];
     sum = Sums::load(own) + Sums::powers(boxes.decay[b + 1]) * sum;
     sum.store(own);
   }
+  if (sources.weight) return;
+  const auto& first = sources.points->first;
+  double beyond = 0;
+  for (int64_t b = boxes.size() - 1; b >= 0; --b) {
+    const double higher = static_cast<double>(sources.points->n - first[b + 1]);
+    if (higher > 0) beyond += higher * (boxes.centre[b + 1] - boxes.centre[b]);
+    beyond += tau * sources.moment[b * kTerms + 1];
+    sources.beyond[b] = beyond;
+  }
 }
 
-// `beyond`, or `passed`: distances from one chunk to the next, so that nothing is ever taken off.
-void scan_linear(Sources& sources) {
-  const int64_t n = sources.points->n;
-  if (sources.weight) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      sources.passed[j] = sum;
-      sum += static_cast<double>(sources.weight[j]);
-    }
-    sources.passed[n] = sum;
-    return;
-  }
-  using D = Vec<double>;
-  const float* const v = sources.points->value.data();
+void scan_weights(Sources& sources) {
   double sum = 0;
-  sources.beyond[sources.chunks()] = 0;
-  for (int64_t c = sources.chunks() - 1; c >= 0; --c) {
-    const int64_t begin = c * sources.chunk, end = std::min<int64_t>(begin + sources.chunk, n);
-    const double low = static_cast<double>(v[begin]);
-    D::V own = D::set(0);
-    for (int64_t j = begin; j < end; j += D::kWidth) {
-      const D::V d = D::widened(v + j) - D::set(low);
-      own = own + (end - j < D::kWidth ? D::select(D::lanes((1u << (end - j)) - 1), d, D::set(0)) : d);
-    }
-    alignas(64) double lanes[D::kWidth];
-    D::store(lanes, own);
-    if (end < n) sum += static_cast<double>(n - end) * (static_cast<double>(v[end]) - low);
-    for (const double lane : lanes) sum += lane;
-    sources.beyond[c] = sum;
+  for (int64_t j = 0; j < sources.points->n; ++j) {
+    sources.passed[j] = sum;
+    sum += static_cast<double>(sources.weight[j]);
   }
+  sources.passed[sources.points->n] = sum;
 }
 
 }  // namespace
