@@ -1,8 +1,8 @@
 """Time and memory of ap_loss(method="sorted") on the CPU: its goals, its growth, and what "auto" should choose.
 
 `python -m benchmarks.sorted_scan` prints tables and goals, and writes results/sorted_scan_cpu.csv (a row a measurement;
-about five minutes); --figures measures nothing and draws docs/sorted-scan*.png from that file. Forward and backward in
-float32. Sides of a ratio take turns in one process (measure.py). Its parts, by the first column of the CSV:
+about five minutes); --figures measures nothing and draws docs/images/sorted-scan-*.png from that file. Forward and
+backward in float32. Sides of a ratio take turns in one process (measure.py). Its parts, by the first column of the CSV:
 
     loop      the trimmed torch loop, as a multiple of ours
     sort      the scan as a multiple of torch.sort of the same scores
@@ -46,7 +46,7 @@ from .report import duration, hundredths, interval, mebibytes, median, multiple
 PAIRWISE, SORTED, AUTO = "pairwise", "sorted", "auto"
 LOOP, SORT, FLOOR = "torch loop", "torch.sort", "memory copy"
 NAME = "sorted_scan_cpu"
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 
 LOOP_GOAL = 400.0  # times as fast as the loop
 SORT_GOAL = 0.45  # of torch.sort's time
@@ -637,61 +637,11 @@ def draw_scaling(rows: list[Row], about: Mapping[str, str], path: Path) -> None:
     plots.save(figure, None, about, path)
 
 
-def draw_scheme(path: Path) -> None:
-    """What one positive reads: sorted scores in boxes, a step, a threshold. A sketch, with no data in it."""
-    size, boxes, u, threshold = 4, 10, 0.328, 0.645
-    generator = np.random.default_rng(3)
-    steps = 0.35 + generator.random(size * boxes)
-    v = np.cumsum(steps) / steps.sum() * 0.98
-    edges = [0.0, *((v[size * k - 1] + v[size * k]) / 2 for k in range(1, boxes)), 1.0]
-    own = int(np.searchsorted(edges, u)) - 1
-    last = int(np.searchsorted(edges, threshold)) - 1
-    zones = [
-        (0, own, "#0072B2", "one series:\nthe sums below this edge"),
-        (own, own + 1, "#D55E00", "pair\nby pair"),
-        (own + 1, last, "#009E73", "a count less the series\nof both edges"),
-        (last, last + 1, "#D55E00", "pair\nby pair"),
-        (last + 1, boxes, "#999999", "a count and\na plain sum"),
-    ]
-    figure, axis = pyplot.subplots(figsize=(11, 4.6))
-    for begin, end, colour, text in zones:
-        axis.axvspan(edges[begin], edges[end], ymin=0.0, ymax=0.30, color=colour, alpha=0.18, lw=0)
-        axis.text((edges[begin] + edges[end]) / 2, -0.56, text, ha="center", va="center", fontsize=9, color="#222222")
-    for edge in edges:
-        axis.plot([edge, edge], [-0.32, 0.05], color="#555555", lw=0.8)
-    axis.plot([0, 1], [-0.14, -0.14], color="#555555", lw=0.8)
-    axis.plot(v, np.full_like(v, -0.14), "|", color="#222222", ms=13, mew=1.2)
-    tau, x = 0.045, np.linspace(0, 1, 1201)
-    below = 1 / (1 + np.exp(-(x - u) / tau)) + 0.5 * (x >= u)
-    curve = np.where(x <= threshold, below, 1.5 + 3.5 * (x - threshold))
-    for part in (x < u, x >= u):
-        axis.plot(x[part], 0.22 + 0.55 * curve[part], color="#222222", lw=1.6)
-    delta = "its threshold, u + \N{GREEK SMALL LETTER DELTA}"
-    for where, text in ((u, "positive u: the step"), (threshold, delta)):
-        axis.plot([where, where], [-0.32, 1.6], color="#D55E00", lw=1.2, ls="--")
-        axis.text(where + 0.006, 1.62, text, fontsize=10, color="#D55E00", va="bottom", ha="center")
-    axis.text(0.0, 0.45, "what a negative at v adds to\nthe rank of u", fontsize=9, va="bottom")
-    axis.text(0.0, 0.08, "sorted negatives, in boxes", fontsize=9, va="bottom")
-    for index in (own, last + 1):
-        axis.plot([edges[index]], [-0.36], "^", color="#0072B2" if index == own else "#999999", ms=7)
-    for index in (own + 1, last):
-        axis.plot([edges[index]], [-0.36], "^", color="#009E73", ms=7)
-    axis.set_xlim(-0.01, 1.01)
-    axis.set_ylim(-0.78, 1.85)
-    axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def draw(results: Path, folder: Path) -> None:
-    """All figures; without the file, the sketch alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_scheme(folder / "sorted-scan.png")
-    print(f"Wrote {folder / 'sorted-scan.png'}")
+    """The figures of docs/benchmarks.md."""
     if not results.exists():
-        print(f"No {results}: run it without --figures first. The other figures are left as they are.")
-        return
+        raise SystemExit(f"No {results}: run it without --figures first.")
+    folder.mkdir(parents=True, exist_ok=True)
     rows, about = read_csv(results)
     draw_crossover(rows, about, folder / "sorted-scan-crossover.png")
     draw_scaling(rows, about, folder / "sorted-scan-scaling.png")
@@ -704,10 +654,10 @@ def main() -> None:
         quick="only that all of it runs: small sizes, no goals, nothing written",
         figures="measure nothing: draw the figures from the CSV",
     )
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the figures (default: docs)")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the figures (default: docs/images)")
     options = parser.parse_args()
     if options.figures:
-        draw(options.out / f"{NAME}.csv", options.docs)
+        draw(options.out / f"{NAME}.csv", options.images)
         return
     plan = QUICK if options.quick else Plan()
     parts: dict[str, Callable[[Plan], list[Row]]] = {

@@ -11,8 +11,7 @@ best coefficients are the quotient, and the error is 1 / T_K(3). The second has 
 slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for
 exactly. All of it in rational numbers, rounded once.
 
-Where the scan reads scores that lie dense (csrc/cpu/dense_body.h), it takes some from the wrong side: float's series
-hold up to y = 1.1, that is t = 0.095 tau. Then 2y / 1.1 - 1 takes the place of 2y - 1.
+float's series hold a little further, up to y = 1.1, that is t = 0.095 tau: 2y / 1.1 - 1 takes the place of 2y - 1.
 
 `python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
 """

@@ -1,5 +1,5 @@
 // The sorted scan: rows of many positives, whose ranks and gradients it reads off sums instead of meeting every pair.
-// docs/sorted-scan.md has the derivation. The steps of such a row, after its masks and the columns of its positives:
+// docs/how-it-works.md has the derivation. The steps of such a row, after its masks and the columns of its positives:
 //
 //   keys            every column with its score; infinities and NaN leave the row to the steps of rows.cuh
 //   count, scatter  a stable radix sort, four digits of 8 bits: columns become items

@@ -196,9 +196,20 @@ def test_links_between_pages_lead_somewhere():
             assert not anchor or "://" in link or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
 
 
-def test_the_page_of_the_sorted_scan():
-    (block,) = blocks("docs/sorted-scan.md")
+def test_the_page_of_how_it_works():
+    (block,) = blocks("docs/how-it-works.md")
     exec(block, {})
+
+
+@needs_training
+def test_the_figures_of_how_it_works(tmp_path, monkeypatch):
+    """The script draws those that the page shows, no more and no less."""
+    from docs import figures
+
+    monkeypatch.setattr("sys.argv", ["figures", "--out", str(tmp_path)])
+    figures.main()
+    shown = re.findall(r"\]\(images/([^)]*)\)", (ROOT / "docs/how-it-works.md").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(shown)
 
 
 def test_the_page_of_the_paper():
