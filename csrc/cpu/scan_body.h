@@ -34,7 +34,6 @@ class Places {
   int64_t find(int64_t at, const float* target, int count, int64_t* place) const {
     for (int k = 0; k < count; k += X::kWidth) {
       const int lanes = std::min(X::kWidth, count - k);
-      at = advance(at, target[k]);
       const int64_t last = advance(at, target[k + lanes - 1]);
       if (last - at > kMost) {
         for (int lane = 0; lane < lanes; ++lane) place[k + lane] = at = advance(at, target[k + lane]);
@@ -77,7 +76,7 @@ class Ranks {
   static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
   static constexpr int kMany = 128;                // targets that are placed at once
   static constexpr int kChunk = Sources::kChunk;
-  static constexpr int kNearTerms = 6;             // sources that are met lie within half a box of the middle
+  static constexpr int kNearTerms = 7;             // sources that are met lie within half a box of the middle
 
  public:
   Ranks(const Boxes& boxes, const Sources& sources, const Points& targets, const Settings<float>& s)
@@ -234,8 +233,9 @@ class Ranks {
     for (int k = 0; k < kChunk; k += D::kWidth) {
       const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
       const auto in = D::lanes(met >> k & kLanes), past_it = D::lanes((all & ~before) >> k & kLanes);
-      curve = D::add_where(in, curve, near_.at(near_.curve, z));
-      slope = D::add_where(in, slope, near_.at(near_.slope, z));
+      const D::V sigma = near_.at(near_.curve, z);
+      curve = D::add_where(in, curve, sigma);
+      slope = D::add_where(in, slope, D::negative_mul_add(sigma, sigma, sigma));
       curve = D::add_where(past_it, curve, D::mul_add(t, rho, offset));
       slope = D::add_where(past_it, slope, rho_tau);
     }
