@@ -39,13 +39,17 @@ class Places {
         for (int lane = 0; lane < lanes; ++lane) place[k + lane] = at = advance(at, target[k + lane]);
         continue;
       }
-      // Neighbours together: one by one each would wait for the one before.
+      // Neighbours together: one by one each would wait for the one before. A few more sources do not change their
+      // places: they come after all of them.
       const auto x = X::load(target + k);
-      auto many = X::set(0);
-      for (int64_t j = at; j < last; ++j) many = X::add_where(holds_(X::set(v_[j]), x), many, X::set(1));
-      alignas(64) float from_last[X::kWidth];
-      X::store(from_last, many);
-      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = last - static_cast<int64_t>(from_last[lane]);
+      auto after = X::set(0);
+      int64_t end = at;
+      for (; end < last; end += 4) {
+        for (int j = 0; j < 4; ++j) after = X::add_where(holds_(X::set(v_[end + j]), x), after, X::set(1));
+      }
+      alignas(64) float from_end[X::kWidth];
+      X::store(from_end, after);
+      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = end - static_cast<int64_t>(from_end[lane]);
       at = last;
     }
     return at;
@@ -73,7 +77,6 @@ class Ranks {
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kTogether = D::kWidth / 2;  // targets whose lanes are added up at once
-  static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
   static constexpr int kMany = 128;                // targets that are placed at once
   static constexpr int kChunk = Sources::kChunk;
   static constexpr int kNearTerms = 7;             // sources that are met lie within half a box of the middle
@@ -134,12 +137,19 @@ class Ranks {
     const bool all = threshold_ == boxes_.size();
     const int64_t last = all ? n_ : std::min<int64_t>((chunk + 1) * kChunk, first_[threshold_ + 1]) - 1;
     const int most = static_cast<int>(std::min<int64_t>(count, targets_.first[box_ + 1] - i));
-    int end = k + 1;
-    while (end < most && past_[end] <= last) ++end;
     const float* const x = targets_.value.data() + i;
-    for (int at = k; at < end; ++at) read_field(x[at], lanes_ + 2 * at);
-    for (int at = k; !all && at < end; ++at) meet(x[at], past_[at], chunk * kChunk, last, lanes_ + 2 * at);
-    return end;
+    if (all) {
+      do {
+        read_field(x[k], lanes_ + 2 * k);
+      } while (++k < most);
+      return k;
+    }
+    const Chunk met(*this, chunk * kChunk, last);
+    do {
+      read_field(x[k], lanes_ + 2 * k);
+      met.read(static_cast<double>(x[k]), past_[k], lanes_ + 2 * k);
+    } while (++k < most && past_[k] <= last);
+    return k;
   }
 
   void add_up(int count, double* rank, double* slope) {
@@ -223,26 +233,51 @@ class Ranks {
     }
   }
 
-  // The sources of the threshold's box in the chunk from `begin` on, `last` being the last of them: one by one.
-  void meet(float x, int64_t past, int64_t begin, int64_t last, D::V* lanes) const {
-    const unsigned before = bits_below(past - begin), all = bits_below(last + 1 - begin);
-    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first_[threshold_] - begin));
-    const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta);
-    const D::V rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset), rho_tau = D::set(s_.exact_rho * s_.tau);
-    D::V curve = lanes[0], slope = lanes[1];
-    for (int k = 0; k < kChunk; k += D::kWidth) {
-      const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
-      const auto in = D::lanes(met >> k & kLanes), past_it = D::lanes((all & ~before) >> k & kLanes);
-      const D::V sigma = near_.at(near_.curve, z);
-      curve = D::add_where(in, curve, sigma);
-      slope = D::add_where(in, slope, D::negative_mul_add(sigma, sigma, sigma));
-      curve = D::add_where(past_it, curve, D::mul_add(t, rho, offset));
-      slope = D::add_where(past_it, slope, rho_tau);
+  // A chunk that thresholds cut: its sources in the box of these, which are met one by one.
+  class Chunk {
+   public:
+    Chunk(const Ranks& of, int64_t begin, int64_t last)
+        : begin_(begin),
+          delta_(of.s_.exact_delta),
+          rate_(D::set(of.rate_)),
+          rho_(D::set(of.s_.exact_rho)),
+          offset_(D::set(of.s_.exact_offset)),
+          rho_tau_(D::set(of.s_.exact_rho * of.s_.tau)),
+          near_(of.near_) {
+      for (int k = 0; k < kVectors; ++k) v_[k] = D::widened(of.v_ + begin + k * D::kWidth);
+      all_ = below(last + 1 - begin) & ~below(std::max<int64_t>(0, of.first_[of.threshold_] - begin));
     }
-    lanes[0] = curve;
-    lanes[1] = slope;
-  }
-  static unsigned bits_below(int64_t count) { return (1u << count) - 1; }
+    // For a target u, `past` being the first source past its threshold.
+    void read(double u, int64_t past, D::V* lanes) const {
+      const unsigned before = below(past - begin_);
+      const D::V threshold = D::set(u + delta_);
+      D::V curve = lanes[0], slope = lanes[1];
+      for (int k = 0; k < kVectors; ++k) {
+        const D::V t = v_[k] - threshold, z = D::mul_add(t, rate_, D::set(near_.shift));
+        const auto in = D::lanes((all_ & before) >> k * D::kWidth & kLanes);
+        const auto out = D::lanes((all_ & ~before) >> k * D::kWidth & kLanes);
+        const D::V sigma = near_.at(near_.curve, z);
+        curve = D::add_where(in, curve, sigma);
+        slope = D::add_where(in, slope, D::negative_mul_add(sigma, sigma, sigma));
+        curve = D::add_where(out, curve, D::mul_add(t, rho_, offset_));
+        slope = D::add_where(out, slope, rho_tau_);
+      }
+      lanes[0] = curve;
+      lanes[1] = slope;
+    }
+
+   private:
+    static constexpr int kVectors = kChunk / D::kWidth;
+    static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
+    static unsigned below(int64_t count) { return (1u << count) - 1; }
+
+    const int64_t begin_;
+    unsigned all_;
+    const double delta_;
+    const D::V rate_, rho_, offset_, rho_tau_;
+    D::V v_[kVectors];
+    const ThresholdCurve<double, kNearTerms>& near_;
+  };
 
   const Boxes& boxes_;
   const Sources& sources_;
@@ -346,7 +381,8 @@ class Slopes {
 
   // The field of all sources from end_ on, which is at last_ or a little further, in the box b.
   void set_field(int64_t b) {
-    int64_t whole = std::upper_bound(first_, first_ + boxes_.size() + 1, static_cast<uint32_t>(last_)) - first_ - 1;
+    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= last_) ++threshold_;
+    int64_t whole = threshold_;
     end_ = last_;
     double rest[kTerms];
     bool cut = false;  // the box `whole`: only the rest of its moments counts
@@ -421,7 +457,7 @@ class Slopes {
   const ThresholdCurve<float, kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
-  int64_t first_past_ = 0, last_ = 0, end_ = -1, box_ = -1, whole_ = -1;
+  int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, box_ = -1, whole_ = -1;
   Field<false> above_, whole_boxes_, field_;
   Translation<false> of_threshold_;  // once `translated_`: from the box before `whole_`
   bool translated_ = false;
