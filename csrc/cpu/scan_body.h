@@ -253,7 +253,7 @@ class Ranks {
       const D::V threshold = D::set(u + delta_);
       D::V curve = lanes[0], slope = lanes[1];
       for (int k = 0; k < kVectors; ++k) {
-        const D::V t = v_[k] - threshold, z = D::mul_add(t, rate_, D::set(near_.shift));
+        const D::V t = v_[k] - threshold, z = D::mul_add(t, rate_, D::set(Boxes::kWidth / 2));
         const auto in = D::lanes((all_ & before) >> k * D::kWidth & kLanes);
         const auto out = D::lanes((all_ & ~before) >> k * D::kWidth & kLanes);
         const D::V sigma = near_.at(near_.curve, z);
@@ -314,8 +314,8 @@ class Slopes {
   using X = Vec<float>;
   using V = X::V;
   using D = Vec<double>;
-  static constexpr int kTogether = 16, kVectors = kTogether / X::kWidth;  // targets
-  static constexpr int kNearTerms = 10;  // what they meet lies within one and a half boxes of the middle
+  static constexpr int kTogether = X::kWidth;  // targets, within half a box: the fewer, the fewer sources they meet
+  static constexpr int kNearTerms = 8;  // what they meet lies within one box of the middle
   static constexpr int kChunk = Sources::kChunk;
   static constexpr int kRun = 8;  // sources whose shares are summed in float
 
@@ -329,6 +329,7 @@ class Slopes {
         n_(sources.points->n),
         first_(sources.points->first.data()),
         smooth_(s.surrogate == Surrogate::kSmooth),
+        half_box_(static_cast<float>(Boxes::kWidth / 2 * s.tau)),
         near_(s) {}
 
   // put(j, slope) of targets [begin, end), in units of 1 / tau.
@@ -347,7 +348,8 @@ class Slopes {
         continue;
       }
       while (of_box[b + 1] <= j) ++b;
-      const int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      while (targets_.value[j + count - 1] - targets_.value[j] > half_box_) --count;
       together(b, j, count);
       for (int k = 0; k < count; ++k) put(j + k, slope_[k]);
       before = slope_[count - 1];
@@ -430,19 +432,17 @@ class Slopes {
 
   // Sources around the thresholds, one by one.
   void meet(const float* x) {
-    const V rate = X::set(s_.rate_hi), shift = X::set(near_.shift), delta = X::set(s_.delta);
-    const V rho = X::set(s_.rho_tau);
+    const V delta = X::set(s_.delta), rho = X::set(s_.rho_tau), rate = X::set(s_.rate_hi);
+    const V centre = X::set(-near_.centre);
+    const V v = X::load(x);
     for (int64_t run = first_past_; run < end_; run += kRun) {
-      V sum[kVectors];
-      for (V& v : sum) v = X::set(0);
+      V sum = X::set(0);
       for (int64_t i = run; i < std::min(end_, run + kRun); ++i) {
-        const V u = X::set(u_[i]), w = X::set(sources_.weight[i]);
-        for (int r = 0; r < kVectors; ++r) {
-          const V t = X::load(x + r * X::kWidth) - u, z = X::clamp(X::mul_add(t - delta, rate, shift), 1);
-          sum[r] = X::mul_add(w, X::select(X::greater(t, delta), rho, near_.at(near_.slope, z)), sum[r]);
-        }
+        const V t = v - X::set(u_[i]), z = X::clamp(X::mul_add(t, rate, centre), 1);
+        const V slope = X::select(X::greater(t, delta), rho, near_.at(near_.slope, z));
+        sum = X::mul_add(X::set(sources_.weight[i]), slope, sum);
       }
-      for (int r = 0; r < kVectors; ++r) X::accumulate(slope_ + r * X::kWidth, sum[r]);
+      X::accumulate(slope_, sum);
     }
   }
 
@@ -454,6 +454,7 @@ class Slopes {
   const int64_t n_;
   const uint32_t* const first_;
   const bool smooth_;
+  const float half_box_;
   const ThresholdCurve<float, kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
