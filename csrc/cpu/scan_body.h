@@ -5,22 +5,6 @@ namespace {
 
 // ---- ranks ----
 
-// 1, x, x^2 ... x^(kTerms - 1)
-void powers_from_0(double x, Vec<double>::V* out) {
-  using D = Vec<double>;
-  D::V power = D::set(1), square = D::set(x);
-  for (int bit = 1; bit < D::kWidth; bit *= 2) {
-    unsigned with = 0;  // lanes whose exponent has this bit
-    for (int lane = 0; lane < D::kWidth; ++lane) with |= (lane & bit ? 1u : 0u) << lane;
-    power = D::select(D::lanes(with), power * square, power);
-    square = square * square;
-  }
-  for (int part = 0; part < kTermVectors; ++part) {
-    out[part] = power;
-    power = power * square;
-  }
-}
-
 // Where in ascending sources ascending targets belong: at the first source v for which holds(v, target), as it does for
 // all after it.
 template <typename Holds>
@@ -138,18 +122,27 @@ class Ranks {
     const int64_t last = all ? n_ : std::min<int64_t>((chunk + 1) * kChunk, first_[threshold_ + 1]) - 1;
     const int most = static_cast<int>(std::min<int64_t>(count, targets_.first[box_ + 1] - i));
     const float* const x = targets_.value.data() + i;
+    const int begin = k;
     if (all) {
+      k = most;
+      std::fill(lanes_ + 2 * begin, lanes_ + 2 * k, D::set(0));
+    } else {
+      const Chunk met(*this, chunk * kChunk, last);
       do {
-        read_field(x[k], lanes_ + 2 * k);
-      } while (++k < most);
-      return k;
+        met.read(static_cast<double>(x[k]), past_[k], lanes_ + 2 * k);
+      } while (++k < most && past_[k] <= last);
     }
-    const Chunk met(*this, chunk * kChunk, last);
-    do {
-      read_field(x[k], lanes_ + 2 * k);
-      met.read(static_cast<double>(x[k]), past_[k], lanes_ + 2 * k);
-    } while (++k < most && past_[k] <= last);
+    for (int at = begin; at < k; at += D::kWidth) {
+      const D::V z = (D::widened(x + at) - D::set(boxes_.centre[box_])) * D::set(rate_);
+      D::store(curve_ + at, horner(coefficient_[0], z));
+      D::store(slope_ + at, horner(coefficient_[1], z));
+    }
     return k;
+  }
+  static D::V horner(const double* coefficient, D::V z) {
+    D::V p = D::set(coefficient[kTerms - 1]);
+    for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
+    return p;
   }
 
   void add_up(int count, double* rank, double* slope) {
@@ -158,41 +151,46 @@ class Ranks {
       D::sums(lanes_ + 2 * k, sum);
       for (int at = k; at < std::min(k + kTogether, count); ++at) {
         const double steps = smooth_ ? 0 : static_cast<double>(past_[at] - step_[at]);
-        rank[at] = sum[2 * (at - k)] + s_.exact_start * steps;
-        if (slope) slope[at] = sum[2 * (at - k) + 1] * rate_;
+        rank[at] = curve_[at] + sum[2 * (at - k)] + s_.exact_start * steps;
+        if (slope) slope[at] = (slope_[at] + sum[2 * (at - k) + 1]) * rate_;
       }
     }
   }
 
-  // What the targets of a box read whose thresholds lie in the same chunk: all sources before this, but those of earlier
-  // chunks that do not lie in the box of the threshold are in whole boxes.
+  // What the targets of a box read whose thresholds lie in the same chunk: all but this chunk.
   void set_field(int64_t chunk) {
-    const int64_t t = threshold_;
-    if (box_ != field_box_ || t != field_threshold_) set_whole_boxes(box_, t);
+    const int64_t b = box_, t = threshold_;
+    if (b != field_box_ || t != field_threshold_) set_whole_boxes(b, t);
     field_chunk_ = chunk;
-    field_ = whole_boxes_;
-    if (t == boxes_.size()) return;
-    add_linear(t, chunk);
-    if (chunk * kChunk <= first_[t]) return;
-    if (t == box_) return own_.add<false>(&running_[chunk * kTerms], field_);
-    of_threshold_.add<false>(&running_[chunk * kTerms], field_);
+    Field<true> field = whole_boxes_;
+    if (t < boxes_.size()) {
+      add_linear(t, chunk, field);
+      if (chunk * kChunk > first_[t]) {
+        (t == b ? own_ : of_threshold_).template add<false>(&running_[chunk * kTerms], field);
+      }
+    }
+    for (int part = 0; part < kTermVectors; ++part) {
+      D::store(coefficient_[0] + part * D::kWidth, field.curve[part]);
+      D::store(coefficient_[1] + part * D::kWidth, field.slope[part]);
+    }
   }
   // What lies past the chunk of the threshold: rho (v - u - delta) + offset each, of which a count and a sum are enough.
-  void add_linear(int64_t t, int64_t chunk) {
+  void add_linear(int64_t t, int64_t chunk, Field<true>& field) const {
     const int64_t next = (chunk + 1) * kChunk;
-    double count = 0, sum = 0;  // of v - centre_
+    const double centre = boxes_.centre[box_];
+    double count = 0, sum = 0;  // of v - centre
     if (next < first_[t + 1]) {
       count = static_cast<double>(first_[t + 1] - next);
       sum = s_.tau * (sources_.moment[t * kTerms + 1] - running_[(chunk + 1) * kTerms + 1]) +
-            count * (boxes_.centre[t] - centre_);
+            count * (boxes_.centre[t] - centre);
     }
     if (first_[t + 1] < n_) {
       const double higher = static_cast<double>(n_ - first_[t + 1]);
-      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre_);
+      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre);
       count += higher;
     }
     const double rate = s_.exact_rho * s_.tau * count;
-    field_.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
+    field.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
   }
   // All boxes from the lowest to the one before the threshold's.
   void set_whole_boxes(int64_t b, int64_t t) {
@@ -206,7 +204,6 @@ class Ranks {
     }
     field_box_ = b;
     field_threshold_ = t;
-    centre_ = boxes_.centre[b];
     if (t == b) return;
     whole_boxes_ = below_;
     Sums decays;
@@ -219,18 +216,6 @@ class Ranks {
     Sums above = Sums::powers(boxes_.decay[b + 1]) * Sums::load(&sources_.from[(b + 1) * kStride]);
     if (t < boxes_.size()) above = above - decays * Sums::load(&sources_.from[t * kStride]);
     whole_boxes_.add_above(above, static_cast<double>(between));
-  }
-
-  // Lanes of curve and slope, the second in units of 1 / tau, which have to be added up.
-  void read_field(float x, D::V* lanes) const {
-    D::V power[kTermVectors];
-    powers_from_0((static_cast<double>(x) - centre_) * rate_, power);
-    lanes[0] = field_.curve[0] * power[0];
-    lanes[1] = field_.slope[0] * power[0];
-    for (int part = 1; part < kTermVectors; ++part) {
-      lanes[0] = D::mul_add(field_.curve[part], power[part], lanes[0]);
-      lanes[1] = D::mul_add(field_.slope[part], power[part], lanes[1]);
-    }
   }
 
   // A chunk that thresholds cut: its sources in the box of these, which are met one by one.
@@ -247,11 +232,12 @@ class Ranks {
       for (int k = 0; k < kVectors; ++k) v_[k] = D::widened(of.v_ + begin + k * D::kWidth);
       all_ = below(last + 1 - begin) & ~below(std::max<int64_t>(0, of.first_[of.threshold_] - begin));
     }
-    // For a target u, `past` being the first source past its threshold.
+    // What a target u reads, `past` being the first source past its threshold: lanes of curve and slope, the second in
+    // units of 1 / tau, which have to be added up.
     void read(double u, int64_t past, D::V* lanes) const {
       const unsigned before = below(past - begin_);
       const D::V threshold = D::set(u + delta_);
-      D::V curve = lanes[0], slope = lanes[1];
+      D::V curve = D::set(0), slope = D::set(0);
       for (int k = 0; k < kVectors; ++k) {
         const D::V t = v_[k] - threshold, z = D::mul_add(t, rate_, D::set(Boxes::kWidth / 2));
         const auto in = D::lanes((all_ & before) >> k * D::kWidth & kLanes);
@@ -293,13 +279,14 @@ class Ranks {
   const Translation<true>& own_ = Translation<true>::own();
 
   int64_t step_[kMany], past_[kMany];         // of targets: their first source that is no lower, and past the threshold
-  D::V lanes_[2 * kMany];                     // what they have read
+  D::V lanes_[2 * kMany];                     // what they have read of the chunks of their thresholds
+  alignas(64) double curve_[kMany + D::kWidth], slope_[kMany + D::kWidth];  // and of all else
   int64_t last_step_ = 0, last_past_ = 0;     // of the last of these
   int64_t box_ = 0, threshold_ = 0;           // of a target, and of its first source past the threshold
-  int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that field_ is for
-  Field<true> below_, whole_boxes_, field_;
+  int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that the field is for
+  Field<true> below_, whole_boxes_;
+  alignas(64) double coefficient_[2][kTerms];  // of the field, and of its slope
   Translation<true> of_threshold_;
-  double centre_ = 0;  // of the box of the target
 };
 
 void scan_ranks(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin, int64_t end,
