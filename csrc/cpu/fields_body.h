@@ -39,6 +39,14 @@ struct Field {
     slope[0] = D::add_where(one, slope[0], D::set(to_slope));
   }
 
+  // The coefficients.
+  void store(double* to_curve, double* to_slope) const {
+    for (int part = 0; part < kTermVectors; ++part) {
+      if (Curve) D::store(to_curve + part * D::kWidth, curve[part]);
+      D::store(to_slope + part * D::kWidth, slope[part]);
+    }
+  }
+
  private:
   template <bool Above>
   void add(const Sums& sums) {

@@ -5,6 +5,14 @@ namespace {
 
 // ---- ranks ----
 
+// Of a field.
+Vec<double>::V polynomial(const double* coefficient, Vec<double>::V z) {
+  using D = Vec<double>;
+  D::V p = D::set(coefficient[kTerms - 1]);
+  for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
+  return p;
+}
+
 // Where in ascending sources ascending targets belong: at the first source v for which holds(v, target), as it does for
 // all after it.
 template <typename Holds>
@@ -134,15 +142,10 @@ class Ranks {
     }
     for (int at = begin; at < k; at += D::kWidth) {
       const D::V z = (D::widened(x + at) - D::set(boxes_.centre[box_])) * D::set(rate_);
-      D::store(curve_ + at, horner(coefficient_[0], z));
-      D::store(slope_ + at, horner(coefficient_[1], z));
+      D::store(curve_ + at, polynomial(coefficient_[0], z));
+      D::store(slope_ + at, polynomial(coefficient_[1], z));
     }
     return k;
-  }
-  static D::V horner(const double* coefficient, D::V z) {
-    D::V p = D::set(coefficient[kTerms - 1]);
-    for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
-    return p;
   }
 
   void add_up(int count, double* rank, double* slope) {
@@ -169,10 +172,7 @@ class Ranks {
         (t == b ? own_ : of_threshold_).template add<false>(&running_[chunk * kTerms], field);
       }
     }
-    for (int part = 0; part < kTermVectors; ++part) {
-      D::store(coefficient_[0] + part * D::kWidth, field.curve[part]);
-      D::store(coefficient_[1] + part * D::kWidth, field.slope[part]);
-    }
+    field.store(coefficient_[0], coefficient_[1]);
   }
   // What lies past the chunk of the threshold: rho (v - u - delta) + offset each, of which a count and a sum are enough.
   void add_linear(int64_t t, int64_t chunk, Field<true>& field) const {
@@ -357,13 +357,9 @@ class Slopes {
     }
     if (b != box_ || last_ > end_) set_field(b);
     const double past = smooth_ ? 0 : s_.exact_rho * s_.tau * sources_.passed[first_past_];
-    alignas(64) double coefficient[kTerms];
-    for (int m = 0; m < kTermVectors; ++m) D::store(coefficient + m * D::kWidth, field_.slope[m]);
     for (int k = 0; k < kTogether; k += D::kWidth) {
       const D::V z = (D::widened(x + k) - D::set(boxes_.centre[b])) * D::set(1 / s_.tau);
-      D::V p = D::set(coefficient[kTerms - 1]);
-      for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
-      D::store(slope_ + k, p + D::set(past));
+      D::store(slope_ + k, polynomial(coefficient_, z) + D::set(past));
     }
     if (first_past_ < end_) meet(x);
   }
@@ -373,26 +369,27 @@ class Slopes {
     while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= last_) ++threshold_;
     int64_t whole = threshold_;
     end_ = last_;
-    double rest[kTerms];
-    bool cut = false;  // the box `whole`: only the rest of its moments counts
+    const double* before = nullptr;  // moments of the box `whole` that do not count
     if (whole < boxes_.size() && last_ > first_[whole]) {
       const int64_t chunk = (last_ + kChunk - 1) / kChunk;
       end_ = std::min<int64_t>(chunk * kChunk, first_[whole + 1]);
-      cut = end_ < first_[whole + 1];
-      for (int m = 0; cut && m < kTerms; ++m) {
-        rest[m] = sources_.moment[whole * kTerms + m] - sources_.running[chunk * kTerms + m];
-      }
+      if (end_ < first_[whole + 1]) before = &sources_.running[chunk * kTerms];
       ++whole;
     }
     if (b != box_ || whole != whole_) set_whole_boxes(b, whole);
-    field_ = whole_boxes_;
-    if (!cut) return;
-    if (whole - 1 == b) return own_.add<true>(rest, field_);
-    if (!translated_) {
-      of_threshold_ = Translation<false>(Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau));
-      translated_ = true;
+    Field<false> field = whole_boxes_;
+    if (before) {
+      alignas(64) double rest[kTerms];
+      for (int m = 0; m < kTerms; m += D::kWidth) {
+        D::store(rest + m, D::load(&sources_.moment[(whole - 1) * kTerms + m]) - D::load(before + m));
+      }
+      if (whole - 1 < b && !translated_) {
+        of_threshold_ = Translation<false>(Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau));
+        translated_ = true;
+      }
+      (whole - 1 == b ? own_ : of_threshold_).template add<true>(rest, field);
     }
-    of_threshold_.add<true>(rest, field_);
+    field.store(nullptr, coefficient_);
   }
   // That of all in boxes from `whole` on.
   void set_whole_boxes(int64_t b, int64_t whole) {
@@ -446,7 +443,8 @@ class Slopes {
   const Translation<false>& own_ = Translation<false>::own();
 
   int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, box_ = -1, whole_ = -1;
-  Field<false> above_, whole_boxes_, field_;
+  Field<false> above_, whole_boxes_;
+  alignas(64) double coefficient_[kTerms];  // of the field
   Translation<false> of_threshold_;  // once `translated_`: from the box before `whole_`
   bool translated_ = false;
   alignas(64) double slope_[kTogether];
