@@ -102,16 +102,21 @@ struct Sources {
   void begin(const Points& of, const float* with, int64_t boxes) {
     points = &of;
     weight = with;
-    moment.resize(boxes * kTerms);
-    running.resize((of.n / kChunk + 1) * kTerms);
-    upto.resize(boxes * kStride);
-    from.resize(boxes * kStride);
-    beyond.resize(weight ? 0 : boxes);
-    passed.resize(weight ? of.n + 1 : 0);
+    at_least(moment, boxes * kTerms);
+    at_least(running, (of.n / kChunk + 1) * kTerms);
+    at_least(upto, boxes * kStride);
+    at_least(from, boxes * kStride);
+    at_least(beyond, weight ? 0 : boxes);
+    at_least(passed, weight ? of.n + 1 : 0);
   }
   size_t bytes() const {
     return 8 * (moment.capacity() + running.capacity() + upto.capacity() + from.capacity() + beyond.capacity() +
                 passed.capacity());
+  }
+
+ private:
+  static void at_least(std::vector<double>& values, size_t size) {
+    if (values.size() < size) values.resize(size);
   }
 };
 

@@ -39,6 +39,14 @@ struct Field {
     slope[0] = D::add_where(one, slope[0], D::set(to_slope));
   }
 
+  // The coefficients.
+  void store(double* to_curve, double* to_slope) const {
+    for (int part = 0; part < kTermVectors; ++part) {
+      if (Curve) D::store(to_curve + part * D::kWidth, curve[part]);
+      D::store(to_slope + part * D::kWidth, slope[part]);
+    }
+  }
+
  private:
   template <bool Above>
   void add(const Sums& sums) {
@@ -127,20 +135,21 @@ class Translation {
   alignas(64) double curve_[kTerms][kTerms], slope_[kTerms][kTerms];
 };
 
-// sigma and its slope up to half a box around a point half a box below the threshold, for single sources: polynomials
-// of z = (v - u - delta) / tau + shift. Slopes are in units of 1 / tau.
+// sigma and its slope around the point half a box below the threshold, for single sources: polynomials of z = (v - u) /
+// tau - centre. Slopes are in units of 1 / tau.
 template <typename T, int Terms>
 struct ThresholdCurve {
   using X = Vec<T>;
   using V = typename X::V;
-  static constexpr T shift = static_cast<T>(Boxes::kWidth / 2);
+  T centre;
   V curve[Terms], slope[Terms];
 
   explicit ThresholdCurve(const Settings<float>& s) {
+    // In float 1 / tau is off by a rounding, which the point makes good.
+    const double delta = s.exact_delta, rate = sizeof(T) == 4 ? static_cast<double>(s.rate_hi) : 1 / s.tau;
+    centre = static_cast<T>(std::min(delta * rate - Boxes::kWidth / 2, 1e30));
     double a[Terms + 1];
-    // As exact as the point is: float differences are of the threshold as rounded.
-    const double threshold = sizeof(T) == 4 ? static_cast<double>(s.delta) : s.exact_delta;
-    taylor_of_sigma<Terms + 1>(threshold / s.tau - static_cast<double>(shift), a);
+    taylor_of_sigma<Terms + 1>(static_cast<double>(centre) + delta * (1 / s.tau - rate), a);
     for (int m = 0; m < Terms; ++m) {
       curve[m] = X::set(static_cast<T>(a[m]));
       slope[m] = X::set(static_cast<T>((m + 1) * a[m + 1]));

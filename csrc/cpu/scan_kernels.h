@@ -5,20 +5,12 @@ namespace {
 
 // ---- ranks ----
 
-// 1, x, x^2 ... x^(kTerms - 1)
-void powers_from_0(double x, Vec<double>::V* out) {
+// Of a field.
+Vec<double>::V polynomial(const double* coefficient, Vec<double>::V z) {
   using D = Vec<double>;
-  D::V power = D::set(1), square = D::set(x);
-  for (int bit = 1; bit < D::kWidth; bit *= 2) {
-    unsigned with = 0;  // lanes whose exponent has this bit
-    for (int lane = 0; lane < D::kWidth; ++lane) with |= (lane & bit ? 1u : 0u) << lane;
-    power = D::select(D::lanes(with), power * square, power);
-    square = square * square;
-  }
-  for (int part = 0; part < kTermVectors; ++part) {
-    out[part] = power;
-    power = power * square;
-  }
+  D::V p = D::set(coefficient[kTerms - 1]);
+  for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
+  return p;
 }
 
 // Where in ascending sources ascending targets belong: at the first source v for which holds(v, target), as it does for
@@ -34,19 +26,22 @@ class Places {
   int64_t find(int64_t at, const float* target, int count, int64_t* place) const {
     for (int k = 0; k < count; k += X::kWidth) {
       const int lanes = std::min(X::kWidth, count - k);
-      at = advance(at, target[k]);
       const int64_t last = advance(at, target[k + lanes - 1]);
       if (last - at > kMost) {
         for (int lane = 0; lane < lanes; ++lane) place[k + lane] = at = advance(at, target[k + lane]);
         continue;
       }
-      // Neighbours together: one by one each would wait for the one before.
+      // Neighbours together: one by one each would wait for the one before. A few more sources do not change their
+      // places: they come after all of them.
       const auto x = X::load(target + k);
-      auto many = X::set(0);
-      for (int64_t j = at; j < last; ++j) many = X::add_where(holds_(X::set(v_[j]), x), many, X::set(1));
-      alignas(64) float from_last[X::kWidth];
-      X::store(from_last, many);
-      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = last - static_cast<int64_t>(from_last[lane]);
+      auto after = X::set(0);
+      int64_t end = at;
+      for (; end < last; end += 4) {
+        for (int j = 0; j < 4; ++j) after = X::add_where(holds_(X::set(v_[end + j]), x), after, X::set(1));
+      }
+      alignas(64) float from_end[X::kWidth];
+      X::store(from_end, after);
+      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = end - static_cast<int64_t>(from_end[lane]);
       at = last;
     }
     return at;
@@ -74,10 +69,9 @@ class Ranks {
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kTogether = D::kWidth / 2;  // targets whose lanes are added up at once
-  static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
-  static constexpr int kMany = 128;  // targets that are placed at once
+  static constexpr int kMany = 128;                // targets that are placed at once
   static constexpr int kChunk = Sources::kChunk;
-  static constexpr int kNearTerms = 6;  // sources that are met lie within half a box of the middle
+  static constexpr int kNearTerms = 7;  // sources that are met lie within half a box of the middle
 
  public:
   Ranks(const Boxes& boxes, const Sources& sources, const Points& targets, const Settings<float>& s)
@@ -135,12 +129,23 @@ class Ranks {
     const bool all = threshold_ == boxes_.size();
     const int64_t last = all ? n_ : std::min<int64_t>((chunk + 1) * kChunk, first_[threshold_ + 1]) - 1;
     const int most = static_cast<int>(std::min<int64_t>(count, targets_.first[box_ + 1] - i));
-    int end = k + 1;
-    while (end < most && past_[end] <= last) ++end;
     const float* const x = targets_.value.data() + i;
-    for (int at = k; at < end; ++at) read_field(x[at], lanes_ + 2 * at);
-    for (int at = k; !all && at < end; ++at) meet(x[at], past_[at], chunk * kChunk, last, lanes_ + 2 * at);
-    return end;
+    const int begin = k;
+    if (all) {
+      k = most;
+      std::fill(lanes_ + 2 * begin, lanes_ + 2 * k, D::set(0));
+    } else {
+      const Chunk met(*this, chunk * kChunk, last);
+      do {
+        met.read(static_cast<double>(x[k]), past_[k], lanes_ + 2 * k);
+      } while (++k < most && past_[k] <= last);
+    }
+    for (int at = begin; at < k; at += D::kWidth) {
+      const D::V z = (D::widened(x + at) - D::set(boxes_.centre[box_])) * D::set(rate_);
+      D::store(curve_ + at, polynomial(coefficient_[0], z));
+      D::store(slope_ + at, polynomial(coefficient_[1], z));
+    }
+    return k;
   }
 
   void add_up(int count, double* rank, double* slope) {
@@ -149,41 +154,43 @@ class Ranks {
       D::sums(lanes_ + 2 * k, sum);
       for (int at = k; at < std::min(k + kTogether, count); ++at) {
         const double steps = smooth_ ? 0 : static_cast<double>(past_[at] - step_[at]);
-        rank[at] = sum[2 * (at - k)] + s_.exact_start * steps;
-        if (slope) slope[at] = sum[2 * (at - k) + 1] * rate_;
+        rank[at] = curve_[at] + sum[2 * (at - k)] + s_.exact_start * steps;
+        if (slope) slope[at] = (slope_[at] + sum[2 * (at - k) + 1]) * rate_;
       }
     }
   }
 
-  // What the targets of a box read whose thresholds lie in the same chunk: all sources before this, but those of earlier
-  // chunks that do not lie in the box of the threshold are in whole boxes.
+  // What the targets of a box read whose thresholds lie in the same chunk: all but this chunk.
   void set_field(int64_t chunk) {
-    const int64_t t = threshold_;
-    if (box_ != field_box_ || t != field_threshold_) set_whole_boxes(box_, t);
+    const int64_t b = box_, t = threshold_;
+    if (b != field_box_ || t != field_threshold_) set_whole_boxes(b, t);
     field_chunk_ = chunk;
-    field_ = whole_boxes_;
-    if (t == boxes_.size()) return;
-    add_linear(t, chunk);
-    if (chunk * kChunk <= first_[t]) return;
-    if (t == box_) return own_.add<false>(&running_[chunk * kTerms], field_);
-    of_threshold_.add<false>(&running_[chunk * kTerms], field_);
+    Field<true> field = whole_boxes_;
+    if (t < boxes_.size()) {
+      add_linear(t, chunk, field);
+      if (chunk * kChunk > first_[t]) {
+        (t == b ? own_ : of_threshold_).template add<false>(&running_[chunk * kTerms], field);
+      }
+    }
+    field.store(coefficient_[0], coefficient_[1]);
   }
   // What lies past the chunk of the threshold: rho (v - u - delta) + offset each, of which a count and a sum are enough.
-  void add_linear(int64_t t, int64_t chunk) {
+  void add_linear(int64_t t, int64_t chunk, Field<true>& field) const {
     const int64_t next = (chunk + 1) * kChunk;
-    double count = 0, sum = 0;  // of v - centre_
+    const double centre = boxes_.centre[box_];
+    double count = 0, sum = 0;  // of v - centre
     if (next < first_[t + 1]) {
       count = static_cast<double>(first_[t + 1] - next);
       sum = s_.tau * (sources_.moment[t * kTerms + 1] - running_[(chunk + 1) * kTerms + 1]) +
-            count * (boxes_.centre[t] - centre_);
+            count * (boxes_.centre[t] - centre);
     }
     if (first_[t + 1] < n_) {
       const double higher = static_cast<double>(n_ - first_[t + 1]);
-      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre_);
+      sum += sources_.beyond[t + 1] + higher * (boxes_.centre[t + 1] - centre);
       count += higher;
     }
     const double rate = s_.exact_rho * s_.tau * count;
-    field_.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
+    field.add_line(s_.exact_rho * (sum - count * s_.exact_delta) + s_.exact_offset * count, -rate, rate);
   }
   // All boxes from the lowest to the one before the threshold's.
   void set_whole_boxes(int64_t b, int64_t t) {
@@ -197,7 +204,6 @@ class Ranks {
     }
     field_box_ = b;
     field_threshold_ = t;
-    centre_ = boxes_.centre[b];
     if (t == b) return;
     whole_boxes_ = below_;
     Sums decays;
@@ -212,37 +218,52 @@ class Ranks {
     whole_boxes_.add_above(above, static_cast<double>(between));
   }
 
-  // Lanes of curve and slope, the second in units of 1 / tau, which have to be added up.
-  void read_field(float x, D::V* lanes) const {
-    D::V power[kTermVectors];
-    powers_from_0((static_cast<double>(x) - centre_) * rate_, power);
-    lanes[0] = field_.curve[0] * power[0];
-    lanes[1] = field_.slope[0] * power[0];
-    for (int part = 1; part < kTermVectors; ++part) {
-      lanes[0] = D::mul_add(field_.curve[part], power[part], lanes[0]);
-      lanes[1] = D::mul_add(field_.slope[part], power[part], lanes[1]);
+  // A chunk that thresholds cut: its sources in the box of these, which are met one by one.
+  class Chunk {
+   public:
+    Chunk(const Ranks& of, int64_t begin, int64_t last)
+        : begin_(begin),
+          delta_(of.s_.exact_delta),
+          rate_(D::set(of.rate_)),
+          rho_(D::set(of.s_.exact_rho)),
+          offset_(D::set(of.s_.exact_offset)),
+          rho_tau_(D::set(of.s_.exact_rho * of.s_.tau)),
+          near_(of.near_) {
+      for (int k = 0; k < kVectors; ++k) v_[k] = D::widened(of.v_ + begin + k * D::kWidth);
+      all_ = below(last + 1 - begin) & ~below(std::max<int64_t>(0, of.first_[of.threshold_] - begin));
     }
-  }
+    // What a target u reads, `past` being the first source past its threshold: lanes of curve and slope, the second in
+    // units of 1 / tau, which have to be added up.
+    void read(double u, int64_t past, D::V* lanes) const {
+      const unsigned before = below(past - begin_);
+      const D::V threshold = D::set(u + delta_);
+      D::V curve = D::set(0), slope = D::set(0);
+      for (int k = 0; k < kVectors; ++k) {
+        const D::V t = v_[k] - threshold, z = D::mul_add(t, rate_, D::set(Boxes::kWidth / 2));
+        const auto in = D::lanes((all_ & before) >> k * D::kWidth & kLanes);
+        const auto out = D::lanes((all_ & ~before) >> k * D::kWidth & kLanes);
+        const D::V sigma = near_.at(near_.curve, z);
+        curve = D::add_where(in, curve, sigma);
+        slope = D::add_where(in, slope, D::negative_mul_add(sigma, sigma, sigma));
+        curve = D::add_where(out, curve, D::mul_add(t, rho_, offset_));
+        slope = D::add_where(out, slope, rho_tau_);
+      }
+      lanes[0] = curve;
+      lanes[1] = slope;
+    }
 
-  // The sources of the threshold's box in the chunk from `begin` on, `last` being the last of them: one by one.
-  void meet(float x, int64_t past, int64_t begin, int64_t last, D::V* lanes) const {
-    const unsigned before = bits_below(past - begin), all = bits_below(last + 1 - begin);
-    const unsigned met = before & ~bits_below(std::max<int64_t>(0, first_[threshold_] - begin));
-    const D::V threshold = D::set(static_cast<double>(x) + s_.exact_delta);
-    const D::V rho = D::set(s_.exact_rho), offset = D::set(s_.exact_offset), rho_tau = D::set(s_.exact_rho * s_.tau);
-    D::V curve = lanes[0], slope = lanes[1];
-    for (int k = 0; k < kChunk; k += D::kWidth) {
-      const D::V t = D::widened(v_ + begin + k) - threshold, z = D::mul_add(t, D::set(rate_), D::set(near_.shift));
-      const auto in = D::lanes(met >> k & kLanes), past_it = D::lanes((all & ~before) >> k & kLanes);
-      curve = D::add_where(in, curve, near_.at(near_.curve, z));
-      slope = D::add_where(in, slope, near_.at(near_.slope, z));
-      curve = D::add_where(past_it, curve, D::mul_add(t, rho, offset));
-      slope = D::add_where(past_it, slope, rho_tau);
-    }
-    lanes[0] = curve;
-    lanes[1] = slope;
-  }
-  static unsigned bits_below(int64_t count) { return (1u << count) - 1; }
+   private:
+    static constexpr int kVectors = kChunk / D::kWidth;
+    static constexpr unsigned kLanes = (1u << D::kWidth) - 1;
+    static unsigned below(int64_t count) { return (1u << count) - 1; }
+
+    const int64_t begin_;
+    unsigned all_;
+    const double delta_;
+    const D::V rate_, rho_, offset_, rho_tau_;
+    D::V v_[kVectors];
+    const ThresholdCurve<double, kNearTerms>& near_;
+  };
 
   const Boxes& boxes_;
   const Sources& sources_;
@@ -257,14 +278,15 @@ class Ranks {
   const ThresholdCurve<double, kNearTerms> near_;
   const Translation<true>& own_ = Translation<true>::own();
 
-  int64_t step_[kMany], past_[kMany];      // of targets: their first source that is no lower, and past the threshold
-  D::V lanes_[2 * kMany];                  // what they have read
-  int64_t last_step_ = 0, last_past_ = 0;  // of the last of these
-  int64_t box_ = 0, threshold_ = 0;        // of a target, and of its first source past the threshold
-  int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that field_ is for
-  Field<true> below_, whole_boxes_, field_;
+  int64_t step_[kMany], past_[kMany];  // of targets: their first source that is no lower, and past the threshold
+  D::V lanes_[2 * kMany];              // what they have read of the chunks of their thresholds
+  alignas(64) double curve_[kMany + D::kWidth], slope_[kMany + D::kWidth];  // and of all else
+  int64_t last_step_ = 0, last_past_ = 0;                                   // of the last of these
+  int64_t box_ = 0, threshold_ = 0;  // of a target, and of its first source past the threshold
+  int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that the field is for
+  Field<true> below_, whole_boxes_;
+  alignas(64) double coefficient_[2][kTerms];  // of the field, and of its slope
   Translation<true> of_threshold_;
-  double centre_ = 0;  // of the box of the target
 };
 
 void scan_ranks(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin, int64_t end,
@@ -279,8 +301,8 @@ class Slopes {
   using X = Vec<float>;
   using V = X::V;
   using D = Vec<double>;
-  static constexpr int kTogether = 16, kVectors = kTogether / X::kWidth;  // targets
-  static constexpr int kNearTerms = 10;  // what they meet lies within one and a half boxes of the middle
+  static constexpr int kTogether = X::kWidth;  // targets, within half a box: the fewer, the fewer sources they meet
+  static constexpr int kNearTerms = 8;         // what they meet lies within one box of the middle
   static constexpr int kChunk = Sources::kChunk;
   static constexpr int kRun = 8;  // sources whose shares are summed in float
 
@@ -294,6 +316,7 @@ class Slopes {
         n_(sources.points->n),
         first_(sources.points->first.data()),
         smooth_(s.surrogate == Surrogate::kSmooth),
+        half_box_(static_cast<float>(Boxes::kWidth / 2 * s.tau)),
         near_(s) {}
 
   // put(j, slope) of targets [begin, end), in units of 1 / tau.
@@ -312,7 +335,8 @@ class Slopes {
         continue;
       }
       while (of_box[b + 1] <= j) ++b;
-      const int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      while (targets_.value[j + count - 1] - targets_.value[j] > half_box_) --count;
       together(b, j, count);
       for (int k = 0; k < count; ++k) put(j + k, slope_[k]);
       before = slope_[count - 1];
@@ -333,41 +357,39 @@ class Slopes {
     }
     if (b != box_ || last_ > end_) set_field(b);
     const double past = smooth_ ? 0 : s_.exact_rho * s_.tau * sources_.passed[first_past_];
-    alignas(64) double coefficient[kTerms];
-    for (int m = 0; m < kTermVectors; ++m) D::store(coefficient + m * D::kWidth, field_.slope[m]);
     for (int k = 0; k < kTogether; k += D::kWidth) {
       const D::V z = (D::widened(x + k) - D::set(boxes_.centre[b])) * D::set(1 / s_.tau);
-      D::V p = D::set(coefficient[kTerms - 1]);
-      for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
-      D::store(slope_ + k, p + D::set(past));
+      D::store(slope_ + k, polynomial(coefficient_, z) + D::set(past));
     }
     if (first_past_ < end_) meet(x);
   }
 
   // The field of all sources from end_ on, which is at last_ or a little further, in the box b.
   void set_field(int64_t b) {
-    int64_t whole = std::upper_bound(first_, first_ + boxes_.size() + 1, static_cast<uint32_t>(last_)) - first_ - 1;
+    while (threshold_ < boxes_.size() && first_[threshold_ + 1] <= last_) ++threshold_;
+    int64_t whole = threshold_;
     end_ = last_;
-    double rest[kTerms];
-    bool cut = false;  // the box `whole`: only the rest of its moments counts
+    const double* before = nullptr;  // moments of the box `whole` that do not count
     if (whole < boxes_.size() && last_ > first_[whole]) {
       const int64_t chunk = (last_ + kChunk - 1) / kChunk;
       end_ = std::min<int64_t>(chunk * kChunk, first_[whole + 1]);
-      cut = end_ < first_[whole + 1];
-      for (int m = 0; cut && m < kTerms; ++m) {
-        rest[m] = sources_.moment[whole * kTerms + m] - sources_.running[chunk * kTerms + m];
-      }
+      if (end_ < first_[whole + 1]) before = &sources_.running[chunk * kTerms];
       ++whole;
     }
     if (b != box_ || whole != whole_) set_whole_boxes(b, whole);
-    field_ = whole_boxes_;
-    if (!cut) return;
-    if (whole - 1 == b) return own_.add<true>(rest, field_);
-    if (!translated_) {
-      of_threshold_ = Translation<false>(Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau));
-      translated_ = true;
+    Field<false> field = whole_boxes_;
+    if (before) {
+      alignas(64) double rest[kTerms];
+      for (int m = 0; m < kTerms; m += D::kWidth) {
+        D::store(rest + m, D::load(&sources_.moment[(whole - 1) * kTerms + m]) - D::load(before + m));
+      }
+      if (whole - 1 < b && !translated_) {
+        of_threshold_ = Translation<false>(Sums::decays(boxes_.centre[b] - boxes_.centre[whole - 1], s_.tau));
+        translated_ = true;
+      }
+      (whole - 1 == b ? own_ : of_threshold_).template add<true>(rest, field);
     }
-    of_threshold_.add<true>(rest, field_);
+    field.store(nullptr, coefficient_);
   }
   // That of all in boxes from `whole` on.
   void set_whole_boxes(int64_t b, int64_t whole) {
@@ -394,19 +416,17 @@ class Slopes {
 
   // Sources around the thresholds, one by one.
   void meet(const float* x) {
-    const V rate = X::set(s_.rate_hi), shift = X::set(near_.shift), delta = X::set(s_.delta);
-    const V rho = X::set(s_.rho_tau);
+    const V delta = X::set(s_.delta), rho = X::set(s_.rho_tau), rate = X::set(s_.rate_hi);
+    const V centre = X::set(-near_.centre);
+    const V v = X::load(x);
     for (int64_t run = first_past_; run < end_; run += kRun) {
-      V sum[kVectors];
-      for (V& v : sum) v = X::set(0);
+      V sum = X::set(0);
       for (int64_t i = run; i < std::min(end_, run + kRun); ++i) {
-        const V u = X::set(u_[i]), w = X::set(sources_.weight[i]);
-        for (int r = 0; r < kVectors; ++r) {
-          const V t = X::load(x + r * X::kWidth) - u, z = X::clamp(X::mul_add(t - delta, rate, shift), 1);
-          sum[r] = X::mul_add(w, X::select(X::greater(t, delta), rho, near_.at(near_.slope, z)), sum[r]);
-        }
+        const V t = v - X::set(u_[i]), z = X::clamp(X::mul_add(t, rate, centre), 1);
+        const V slope = X::select(X::greater(t, delta), rho, near_.at(near_.slope, z));
+        sum = X::mul_add(X::set(sources_.weight[i]), slope, sum);
       }
-      for (int r = 0; r < kVectors; ++r) X::accumulate(slope_ + r * X::kWidth, sum[r]);
+      X::accumulate(slope_, sum);
     }
   }
 
@@ -418,12 +438,14 @@ class Slopes {
   const int64_t n_;
   const uint32_t* const first_;
   const bool smooth_;
+  const float half_box_;
   const ThresholdCurve<float, kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
-  int64_t first_past_ = 0, last_ = 0, end_ = -1, box_ = -1, whole_ = -1;
-  Field<false> above_, whole_boxes_, field_;
-  Translation<false> of_threshold_;  // once `translated_`: from the box before `whole_`
+  int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, box_ = -1, whole_ = -1;
+  Field<false> above_, whole_boxes_;
+  alignas(64) double coefficient_[kTerms];  // of the field
+  Translation<false> of_threshold_;         // once `translated_`: from the box before `whole_`
   bool translated_ = false;
   alignas(64) double slope_[kTogether];
 };

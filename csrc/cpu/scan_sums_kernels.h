@@ -193,12 +193,18 @@ void scan_down(const Boxes& boxes, double tau, Sources& sources) {
 }
 
 void scan_weights(Sources& sources) {
+  const int64_t n = sources.points->n;
+  double* const passed = sources.passed.data();
   double sum = 0;
-  for (int64_t j = 0; j < sources.points->n; ++j) {
-    sources.passed[j] = sum;
-    sum += static_cast<double>(sources.weight[j]);
+  for (int64_t begin = 0; begin <= n; begin += Sources::kChunk) {
+    const int64_t end = std::min<int64_t>(begin + Sources::kChunk, n + 1);
+    double own = 0;  // of this chunk: the next need not wait for it
+    for (int64_t j = begin; j < end; ++j) {
+      passed[j] = sum + own;
+      own += static_cast<double>(sources.weight[j]);
+    }
+    sum += own;
   }
-  sources.passed[sources.points->n] = sum;
 }
 
 }  // namespace
