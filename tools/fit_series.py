@@ -12,8 +12,8 @@ slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), ne
 exactly. All of it in rational numbers, rounded once.
 
 float's series hold a little further, up to y = 1.1, that is t = 0.095 tau: 2y / 1.1 - 1 takes the place of 2y - 1. The
-scan expands them around the middles of boxes. Where two boxes meet, at t = 0, a fit up to y = 1 alone would be expanded
-ten times worse than it is itself (tests/kernels/test_series.py).
+scan expands them around the middles of boxes. Where two boxes meet, at t = 0, a fit up to y = 1 alone would be off by
+twenty times its own error (tests/kernels/test_series.py).
 
 `python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
 """
