@@ -11,23 +11,18 @@ best coefficients are the quotient, and the error is 1 / T_K(3). The second has 
 slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for
 exactly. All of it in rational numbers, rounded once.
 
-Where the scan reads scores that lie dense (csrc/cpu/dense_body.h), it takes some from the wrong side: float's series
-hold up to y = 1.1, that is t = 0.095 tau. Then 2y / 1.1 - 1 takes the place of 2y - 1.
-
 `python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from fractions import Fraction
 from pathlib import Path
 
 Polynomial = list[Fraction]  # coefficients, the constant first
 
-DEGREES = {"float": 12, "double": 24}
-ENDS = {"float": Fraction(11, 10), "double": Fraction(1)}  # up to which y they hold
+DEGREE = 12
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "series.h"
 
 
@@ -44,16 +39,16 @@ def derivative(p: Polynomial) -> Polynomial:
     return [k * coefficient for k, coefficient in enumerate(p)][1:]
 
 
-def chebyshev(degree: int, end: Fraction) -> Polynomial:
-    """T_degree(2y / end - 1): within 1 of 0 on [0, end]."""
-    before, now = [Fraction(1)], [Fraction(-1), 2 / end]
+def chebyshev(degree: int) -> Polynomial:
+    """T_degree(2y - 1): within 1 of 0 on [0, 1]."""
+    before, now = [Fraction(1)], [Fraction(-1), Fraction(2)]
     if degree == 0:
         return before
     for _ in range(degree - 1):
         following = [Fraction(0)] * (len(now) + 1)
-        for k, coefficient in enumerate(now):  # 2 (2y / end - 1) T_n - T_(n-1)
+        for k, coefficient in enumerate(now):  # 2 (2y - 1) T_n - T_(n-1)
             following[k] -= 2 * coefficient
-            following[k + 1] += 4 * coefficient / end
+            following[k + 1] += 4 * coefficient
         for k, coefficient in enumerate(before):
             following[k] -= coefficient
         before, now = now, following
@@ -72,16 +67,16 @@ def divided(p: Polynomial) -> Polynomial:
     return quotient
 
 
-def sigmoid(degree: int, end: Fraction = Fraction(1)) -> tuple[Polynomial, float]:
-    """a_1 ... a_degree, and the relative error on (0, end]."""
-    t = chebyshev(degree, end)
+def sigmoid(degree: int) -> tuple[Polynomial, float]:
+    """a_1 ... a_degree, and the relative error on (0, 1]."""
+    t = chebyshev(degree)
     at = evaluate(t, Fraction(-1))
     return divided([Fraction(k == 0) - c / at for k, c in enumerate(t)]), float(1 / abs(at))
 
 
-def slope(degree: int, end: Fraction = Fraction(1)) -> tuple[Polynomial, float]:
-    """b_1 ... b_degree, and a bound on the relative error on (0, end]."""
-    low, high = chebyshev(degree, end), chebyshev(degree + 1, end)
+def slope(degree: int) -> tuple[Polynomial, float]:
+    """b_1 ... b_degree, and a bound on the relative error on (0, 1]."""
+    low, high = chebyshev(degree), chebyshev(degree + 1)
     minus_one = Fraction(-1)
     # x low + z high is 1 at -1, and its derivative 0.
     p, q = evaluate(low, minus_one), evaluate(high, minus_one)
@@ -96,7 +91,7 @@ def header() -> str:
     """The text of csrc/series.h."""
     lines = [
         "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For",
-        "// t <= kOvershoot tau and y = e^(t / tau), with relative errors as noted below:",
+        "// t <= 0 and y = e^(t / tau), with relative errors as noted below:",
         "//",
         "//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k",
         "//",
@@ -106,19 +101,15 @@ def header() -> str:
         "// clang-format off",
         "namespace roadmap {",
         "",
-        "template <typename T>",
-        "struct Series;",
+        "struct Series {",
+        f"  static constexpr int kDegree = {DEGREE};",
     ]
-    for name, degree in DEGREES.items():
-        end = ENDS[name]
-        lines += ["", "template <>", f"struct Series<{name}> {{", f"  static constexpr int kDegree = {degree};"]
-        lines += [f"  static constexpr double kOvershoot = {math.floor(1000 * math.log(end)) / 1000};"]
-        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree, end)), ("slope", slope(degree, end))):
-            lines.append(f"  static constexpr double {title}(int k) {{")
-            lines.append(f"    constexpr double kCoefficients[{degree}] = {{  // {bound:.1e}")
-            lines += [f"        {float(c)!r}," for c in coefficients]
-            lines += ["    };", "    return kCoefficients[k];", "  }"]
-        lines.append("};")
+    for title, (coefficients, bound) in (("sigmoid", sigmoid(DEGREE)), ("slope", slope(DEGREE))):
+        lines.append(f"  static constexpr double {title}(int k) {{")
+        lines.append(f"    constexpr double kCoefficients[{DEGREE}] = {{  // {bound:.1e}")
+        lines += [f"        {float(c)!r}," for c in coefficients]
+        lines += ["    };", "    return kCoefficients[k];", "  }"]
+    lines.append("};")
     return "\n".join([*lines, "", "}  // namespace roadmap", ""])
 
 
@@ -127,13 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Coefficients of the sorted scan.")
     parser.add_argument("--write", action="store_true", help=f"write csrc/{HEADER.name}")
     arguments = parser.parse_args()
-    for name, end in ENDS.items():
-        print(f"{name}, y up to {float(end)}\ndegree  sigma    slope    largest |a|  largest |b|")
-        for degree in range(4, 27):
-            (a, first), (b, second) = sigmoid(degree, end), slope(degree, end)
-            largest = [float(max(abs(c) for c in p)) for p in (a, b)]
-            used = "used" if DEGREES[name] == degree else ""
-            print(f"{degree:6}  {first:.1e}  {second:.1e}  {largest[0]:11.3f}  {largest[1]:11.3f}  {used}")
+    print("degree  sigma    slope    largest |a|  largest |b|")
+    for degree in range(4, 27):
+        (a, first), (b, second) = sigmoid(degree), slope(degree)
+        largest = [float(max(abs(c) for c in p)) for p in (a, b)]
+        used = "used" if degree == DEGREE else ""
+        print(f"{degree:6}  {first:.1e}  {second:.1e}  {largest[0]:11.3f}  {largest[1]:11.3f}  {used}")
     if arguments.write:
         HEADER.write_text(header())
 
