@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import roadmap_ext
-from tools.fit_series import DEGREES, ENDS, sigmoid, slope
+from tools.fit_series import DEGREE, sigmoid, slope
 
 from . import plots, report
 from .loop import NOISES, SEPARABILITY, clustered, torch_loop
@@ -479,11 +479,10 @@ def comparison(rows: list[Row], part: str) -> str:
 def series_table() -> str:
     """What the coefficients in use are good for: known without measuring."""
     lines = []
-    for name, degree in DEGREES.items():
-        for title, fit in (("sigmoid", sigmoid), ("slope", slope)):
-            coefficients, bound = fit(degree, ENDS[name])
-            condition = float(sum(map(abs, coefficients)) / sum(coefficients))
-            lines.append([f"{name} {title}", f"{degree}", f"{bound:.1e}", f"{condition:.0f}"])
+    for title, fit in (("sigmoid", sigmoid), ("slope", slope)):
+        coefficients, bound = fit(DEGREE)
+        condition = float(sum(map(abs, coefficients)) / sum(coefficients))
+        lines.append([title, f"{DEGREE}", f"{bound:.1e}", f"{condition:.0f}"])
     title = "series: bounds on the relative error, and sum |coefficient| / |sum of them|, by which rounding may grow"
     return report.table(title, ["", "K", "bound", "growth"], lines)
 

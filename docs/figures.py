@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from tools.fit_series import DEGREES, ENDS, sigmoid
+from tools.fit_series import DEGREE, END, sigmoid
 
 FOLDER = Path(__file__).resolve().parent / "images"
 # Okabe and Ito's colours, which all eyes tell apart.
@@ -69,9 +70,9 @@ def draw_series() -> Figure:
     looks = {1: (ORANGE, ":"), 2: (RED, "--"), 4: (GREEN, "-."), 8: (GREY, "-"), 12: (BLUE, "-")}
     left.plot(t, exact, color=INK, lw=4, alpha=0.3, label=r"$\sigma(t/\tau)$")
     for terms, (colour, line) in looks.items():
-        end = ENDS["float"] if terms == DEGREES["float"] else ENDS["double"]
+        end = END if terms == DEGREE else Fraction(1)
         series = sum(float(a) * y**k for k, a in enumerate(sigmoid(terms, end)[0], 1))
-        label = f"{terms} terms, as used" if terms == DEGREES["float"] else f"{terms} term{'s' if terms > 1 else ''}"
+        label = f"{terms} terms, as used" if terms == DEGREE else f"{terms} term{'s' if terms > 1 else ''}"
         if terms < 8:
             left.plot(t, series, color=colour, ls=line, lw=1.6, label=label)
         if terms > 1:

@@ -11,9 +11,9 @@ best coefficients are the quotient, and the error is 1 / T_K(3). The second has 
 slope there: (K + 1) T_K(2y - 1) / T_K(-3) - K T_{K+1}(2y - 1) / T_{K+1}(-3), nearly, which this program solves for
 exactly. All of it in rational numbers, rounded once.
 
-float's series hold a little further, up to y = 1.1, that is t = 0.095 tau: 2y / 1.1 - 1 takes the place of 2y - 1. The
-scan expands them around the middles of boxes. Where two boxes meet, at t = 0, a fit up to y = 1 alone would be off by
-twenty times its own error (tests/kernels/test_series.py).
+The series hold a little further, up to y = END = 1.1, t = 0.095 tau: 2y / 1.1 - 1 takes the place of 2y - 1. The scan
+expands them around the middles of boxes. Where two boxes meet, at t = 0, a fit up to y = 1 alone would be off by twenty
+times its own error (tests/kernels/test_series.py).
 
 `python tools/fit_series.py` prints the bound of every degree; with --write it writes csrc/series.h.
 """
@@ -21,14 +21,13 @@ twenty times its own error (tests/kernels/test_series.py).
 from __future__ import annotations
 
 import argparse
-import math
 from fractions import Fraction
 from pathlib import Path
 
 Polynomial = list[Fraction]  # coefficients, the constant first
 
-DEGREES = {"float": 12, "double": 24}
-ENDS = {"float": Fraction(11, 10), "double": Fraction(1)}  # up to which y they hold
+DEGREE = 12
+END = Fraction(11, 10)  # up to which y the series hold
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "series.h"
 
 
@@ -73,14 +72,14 @@ def divided(p: Polynomial) -> Polynomial:
     return quotient
 
 
-def sigmoid(degree: int, end: Fraction = Fraction(1)) -> tuple[Polynomial, float]:
+def sigmoid(degree: int, end: Fraction = END) -> tuple[Polynomial, float]:
     """a_1 ... a_degree, and the relative error on (0, end]."""
     t = chebyshev(degree, end)
     at = evaluate(t, Fraction(-1))
     return divided([Fraction(k == 0) - c / at for k, c in enumerate(t)]), float(1 / abs(at))
 
 
-def slope(degree: int, end: Fraction = Fraction(1)) -> tuple[Polynomial, float]:
+def slope(degree: int, end: Fraction = END) -> tuple[Polynomial, float]:
     """b_1 ... b_degree, and a bound on the relative error on (0, end]."""
     low, high = chebyshev(degree, end), chebyshev(degree + 1, end)
     minus_one = Fraction(-1)
@@ -97,7 +96,7 @@ def header() -> str:
     """The text of csrc/series.h."""
     lines = [
         "// Written by tools/fit_series.py: the sigmoid and its slope as sums of exponentials. For",
-        "// t <= kOvershoot tau and y = e^(t / tau), with relative errors as noted below:",
+        f"// y = e^(t / tau) <= {float(END)}, with relative errors as noted below:",
         "//",
         "//     sigma ~ sum_k sigmoid(k - 1) y^k    sigma (1 - sigma) ~ sum_k slope(k - 1) y^k",
         "//",
@@ -107,19 +106,15 @@ def header() -> str:
         "// clang-format off",
         "namespace roadmap {",
         "",
-        "template <typename T>",
-        "struct Series;",
+        "struct Series {",
+        f"  static constexpr int kDegree = {DEGREE};",
     ]
-    for name, degree in DEGREES.items():
-        end = ENDS[name]
-        lines += ["", "template <>", f"struct Series<{name}> {{", f"  static constexpr int kDegree = {degree};"]
-        lines += [f"  static constexpr double kOvershoot = {math.floor(1000 * math.log(end)) / 1000};"]
-        for title, (coefficients, bound) in (("sigmoid", sigmoid(degree, end)), ("slope", slope(degree, end))):
-            lines.append(f"  static constexpr double {title}(int k) {{")
-            lines.append(f"    constexpr double kCoefficients[{degree}] = {{  // {bound:.1e}")
-            lines += [f"        {float(c)!r}," for c in coefficients]
-            lines += ["    };", "    return kCoefficients[k];", "  }"]
-        lines.append("};")
+    for title, (coefficients, bound) in (("sigmoid", sigmoid(DEGREE)), ("slope", slope(DEGREE))):
+        lines.append(f"  static constexpr double {title}(int k) {{")
+        lines.append(f"    constexpr double kCoefficients[{DEGREE}] = {{  // {bound:.1e}")
+        lines += [f"        {float(c)!r}," for c in coefficients]
+        lines += ["    };", "    return kCoefficients[k];", "  }"]
+    lines.append("};")
     return "\n".join([*lines, "", "}  // namespace roadmap", ""])
 
 
@@ -128,13 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Coefficients of the sorted scan.")
     parser.add_argument("--write", action="store_true", help=f"write csrc/{HEADER.name}")
     arguments = parser.parse_args()
-    for name, end in ENDS.items():
-        print(f"{name}, y up to {float(end)}\ndegree  sigma    slope    largest |a|  largest |b|")
-        for degree in range(4, 27):
-            (a, first), (b, second) = sigmoid(degree, end), slope(degree, end)
-            largest = [float(max(abs(c) for c in p)) for p in (a, b)]
-            used = "used" if DEGREES[name] == degree else ""
-            print(f"{degree:6}  {first:.1e}  {second:.1e}  {largest[0]:11.3f}  {largest[1]:11.3f}  {used}")
+    print("degree  sigma    slope    largest |a|  largest |b|")
+    for degree in range(4, 17):
+        (a, first), (b, second) = sigmoid(degree), slope(degree)
+        largest = [float(max(abs(c) for c in p)) for p in (a, b)]
+        used = "used" if degree == DEGREE else ""
+        print(f"{degree:6}  {first:.1e}  {second:.1e}  {largest[0]:11.3f}  {largest[1]:11.3f}  {used}")
     if arguments.write:
         HEADER.write_text(header())
 

@@ -85,7 +85,7 @@ struct Boxes {
 //     beyond[b] = sum over all boxes >= b of v - centre[b]      without weights
 //     passed[j] = sum over all sources before j of w            with weights
 struct Sources {
-  static constexpr int kTerms = Boxes::kTerms, kDegree = Series<float>::kDegree, kStride = (kDegree + 7) / 8 * 8;
+  static constexpr int kTerms = Boxes::kTerms, kDegree = Series::kDegree, kStride = (kDegree + 7) / 8 * 8;
 
   // Sources of a chunk that a threshold cuts are met one by one.
   static constexpr int kChunk = 8;

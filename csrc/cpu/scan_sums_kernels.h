@@ -22,8 +22,8 @@ struct ScanTerms {
       double by = 1;
       for (int m = 0; m < kTerms; ++m) {
         power[m][k] = by;
-        sigmoid[k][m] = Series<float>::sigmoid(k) * by;
-        slope[k][m] = Series<float>::slope(k) * by;
+        sigmoid[k][m] = Series::sigmoid(k) * by;
+        slope[k][m] = Series::slope(k) * by;
         by *= (k + 1.0) / (m + 1);
       }
     }

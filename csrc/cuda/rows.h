@@ -184,7 +184,7 @@ struct Workspace {
   Global<int32_t> block_items{};  // [slots, blocks, 3]  items, positives among the sorted ones, and whether a score or
                                   // weight is not finite
 };
-constexpr int kTerms = Series<float>::kDegree;
+constexpr int kTerms = Series::kDegree;
 constexpr int kOutcome = 5;
 
 template <typename S>

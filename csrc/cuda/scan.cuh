@@ -441,8 +441,8 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     for (int k = 0; k < kTerms; ++k) {
       double sum = state[at * kTerms + k];
       if (less > 0) sum -= lesser * state[minus * kTerms + k];
-      read.curve += Series<float>::sigmoid(k) * (sum * power);
-      read.slope += Series<float>::slope(k) * (sum * power);
+      read.curve += Series::sigmoid(k) * (sum * power);
+      read.slope += Series::slope(k) * (sum * power);
       power *= q;
       lesser *= less;
     }
