@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import roadmap_ext
-from tools.fit_series import DEGREES, ENDS, sigmoid, slope
+from tools.fit_series import DEGREE, sigmoid, slope
 
 from . import plots, report
 from .loop import NOISES, SEPARABILITY, clustered, torch_loop
@@ -481,11 +481,10 @@ def comparison(rows: list[Row], part: str) -> str:
 def series_table() -> str:
     """What the coefficients in use are good for: known without measuring."""
     lines = []
-    for name, degree in DEGREES.items():
-        for title, fit in (("sigmoid", sigmoid), ("slope", slope)):
-            coefficients, bound = fit(degree, ENDS[name])
-            condition = float(sum(map(abs, coefficients)) / sum(coefficients))
-            lines.append([f"{name} {title}", f"{degree}", f"{bound:.1e}", f"{condition:.0f}"])
+    for title, fit in (("sigmoid", sigmoid), ("slope", slope)):
+        coefficients, bound = fit(DEGREE)
+        condition = float(sum(map(abs, coefficients)) / sum(coefficients))
+        lines.append([title, f"{DEGREE}", f"{bound:.1e}", f"{condition:.0f}"])
     title = "series: bounds on the relative error, and sum |coefficient| / |sum of them|, by which rounding may grow"
     return report.table(title, ["", "K", "bound", "growth"], lines)
 
@@ -649,10 +648,10 @@ def draw_scheme(path: Path) -> None:
     own = int(np.searchsorted(edges, u)) - 1
     last = int(np.searchsorted(edges, threshold)) - 1
     zones = [
-        (0, own, "#0072B2", "one series:\nthe sums below this edge"),
-        (own, own + 1, "#D55E00", "pair\nby pair"),
-        (own + 1, last, "#009E73", "a count less the series\nof both edges"),
-        (last, last + 1, "#D55E00", "pair\nby pair"),
+        (0, own, "#0072B2", "far field:\nall boxes up to this one"),
+        (own, own + 1, "#D55E00", "its\nmoments"),
+        (own + 1, last, "#009E73", "far field: a count less\nwhat is from box to box"),
+        (last, last + 1, "#D55E00", "moments,\nthen singly"),
         (last + 1, boxes, "#999999", "a count and\na plain sum"),
     ]
     figure, axis = pyplot.subplots(figsize=(11, 4.6))

@@ -143,8 +143,8 @@ def ap_loss(
         offset: value just above the threshold; None for start + sigma(delta / tau), which makes H- continuous.
         reduction: ``"mean"`` over the queries that have a positive (0 where none has), ``"sum"``, or ``"none"``: [B].
         method: ``"pairwise"`` (fused kernels, |P| x N work, nothing of that size in memory; ``"tiled"`` is an alias),
-            ``"sorted"`` (the sorted scan: near-linear in N, whatever |P| is; rows with infinite scores, and on CUDA
-            float64, run pairwise), ``"auto"`` (the faster of the two for each row) or ``"reference"`` (plain PyTorch).
+            ``"sorted"`` (the sorted scan: near-linear in N, whatever |P| is; float64, and rows with infinite scores,
+            run pairwise), ``"auto"`` (the faster of the two for each row) or ``"reference"`` (plain PyTorch).
 
     Returns:
         A scalar, or [B] with ``reduction="none"``; float64 for float64 scores, float32 for all others. A query without

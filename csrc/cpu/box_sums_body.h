@@ -13,9 +13,9 @@ alignas(64) constexpr double kSigns[kTerms] = {1, -1, 1, -1, 1, -1, 1, -1};
 
 // Taylor coefficients of the exponentials e^(k x), and the same times those of the series; and the binomials.
 struct ScanTerms {
-  alignas(64) double power[kTerms][kStride] = {};                                  // [m][k - 1]  k^m / m!
+  alignas(64) double power[kTerms][kStride] = {};                                 // [m][k - 1]  k^m / m!
   alignas(64) double sigmoid[kDegree][kTerms] = {}, slope[kDegree][kTerms] = {};  // [k - 1][m]
-  alignas(64) double choose[kTerms][kTerms] = {};                                  // (r + i)! / (r! i!)
+  alignas(64) double choose[kTerms][kTerms] = {};                                 // (r + i)! / (r! i!)
 
   constexpr ScanTerms() {
     for (int k = 0; k < kDegree; ++k) {

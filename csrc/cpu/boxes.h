@@ -90,12 +90,12 @@ struct Sources {
   static constexpr int kChunk = 8;
 
   const Points* points = nullptr;
-  const float* weight = nullptr;  // [n + kPad]  null: 1
-  std::vector<double> moment;        // [boxes, kTerms]
-  std::vector<double> running;       // [n / kChunk + 1, kTerms]
-  std::vector<double> upto, from;    // [boxes, kStride]
-  std::vector<double> beyond;        // [boxes]
-  std::vector<double> passed;        // [n + 1]
+  const float* weight = nullptr;   // [n + kPad]  null: 1
+  std::vector<double> moment;      // [boxes, kTerms]
+  std::vector<double> running;     // [n / kChunk + 1, kTerms]
+  std::vector<double> upto, from;  // [boxes, kStride]
+  std::vector<double> beyond;      // [boxes]
+  std::vector<double> passed;      // [n + 1]
 
   // Takes other sources; ScanKernels compute the sums.
   void begin(const Points& of, const float* with, int64_t boxes) {

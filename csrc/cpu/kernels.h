@@ -1,4 +1,4 @@
-// What the vector kernels take and give: the interface between the schedules (rows.h, sorted.h, ranking.h) and the
+// What the vector kernels take and give: the interface between the schedules (rows.h, scan.h, ranking.h) and the
 // kernels (the files named _body.h), which are compiled once for each instruction set.
 #pragma once
 
@@ -231,8 +231,8 @@ struct ScanKernels {
   void (*weights)(Sources&);                         // `passed`
   // Of targets u in [begin, end): rank[i] = sum over sources of H-(v - u), slope[i] = sum of H-'(v - u); this may be
   // null. Sources without weights.
-  void (*ranks)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end,
-                const Settings<float>&, double* rank, double* slope);
+  void (*ranks)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end, const Settings<float>&,
+                double* rank, double* slope);
   // Of targets v, and weighted sources u: out[column[j]] = scale times tau sum over sources of w H-'(v - u). A target
   // at `begin` must not be tied with the one before.
   void (*slopes)(const Boxes&, const Sources&, const Points& targets, int64_t begin, int64_t end,

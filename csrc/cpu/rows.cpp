@@ -254,10 +254,10 @@ class Pass {
     const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
     const double range = static_cast<double>(top) - static_cast<double>(low);
     const double boxes = std::min(range / (Boxes::kWidth * settings_.tau), negatives + positives);
-    double scan = 3000 + 100 * boxes + 9 * negatives + 25 * positives;
+    double scan = 2500 + 110 * boxes + 9 * negatives + 20 * positives;
     double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * positives;
     if (smooth_) {  // which compares positives with positives, too
-      scan += 40 * positives;
+      scan += 220 * boxes + 20 * positives;
       pairwise += 0.3 * positives * positives;
     }
     return scan < pairwise;
@@ -340,7 +340,7 @@ class Pass {
     // Saved slopes need no scores, nor do hinges that are all 0.
     const bool hinges = row.negative_hinges > 0;
     const Block<T> block = (saved || row.scan) && !hinges && !row.nan ? Block<T>{nullptr, nullptr, count}
-                                                                        : load(row.index, begin, count, scratch);
+                                                                      : load(row.index, begin, count, scratch);
     char* const target = static_cast<char*>(gradient) + (row.index * m_.columns + begin) * size_of(m_.type);
     const bool narrow = m_.type == ScoreType::kHalf || m_.type == ScoreType::kBFloat16;
     T* const out = narrow ? scratch.out : reinterpret_cast<T*>(target);

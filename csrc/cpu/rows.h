@@ -2,9 +2,9 @@
 //
 // A row goes through five steps: its positives are collected; they are sorted; every block of its columns adds to their
 // ranks; ranks become weights; every block gets its gradient. With many positives the two passes over the blocks give
-// way to the sorted scan (sorted.h), which sorts positives only where it has to. Many rows: a thread does a whole row.
-// Few rows: all threads share the steps of one row, split by columns and by positives. Either way each sum is taken
-// over fixed spans of columns in fixed order, so the bits of a result do not depend on the number of threads.
+// way to the sorted scan (scan.h). Many rows: a thread does a whole row. Few rows: all threads share the steps of one
+// row, split by columns and by positives. Either way each sum is taken over fixed spans of columns in fixed order, so
+// the bits of a result do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -46,9 +46,8 @@ class Scan {
     positives_.resize(static_cast<int64_t>(positive.size()));
     std::copy(positive.begin(), positive.end(), positives_.value.begin());
     boxes_.lay(negatives_, positives_, s.tau);
-    in_pieces(boxes_.size(), kPiece, parallel, [&](int64_t begin, int64_t end) {
-      kernels().decays(boxes_, s.tau, begin, end);
-    });
+    in_pieces(boxes_.size(), kPiece, parallel,
+              [&](int64_t begin, int64_t end) { kernels().decays(boxes_, s.tau, begin, end); });
   }
 
   // Ranks of the positives among the negatives, and their slopes if `slope` is not null.
@@ -71,9 +70,8 @@ class Scan {
     gradient_.resize(out ? 0 : columns);
     float* const by_column = out ? out : gradient_.data();
     if (negatives_.n + positives_.n < columns) {
-      in_pieces(columns, kSpread, parallel, [&](int64_t begin, int64_t end) {
-        std::fill(by_column + begin, by_column + end, 0.0f);
-      });
+      in_pieces(columns, kSpread, parallel,
+                [&](int64_t begin, int64_t end) { std::fill(by_column + begin, by_column + end, 0.0f); });
     }
     sum(positives_, weight.data(), s, parallel);
     for_targets(negatives_, parallel, [&](int64_t begin, int64_t end) {
@@ -123,9 +121,8 @@ class Scan {
 
   void sum(const Points& points, const float* weight, const Settings<float>& s, const Parallel& parallel) {
     sources_.begin(points, weight, boxes_.size());
-    in_pieces(boxes_.size(), kBoxes, parallel, [&](int64_t begin, int64_t end) {
-      kernels().moments(boxes_, s.tau, begin, end, sources_);
-    });
+    in_pieces(boxes_.size(), kBoxes, parallel,
+              [&](int64_t begin, int64_t end) { kernels().moments(boxes_, s.tau, begin, end, sources_); });
     parallel.run(weight && s.surrogate != Surrogate::kSmooth ? 3 : 2, [&](int64_t task, int) {
       if (task == 0) kernels().up(boxes_, sources_);
       if (task == 1) kernels().down(boxes_, s.tau, sources_);

@@ -60,7 +60,7 @@ class Places {
 
   const float* const v_;
   const int64_t n_;
-  const Holds& holds_;
+  const Holds holds_;
 };
 
 // Reads ranks and slopes of ascending targets, one after the other.
@@ -71,7 +71,7 @@ class Ranks {
   static constexpr int kTogether = D::kWidth / 2;  // targets whose lanes are added up at once
   static constexpr int kMany = 128;                // targets that are placed at once
   static constexpr int kChunk = Sources::kChunk;
-  static constexpr int kNearTerms = 7;             // sources that are met lie within half a box of the middle
+  static constexpr int kNearTerms = 7;  // sources that are met lie within half a box of the middle
 
  public:
   Ranks(const Boxes& boxes, const Sources& sources, const Points& targets, const Settings<float>& s)
@@ -98,6 +98,15 @@ class Ranks {
   }
 
  private:
+  // What holds for a source v and a target u (no lambdas, whose target region is not that of their function).
+  struct NoLower {
+    X::Bits operator()(V v, V u) const { return X::greater_equal(v, u); }
+  };
+  struct Past {
+    V delta;
+    X::Bits operator()(V v, V u) const { return X::greater(v - u, delta); }
+  };
+
   // Before the target i.
   void seek(int64_t i) {
     const float x = targets_.value[i];
@@ -113,10 +122,8 @@ class Ranks {
       return;
     }
     const float* const x = targets_.value.data() + i;
-    const auto steps = [](V v, V u) { return X::greater_equal(v, u); };
-    last_step_ = Places<decltype(steps)>(v_, n_, steps).find(last_step_, x, count, step_);
-    const auto past = [delta = X::set(s_.delta)](V v, V u) { return X::greater(v - u, delta); };
-    last_past_ = Places<decltype(past)>(v_, n_, past).find(last_past_, x, count, past_);
+    last_step_ = Places<NoLower>(v_, n_, {}).find(last_step_, x, count, step_);
+    last_past_ = Places<Past>(v_, n_, {X::set(s_.delta)}).find(last_past_, x, count, past_);
   }
 
   // Reads target i + k, and those after it that are in the same box, with their thresholds in the same chunk and box.
@@ -278,11 +285,11 @@ class Ranks {
   const ThresholdCurve<double, kNearTerms> near_;
   const Translation<true>& own_ = Translation<true>::own();
 
-  int64_t step_[kMany], past_[kMany];         // of targets: their first source that is no lower, and past the threshold
-  D::V lanes_[2 * kMany];                     // what they have read of the chunks of their thresholds
+  int64_t step_[kMany], past_[kMany];  // of targets: their first source that is no lower, and past the threshold
+  D::V lanes_[2 * kMany];              // what they have read of the chunks of their thresholds
   alignas(64) double curve_[kMany + D::kWidth], slope_[kMany + D::kWidth];  // and of all else
-  int64_t last_step_ = 0, last_past_ = 0;     // of the last of these
-  int64_t box_ = 0, threshold_ = 0;           // of a target, and of its first source past the threshold
+  int64_t last_step_ = 0, last_past_ = 0;                                   // of the last of these
+  int64_t box_ = 0, threshold_ = 0;  // of a target, and of its first source past the threshold
   int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that the field is for
   Field<true> below_, whole_boxes_;
   alignas(64) double coefficient_[2][kTerms];  // of the field, and of its slope
@@ -302,7 +309,7 @@ class Slopes {
   using V = X::V;
   using D = Vec<double>;
   static constexpr int kTogether = X::kWidth;  // targets, within half a box: the fewer, the fewer sources they meet
-  static constexpr int kNearTerms = 8;  // what they meet lies within one box of the middle
+  static constexpr int kNearTerms = 8;         // what they meet lies within one box of the middle
   static constexpr int kChunk = Sources::kChunk;
   static constexpr int kRun = 8;  // sources whose shares are summed in float
 
@@ -445,7 +452,7 @@ class Slopes {
   int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, box_ = -1, whole_ = -1;
   Field<false> above_, whole_boxes_;
   alignas(64) double coefficient_[kTerms];  // of the field
-  Translation<false> of_threshold_;  // once `translated_`: from the box before `whole_`
+  Translation<false> of_threshold_;         // once `translated_`: from the box before `whole_`
   bool translated_ = false;
   alignas(64) double slope_[kTogether];
 };
@@ -459,8 +466,8 @@ void scan_slopes(const Boxes& boxes, const Sources& sources, const Points& targe
 }
 
 // out[j] = the slope of target j.
-void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin,
-                          int64_t end, const Settings<float>& s, double* out) {
+void scan_slopes_in_order(const Boxes& boxes, const Sources& sources, const Points& targets, int64_t begin, int64_t end,
+                          const Settings<float>& s, double* out) {
   Slopes(boxes, sources, targets, s).read(begin, end, [&](int64_t j, double slope) { out[j] = slope; });
 }
 
