@@ -56,10 +56,10 @@ bool scan_pays(const RowInput<T>& input,    //
   const double negatives = (static_cast<double>(kept) + 0.5) * of_all;  // none seen: there may be some
   const double range = static_cast<double>(top) - static_cast<double>(low);
   const double boxes = std::min(range / (Boxes::kWidth * settings.tau), negatives + all);
-  double scan = 3000 + 100 * boxes + 9 * negatives + 25 * all;
+  double scan = 2500 + 110 * boxes + 9 * negatives + 20 * all;
   double pairwise = 0.3 * static_cast<double>(curve) * of_seen * of_all + 0.12 * negatives * all;
   if (smooth) {  // which compares positives with positives, too
-    scan += 40 * all;
+    scan += 220 * boxes + 20 * all;
     pairwise += 0.3 * all * all;
   }
   return scan < pairwise;

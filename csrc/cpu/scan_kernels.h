@@ -60,7 +60,7 @@ class Places {
 
   const float* const v_;
   const int64_t n_;
-  const Holds& holds_;
+  const Holds holds_;
 };
 
 // Reads ranks and slopes of ascending targets, one after the other.
@@ -98,6 +98,15 @@ class Ranks {
   }
 
  private:
+  // What holds for a source v and a target u (no lambdas, whose target region is not that of their function).
+  struct NoLower {
+    X::Bits operator()(V v, V u) const { return X::greater_equal(v, u); }
+  };
+  struct Past {
+    V delta;
+    X::Bits operator()(V v, V u) const { return X::greater(v - u, delta); }
+  };
+
   // Before the target i.
   void seek(int64_t i) {
     const float x = targets_.value[i];
@@ -113,10 +122,8 @@ class Ranks {
       return;
     }
     const float* const x = targets_.value.data() + i;
-    const auto steps = [](V v, V u) { return X::greater_equal(v, u); };
-    last_step_ = Places<decltype(steps)>(v_, n_, steps).find(last_step_, x, count, step_);
-    const auto past = [delta = X::set(s_.delta)](V v, V u) { return X::greater(v - u, delta); };
-    last_past_ = Places<decltype(past)>(v_, n_, past).find(last_past_, x, count, past_);
+    last_step_ = Places<NoLower>(v_, n_, {}).find(last_step_, x, count, step_);
+    last_past_ = Places<Past>(v_, n_, {X::set(s_.delta)}).find(last_past_, x, count, past_);
   }
 
   // Reads target i + k, and those after it that are in the same box, with their thresholds in the same chunk and box.

@@ -159,10 +159,10 @@ void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) 
     double value = width * uniform();
     if (grid > 0) value = std::round(value / grid) * grid;
     if (seed % 2)
-      value += static_cast<double>(random() % 3) * (delta + kTau / 7);  // clusters beside one another's knees
+      value += static_cast<double>(random() % 3) * (delta + kTau / 7);  // clusters beside one another's thresholds
     target[i] = uniform() < density[seed % 3];
     ignore[i] = seed % 5 == 0 && uniform() < 0.1;
-    if (seed >= 20) {  // half of all in a crowd, or in one tie, at the knees of seven others: more than a block holds
+    if (seed >= 20) {  // half of all in a crowd, or a tie, at the thresholds of seven others: over a block
       const bool few = i % columns < 7, crowd = !few && i % 2;
       value = few ? 0.2 : crowd ? 0.2 + delta + (seed % 4 < 2 ? 0 : 0.1 * kTau * uniform()) : uniform();
       target[i] = seed % 2 ? crowd : few;
