@@ -152,7 +152,8 @@ def ap_loss(
 
     Raises:
         TypeError: scores, target or ignore is no tensor or has the wrong dtype; a setting is no number.
-        ValueError: shapes or devices differ, a setting is out of range, an unknown surrogate, reduction or method.
+        ValueError: shapes or devices differ; a setting is out of range, or it or rho * tau beyond 1e28, so that sums
+            would pass float32's range; an unknown surrogate, reduction or method.
         RuntimeError: the kernels for the scores' device were not built; a torch.func transform is active.
 
     Example:
