@@ -139,8 +139,7 @@ class Ranks {
     const float* const x = targets_.value.data() + i;
     const int begin = k;
     if (all) {
-      k = most;
-      std::fill(lanes_ + 2 * begin, lanes_ + 2 * k, D::set(0));
+      for (; k < most; ++k) lanes_[2 * k] = lanes_[2 * k + 1] = D::set(0);
     } else {
       const Chunk met(*this, chunk * kChunk, last);
       do {
@@ -213,7 +212,7 @@ class Ranks {
     field_threshold_ = t;
     if (t == b) return;
     whole_boxes_ = below_;
-    Sums decays;
+    Sums decays = Sums::powers(0);
     if (t < boxes_.size()) {
       decays = Sums::decays(boxes_.centre[t] - boxes_.centre[b], s_.tau);
       of_threshold_ = Translation<true>(decays);
@@ -342,7 +341,7 @@ class Slopes {
         continue;
       }
       while (of_box[b + 1] <= j) ++b;
-      int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      int count = static_cast<int>(std::min<int64_t>(kTogether, std::min<int64_t>(of_box[b + 1], end) - j));
       while (targets_.value[j + count - 1] - targets_.value[j] > half_box_) --count;
       together(b, j, count);
       for (int k = 0; k < count; ++k) put(j + k, slope_[k]);
