@@ -99,14 +99,16 @@ class Translation {
     for (int part = 0; part < kTermVectors; ++part) {
       const int m = part * D::kWidth;
       const D::V sign = Below ? D::set(1) : D::load(kSigns + m);
-      D::V curve = D::set(0), slope = D::set(0);
-      for (int r = 0; r < kTerms; ++r) {
-        const D::V own = D::set(Below && r % 2 ? -moment[r] : moment[r]);
-        if (Curve) curve = D::mul_add(own, D::load(curve_[r] + m), curve);
-        slope = D::mul_add(own, D::load(slope_[r] + m), slope);
+      D::V curve = D::set(0), slope = D::set(0), odd_curve = D::set(0), odd_slope = D::set(0);
+      for (int r = 0; r < kTerms; r += 2) {  // two sums, for one would wait for itself
+        const D::V even = D::set(moment[r]), odd = D::set(Below ? -moment[r + 1] : moment[r + 1]);
+        if (Curve) curve = D::mul_add(even, D::load(curve_[r] + m), curve);
+        if (Curve) odd_curve = D::mul_add(odd, D::load(curve_[r + 1] + m), odd_curve);
+        slope = D::mul_add(even, D::load(slope_[r] + m), slope);
+        odd_slope = D::mul_add(odd, D::load(slope_[r + 1] + m), odd_slope);
       }
-      if (Curve) field.curve[part] = D::mul_add(curve, sign, field.curve[part]);
-      field.slope[part] = D::mul_add(slope, sign, field.slope[part]);
+      if (Curve) field.curve[part] = D::mul_add(curve + odd_curve, sign, field.curve[part]);
+      field.slope[part] = D::mul_add(slope + odd_slope, sign, field.slope[part]);
     }
   }
 

@@ -8,9 +8,13 @@ namespace {
 // Of a field.
 Vec<double>::V polynomial(const double* coefficient, Vec<double>::V z) {
   using D = Vec<double>;
-  D::V p = D::set(coefficient[kTerms - 1]);
-  for (int m = kTerms - 2; m >= 0; --m) p = D::mul_add(p, z, D::set(coefficient[m]));
-  return p;
+  const D::V square = z * z;
+  D::V even = D::set(coefficient[kTerms - 2]), odd = D::set(coefficient[kTerms - 1]);
+  for (int m = kTerms - 4; m >= 0; m -= 2) {  // two sums, for one would wait for itself
+    even = D::mul_add(even, square, D::set(coefficient[m]));
+    odd = D::mul_add(odd, square, D::set(coefficient[m + 1]));
+  }
+  return D::mul_add(odd, z, even);
 }
 
 // Where in ascending sources ascending targets belong: at the first source v for which holds(v, target), as it does for
@@ -139,8 +143,7 @@ class Ranks {
     const float* const x = targets_.value.data() + i;
     const int begin = k;
     if (all) {
-      k = most;
-      std::fill(lanes_ + 2 * begin, lanes_ + 2 * k, D::set(0));
+      for (; k < most; ++k) lanes_[2 * k] = lanes_[2 * k + 1] = D::set(0);
     } else {
       const Chunk met(*this, chunk * kChunk, last);
       do {
@@ -213,7 +216,7 @@ class Ranks {
     field_threshold_ = t;
     if (t == b) return;
     whole_boxes_ = below_;
-    Sums decays;
+    Sums decays = Sums::powers(0);
     if (t < boxes_.size()) {
       decays = Sums::decays(boxes_.centre[t] - boxes_.centre[b], s_.tau);
       of_threshold_ = Translation<true>(decays);
@@ -342,7 +345,7 @@ class Slopes {
         continue;
       }
       while (of_box[b + 1] <= j) ++b;
-      int count = static_cast<int>(std::min<int64_t>({kTogether, of_box[b + 1] - j, end - j}));
+      int count = static_cast<int>(std::min<int64_t>(kTogether, std::min<int64_t>(of_box[b + 1], end) - j));
       while (targets_.value[j + count - 1] - targets_.value[j] > half_box_) --count;
       together(b, j, count);
       for (int k = 0; k < count; ++k) put(j + k, slope_[k]);
