@@ -130,7 +130,7 @@ class Sorter {
 
   // So many entries are sorted at once; more are scattered to buckets of about kBucket first, which
   // fit a cache.
-  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 11, kMostBuckets = 1 << 12;
+  static constexpr int64_t kSmall = 1 << 13, kBucket = 1 << 10, kMostBuckets = 1 << 12;
 
   std::vector<Part> parts_;
   std::vector<Entry<T>> from_, to_;

@@ -143,17 +143,16 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
   }
 }
 
-// Rows that the sorted scan reads by polynomials and by pairs, hundreds of scores within tau: no loss or gradient is
-// far from the tiled kernels', nor are bits on one thread from those on three.
-template <typename T>
-void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
+// Rows of the sorted scan, from hundreds of scores within tau to a few: no loss or gradient is far from the pairwise
+// kernels', nor are bits on one thread from those on three.
+void check_sorted(int64_t rows, int64_t columns, unsigned seed) {
   std::mt19937 random(seed);
   const auto uniform = [&] { return std::uniform_real_distribution<double>(0, 1)(random); };
   constexpr double kTau = 0.01;
   const double deltas[] = {0.05, 0.0, 0.005, 0.02}, density[] = {0.02, 0.3, 0.9};
   const double delta = deltas[seed % 4], width = kTau * std::pow(10.0, static_cast<int>(seed / 4 % 5) - 2);
   const double grid = seed % 3 ? 0 : 1.0 / 4096;  // ties
-  Guarded<T> scores(rows * columns);
+  Guarded<float> scores(rows * columns);
   Guarded<uint8_t> target(rows * columns), ignore(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
     double value = width * uniform();
@@ -167,38 +166,40 @@ void check_sorted(ScoreType type, int64_t rows, int64_t columns, unsigned seed) 
       value = few ? 0.2 : crowd ? 0.2 + delta + (seed % 4 < 2 ? 0 : 0.1 * kTau * uniform()) : uniform();
       target[i] = seed % 2 ? crowd : few;
     }
-    scores[i] = static_cast<T>(value);
+    scores[i] = static_cast<float>(value);
   }
   Relation masks;
   masks.target = target.data();
   masks.ignore = ignore.data();
   masks.target_stride = masks.ignore_stride = columns;
-  const Matrix m = {scores.data(), type, rows, columns, columns, masks};
+  const Matrix m = {scores.data(), ScoreType::kFloat, rows, columns, columns, masks};
   for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
     SurrogateSettings settings = {surrogate, kTau, 100.0, delta, 0.5, 1.44};
-    Guarded<T> loss(rows), tiled_loss(rows), gradient(rows * columns), tiled(rows * columns);
+    Guarded<float> loss(rows), pairwise_loss(rows), gradient(rows * columns), pairwise(rows * columns);
     Guarded<int64_t> positives(rows);
     settings.method = Method::kPairwise;
-    average_precision_rows<T>(m, settings, threads(3), {tiled_loss.data(), positives.data(), tiled.data(), nullptr});
+    average_precision_rows<float>(m, settings, threads(3),
+                                  {pairwise_loss.data(), positives.data(), pairwise.data(), nullptr});
     settings.method = Method::kSorted;
-    std::vector<T> first;
+    std::vector<float> first;
     for (int workers : {1, 3}) {
-      average_precision_rows<T>(m, settings, threads(workers),
-                                {loss.data(), positives.data(), gradient.data(), nullptr});
+      average_precision_rows<float>(m, settings, threads(workers),
+                                    {loss.data(), positives.data(), gradient.data(), nullptr});
       for (int64_t row = 0; row < rows; ++row) {
-        expect(std::fabs(loss[row] - tiled_loss[row]) < 1e-5, "the loss of tiled");
+        expect(std::fabs(loss[row] - pairwise_loss[row]) < 1e-5, "the loss of the pairwise kernels");
         double error = 0, norm = 0;
         for (int64_t j = 0; j < columns; ++j) {
-          const double one = gradient[row * columns + j], other = tiled[row * columns + j];
+          const double one = gradient[row * columns + j], other = pairwise[row * columns + j];
           error += (one - other) * (one - other);
           norm += other * other;
         }
-        expect(std::sqrt(error) <= 1e-5 * std::sqrt(norm) + 1e-5, "the gradient of tiled");
+        expect(std::sqrt(error) <= 1e-5 * std::sqrt(norm) + 1e-5, "the gradient of the pairwise kernels");
       }
       if (workers == 1) {
         first.assign(gradient.data(), gradient.data() + rows * columns);
       } else {
-        expect(std::memcmp(first.data(), gradient.data(), first.size() * sizeof(T)) == 0, "bits depend on the threads");
+        expect(std::memcmp(first.data(), gradient.data(), first.size() * sizeof(float)) == 0,
+               "bits depend on the threads");
       }
     }
   }
@@ -436,11 +437,11 @@ int main() {
   for (unsigned kind = 0; kind < 20; ++kind) {  // 20,001 columns: three threads share a row
     for (int64_t columns : {301, 2048, 4097, 20001}) {
       if (columns > 5000 && kind % 5) continue;
-      check_sorted<float>(ScoreType::kFloat, 2, columns, kind);
+      check_sorted(2, columns, kind);
       ++cases;
     }
   }
-  for (unsigned kind = 20; kind < 28; ++kind) check_sorted<float>(ScoreType::kFloat, 1, 20001, kind);
+  for (unsigned kind = 20; kind < 28; ++kind) check_sorted(1, 20001, kind);
   cases += 8;
   for (int64_t n : {1, 7, 16, 17, 31, 32, 33, 65, 130}) {
     check_embeddings<float>(n, seed++);
