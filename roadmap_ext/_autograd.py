@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _warnings
-from ._checks import check_method
 from ._extension import _REFERENCE_ONLY, check_kernels
 
 _NO_TRANSFORMS = (
@@ -53,9 +52,8 @@ class FirstDerivativeOnly(torch.autograd.Function):
 def resolve_method(method: str, *inputs: Tensor) -> str:
     """The method to run, one of METHODS: "auto" becomes "reference" in an installation without kernels.
 
-    Raises ValueError for an unknown method, RuntimeError where the kernels that it needs were not built.
+    Raises RuntimeError where the kernels that it needs were not built.
     """
-    method = check_method(method)
     if method == "reference":
         return method
     if method == "auto" and _REFERENCE_ONLY:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _warnings, reference
+from . import _warnings, ops, reference
 from ._autograd import (
     FirstDerivativeOnly,
     anchor,
@@ -28,8 +28,8 @@ from ._autograd import (
     resolve_method,
     savable,
 )
-from ._checks import METHODS, SMALLEST_NORM, Objective
-from ._relation import Relation
+from .pairs import Pairs
+from .settings import SMALLEST_NORM, Objective
 
 # Sums a tensor over all parts of a batch.
 Total = Callable[[Tensor], Tensor]
@@ -42,38 +42,37 @@ _BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 def embedding_loss(
     embeddings: Tensor,
     references: Tensor | None,
-    relation: Relation,
+    pairs: Pairs,
     objective: Objective,
     chunk_size: int | None = None,
     method: str = "auto",
     total: Total | None = None,
 ) -> Tensor:
-    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs.
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any pairs.
 
     ``total`` sums a tensor over all parts of a batch, where these queries are one of several: the loss is then their
     share of the batch's, and the shares of all parts add up to it.
     """
     tensors = (embeddings,) if references is None else (embeddings, references)
+    columns = len(embeddings if references is None else references)
     method = resolve_method(method, *tensors)
     if method == "reference":
         assert total is None  # the reference takes the whole batch
-        target, ignore = relation.masks(len(tensors[-1]))
+        target, ignore = pairs.masks(columns)
         if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
             _warnings.without_positive()
-        return reference.embedding_loss(embeddings, references, target, ignore, objective, relation.queries)
+        return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
-    if relation.queries is not None:
-        counts = counts.masked_fill(~relation.queries[:, None], -1)
+    counts = ops.count_pairs(pairs, len(embeddings), columns)
+    if pairs.queries is not None:
+        counts = counts.masked_fill(~pairs.queries[:, None], -1)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         anchors = [anchor(x) if x is not None and x.requires_grad else None for x in (embeddings, references)]
         loss: Tensor = _EmbeddingLoss.apply(
-            embeddings, references, *anchors, counts, objective, rows, METHODS.index(method), total, *relation.flat()
+            embeddings, references, *anchors, counts, objective, rows, method, total, pairs.first_own, *pairs.flat()
         )
         return loss
-    values, weight, _ = _evaluate(
-        embeddings, references, relation, counts, objective, rows, METHODS.index(method), total, (False, False)
-    )
+    values, weight, _ = _evaluate(embeddings, references, pairs, counts, objective, rows, method, total, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -90,22 +89,23 @@ class _EmbeddingLoss(torch.autograd.Function):
         counts: Tensor,
         objective: Objective,
         chunk_size: int,
-        method: int,
+        method: str,
         total: Total | None,
-        *relation: Any,
+        first_own: int,
+        *flat_pairs: Tensor | None,
     ) -> Tensor:
-        pairs = Relation.from_flat(*relation)
-        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        want_embeddings, want_references, *_ = ctx.needs_input_grad
+        pairs, wants = Pairs.of(flat_pairs, first_own), (want_embeddings, want_references)
         values, weight, gradients = _evaluate(
             embeddings, references, pairs, counts, objective, chunk_size, method, total, wants
         )
-        ctx.objective, ctx.chunk_size, ctx.method, ctx.first_own = objective, chunk_size, method, pairs.first_own
+        ctx.objective, ctx.chunk_size, ctx.method, ctx.first_own = objective, chunk_size, method, first_own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
         ctx.known = objective.reduction != "none"
         ctx.held = None
         saved: list[Tensor | None] = []
         if not ctx.known:
-            saved += [x if x is None else savable(x) for x in (embeddings, references, weight, *pairs.tensors())]
+            saved += [x if x is None else savable(x) for x in (embeddings, references, weight, *flat_pairs)]
         elif torch.compiler.is_compiling():  # a compiled graph has to see what is saved
             saved += gradients
         else:  # held by ctx alone, the gradients can be handed on without a copy
@@ -117,9 +117,11 @@ class _EmbeddingLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             check_no_transform(grad_loss)
-        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        want_embeddings, want_references, *others = ctx.needs_input_grad
+        wants = want_embeddings, want_references
+        anchor, ref_anchor, *saved = ctx.saved_tensors
         if ctx.known:
-            gradients = ctx.saved_tensors[2:] if ctx.held is None else ctx.held
+            gradients = saved if ctx.held is None else ctx.held
             if may_overwrite(gradients[0]):
                 ctx.held = None
                 if not is_known_to_be_1(grad_loss):
@@ -128,11 +130,11 @@ class _EmbeddingLoss(torch.autograd.Function):
             else:
                 gradients = [gradient * grad_loss.detach() for gradient in gradients]
         else:
-            embeddings, references, weight, *tensors = ctx.saved_tensors[2:]
-            _, *gradients = _sweep(
+            embeddings, references, weight, *flat_pairs = saved
+            _, *gradients = ops.sweep(
                 embeddings.detach(),
                 None if references is None else references.detach(),
-                Relation.from_flat(*tensors, ctx.first_own),
+                Pairs.of(flat_pairs, ctx.first_own),
                 ctx.objective,
                 weight * grad_loss.detach().to(weight.dtype).reshape(-1, 1),
                 ctx.chunk_size,
@@ -145,19 +147,19 @@ class _EmbeddingLoss(torch.autograd.Function):
             for gradient, dtype, want in zip(gradients, ctx.dtypes, wants, strict=True)
         ]
         if torch.is_grad_enabled():
-            depends_on = [tensor for tensor in (*ctx.saved_tensors[:2], grad_loss) if tensor is not None]
+            depends_on = [tensor for tensor in (anchor, ref_anchor, grad_loss) if tensor is not None]
             results = [None if result is None else FirstDerivativeOnly.apply(result, *depends_on) for result in results]
-        return (*results, *(None for _ in ctx.needs_input_grad[2:]))
+        return (*results, *(None for _ in others))
 
 
 def _evaluate(
     embeddings: Tensor,
     references: Tensor | None,
-    relation: Relation,
+    pairs: Pairs,
     counts: Tensor,
     objective: Objective,
     chunk_size: int,
-    method: int,
+    method: str,
     total: Total | None,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -166,16 +168,16 @@ def _evaluate(
         wants = (False, False)
     if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
         weight = _weights(counts, None, objective, total)
-        values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
+        values, *gradients = ops.sweep(embeddings, references, pairs, objective, weight, chunk_size, method, wants)
         return values, weight, gradients
     unknown = counts.new_zeros((len(counts), 3), dtype=torch.float64)
-    values, *gradients = _sweep(
-        embeddings, references, relation, objective, unknown, chunk_size, method, (False, False)
+    values, *gradients = ops.sweep(
+        embeddings, references, pairs, objective, unknown, chunk_size, method, (False, False)
     )
     violating = values[:, 3:].sum(0, keepdim=True)
     weight = _weights(counts, violating if total is None else total(violating), objective, total)
     if any(wants):
-        _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
+        _, *gradients = ops.sweep(embeddings, references, pairs, objective, weight, chunk_size, method, wants)
     return values, weight, gradients
 
 
@@ -220,51 +222,13 @@ def _compute_dtype(embeddings: Tensor, references: Tensor | None) -> torch.dtype
     return torch.float64 if double else torch.float32
 
 
-def _sweep(
-    embeddings: Tensor,
-    references: Tensor | None,
-    relation: Relation,
-    objective: Objective,
-    weight: Tensor,
-    chunk_size: int,
-    method: int,
-    wants: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    swept: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
-        embeddings,
-        references,
-        *relation.flat(),
-        weight,
-        *objective.for_op(),
-        objective.normalize,
-        chunk_size,
-        *wants,
-        method,
-    )
-    return swept
-
-
 def sweep(
     embeddings: Tensor,
     references: Tensor | None,
-    positive_span: Tensor,
-    positive_column: Tensor,
-    left_out_span: Tensor | None,
-    left_out_column: Tensor | None,
-    negative_span: Tensor | None,
-    negative_column: Tensor | None,
-    first_own: int,
+    pairs: Sequence[Tensor | None],
+    own: int,
     weight: Tensor,
-    ap: bool,
-    calibration: bool,
-    surrogate: int,
-    tau: float,
-    rho: float,
-    delta: float,
-    start: float,
-    offset: float | None,
-    positive_margin: float,
-    negative_margin: float,
+    objective: Sequence[float],
     normalize: bool,
     chunk_size: int,
     want_embeddings: bool,
@@ -276,25 +240,29 @@ def sweep(
     Args:
         embeddings: [B, D] any float dtype; references [N, D], or None for the embeddings themselves, whose gradient
             then holds both shares.
+        pairs, own: ``flat()`` and ``first_own`` of :class:`Pairs`.
         weight: [B, 3] float64: what the first three values of a row weigh.
+        objective: ``flat()`` of :class:`Objective`.
         chunk_size: queries a chunk, 0 to choose.
         method: its place in METHODS.
 
     Returns:
         values [B, 5] float64: AP loss, sums of the positive and of the negative hinges, numbers of both that are not 0
-        (0 where ``ap`` or ``calibration`` is not asked for); the gradients [B, D] and [N, D] in the compute dtype,
+        (0 where that part is not asked for); the gradients [B, D] and [N, D] in the compute dtype,
         empty where not wanted.
     """
     dtype = _compute_dtype(embeddings, references)
     want = want_embeddings or want_references
+    kind, tau, rho, *_ = objective
     with torch.autocast(embeddings.device.type, enabled=False):
         product_dtype = _product_dtype(embeddings, references, dtype)
         queries = _Side(embeddings, product_dtype, dtype, normalize, want_embeddings)
         others = queries if references is None else _Side(references, product_dtype, dtype, normalize, want_references)
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
+        every_pair = Pairs.of(pairs, own)
         raised = None
         if product_dtype == torch.float16 and want:
-            raised = _raise(queries, others, weight, max(0.0 if surrogate else rho, 1 / tau))
+            raised = _raise(queries, others, weight, max(0.0 if kind else rho, 1 / tau))
             weight = weight * raised
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
         step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
@@ -308,27 +276,14 @@ def sweep(
             vectors = queries.vectors[chunk]
             scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
             _multiply(vectors, others.vectors.T, scores, first=True)
+            of_rows = every_pair.rows(chunk)
             torch.ops.roadmap_ext.objective_rows_(
                 scores,
                 values[chunk],
-                positive_span[chunk],
-                positive_column,
-                None if left_out_span is None else left_out_span[chunk],
-                left_out_column,
-                None if negative_span is None else negative_span[chunk],
-                negative_column,
-                begin + first_own if first_own >= 0 else -1,
+                of_rows.flat(),
+                of_rows.first_own,
                 weight[chunk],
-                ap,
-                calibration,
-                surrogate,
-                tau,
-                rho,
-                delta,
-                start,
-                offset,
-                positive_margin,
-                negative_margin,
+                objective,
                 None if queries.scale is None else queries.scale[chunk],
                 others.scale,
                 want,
@@ -461,8 +416,19 @@ def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> in
     return -(-max(1, queries) // chunks)
 
 
-def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_embeddings, want_references = arguments[20:22]
+def _sweep_shapes(
+    embeddings: Tensor,
+    references: Tensor | None,
+    pairs: Sequence[Tensor | None],
+    own: int,
+    weight: Tensor,
+    objective: Sequence[float],
+    normalize: bool,
+    chunk_size: int,
+    want_embeddings: bool,
+    want_references: bool,
+    method: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(embeddings, references)
     return (
         embeddings.new_empty((len(embeddings), 5), dtype=torch.float64),
@@ -474,6 +440,11 @@ def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any
 # Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
 # as in _ops.py.
 if not hasattr(torch.ops.roadmap_ext, "sweep"):
-    torch.library.define("roadmap_ext::sweep", torch.library.infer_schema(sweep, mutates_args=()))
+    torch.library.define(
+        "roadmap_ext::sweep",
+        "(Tensor embeddings, Tensor? references, Tensor?[] pairs, int own, Tensor weight, float[] objective, bool "
+        "normalize, SymInt chunk_size, bool want_embeddings, bool want_references, int method=0) -> (Tensor, Tensor, "
+        "Tensor)",
+    )
     torch.library.impl("roadmap_ext::sweep", ("cpu", "cuda"), sweep)
     torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes)

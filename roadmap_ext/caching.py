@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map  # torch's pytrees have no public name yet
 
 from . import distributed
-from ._checks import check_count
+from .validation import check_count
 
 
 def cached_backward(

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ._advice import for_rows
 from ._autograd import resolve_method, savable
-from ._checks import Objective, check_plain
 from ._chunks import embedding_loss
-from ._relation import blank, from_labels
+from .pairs import blank, from_labels
+from .settings import Settings
+from .validation import check_plain
 
 dist = torch.distributed
 
@@ -108,33 +109,30 @@ def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
     ids: Tensor | None,
-    checked: Callable[[], tuple[Objective, Tensor | None, Tensor | None, Tensor | None]],
+    checked: Callable[[], tuple[Settings, Tensor | None, Tensor | None, Tensor | None]],
     everywhere: bool,
-    include_self: bool,
-    ignore_label: int | None,
-    chunk_size: int | None,
-    method: str,
 ) -> Tensor:
     """:func:`roadmap_ext.roadmap_loss` of the batches of all ranks as one.
 
     Args:
-        checked: checks all arguments of this rank, and returns the objective, ref_emb, ref_labels and ref_ids.
+        checked: checks all arguments of this rank, and returns the settings, ref_emb, ref_labels and ref_ids.
         everywhere: the references are the same on every rank, and need not be gathered.
-        embeddings, labels, ids, include_self, ignore_label, chunk_size, method: as there; not checked before.
+        embeddings, labels, ids: as there; not checked before.
     """
-    objective: Objective
+    settings: Settings
     ref_emb: Tensor | None
     ref_labels: Tensor | None
     ref_ids: Tensor | None
     own = False  # whether the batch is its own reference
 
     def describe() -> Facts:
-        nonlocal objective, ref_emb, ref_labels, ref_ids, method, own
-        objective, ref_emb, ref_labels, ref_ids = checked()
+        nonlocal settings, ref_emb, ref_labels, ref_ids, own
+        settings, ref_emb, ref_labels, ref_ids = checked()
         _check_backend(embeddings.device)
-        method = resolve_method(method, *(x for x in (embeddings, ref_emb) if x is not None))
+        method = resolve_method(settings.method, *(x for x in (embeddings, ref_emb) if x is not None))
+        settings = settings._replace(method=method)
         common = {"call": "a loss", **_kind(embeddings), "ids": ids is not None}
-        common["settings"] = f"{objective}, {include_self=}, ignore_label={ignore_label}, {method == 'reference'}"
+        common["settings"] = f"{settings._replace(chunk_size=None, method='')}, {method == 'reference'}"
         free = {"rows": len(embeddings), "gradient": _wants_gradient(embeddings)}
         own = ref_emb is None or ref_emb is embeddings
         if ref_emb is not None and not own:
@@ -145,6 +143,7 @@ def roadmap_loss(
         return common, free
 
     brought = handshake(describe, embeddings)
+    objective, include_self, ignore_label, chunk_size, _, method = settings
 
     rank, rows = dist.get_rank(), brought["rows"]
     embeddings = blank(_joined(embeddings, brought["gradient"]), labels, ignore_label)
@@ -167,13 +166,11 @@ def roadmap_loss(
     ref_labels = cast(Tensor, ref_labels)
     if whole:
         queries = references if own else _gather(embeddings, rows)
-        relation = from_labels(
-            every_labels, ref_labels, every_ids, ref_ids, own, include_self, ignore_label=ignore_label
-        )
-        loss = embedding_loss(queries, None if own else references, relation, objective, chunk_size, method)
+        pairs = from_labels(every_labels, ref_labels, every_ids, ref_ids, own, include_self, ignore_label=ignore_label)
+        loss = embedding_loss(queries, None if own else references, pairs, objective, chunk_size, method)
         return loss[first : first + rows[rank]] if objective.reduction == "none" else loss
-    relation = from_labels(labels, ref_labels, ids, ref_ids, own, include_self, first, ignore_label)
-    share = embedding_loss(embeddings, references, relation, objective, chunk_size, method, _sum_over_ranks)
+    pairs = from_labels(labels, ref_labels, ids, ref_ids, own, include_self, first, ignore_label)
+    share = embedding_loss(embeddings, references, pairs, objective, chunk_size, method, _sum_over_ranks)
     return share if objective.reduction == "none" else _add_up(share)
 
 

@@ -6,29 +6,24 @@ ap_loss computes its gradient in the forward pass, in the launch that computes t
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _ops, _warnings, distributed, reference
+from . import _warnings, distributed, ops, reference
 from ._autograd import FirstDerivativeOnly, anchor, can_be_read, may_overwrite, resolve_method, savable
-from ._checks import (
-    METHODS,
-    REDUCTIONS,
-    Objective,
-    Settings,
-    check_embeddings,
-    check_flag,
-    check_scores,
-    make_embedding_objective,
-    make_settings,
-    one_of,
-)
 from ._chunks import embedding_loss
 from ._ranks import SmoothRank
-from ._relation import blank, from_labels
 from .memory import EmbeddingMemory
+from .pairs import blank, from_labels
+from .settings import EmbeddingKeywords, RankKeywords, ScoreKeywords, Settings, Surrogate, accepts, checked, defaults_of
+from .validation import check_embeddings, check_flag, check_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_RANK, _SCORE = defaults_of(RankKeywords), defaults_of(ScoreKeywords)
 
 
 class _AveragePrecision(torch.autograd.Function):
@@ -41,15 +36,13 @@ class _AveragePrecision(torch.autograd.Function):
         anchor: Tensor,
         target: Tensor,
         ignore: Tensor | None,
-        settings: Settings,
+        surrogate: Surrogate,
         reduction: str,
         method: str,
     ) -> Tensor:
-        loss, gradient, factor = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), True, METHODS.index(method)
-        )
+        loss, gradient, factor = ops.average_precision(scores, target, ignore, surrogate, reduction, True, method)
         ctx.save_for_backward(gradient, factor, anchor)
-        return cast(Tensor, loss)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,25 +62,27 @@ class _SmoothRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, settings: Settings, method: str
+        ctx: Any, scores: Tensor, target: Tensor, ignore: Tensor | None, surrogate: Surrogate, method: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        query, column, positive_rank, negative_rank, slope = torch.ops.roadmap_ext.smooth_rank(
-            scores, target, ignore, *settings.for_op(), True, METHODS.index(method)
+        query, column, positive_rank, negative_rank, slope = ops.smooth_rank(
+            scores, target, ignore, surrogate, True, method
         )
-        ctx.settings, ctx.method = settings, METHODS.index(method)
+        ctx.surrogate, ctx.method = surrogate, method
         ctx.save_for_backward(scores, savable(target), None if ignore is None else savable(ignore), slope)
         ctx.mark_non_differentiable(query, column)
-        if settings.surrogate == "sup":
+        if surrogate.surrogate == "sup":
             ctx.mark_non_differentiable(positive_rank)
         return query, column, positive_rank, negative_rank
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, _query: None, _column: None, positive_grad: Tensor | None, negative_grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         scores, target, ignore, slope = ctx.saved_tensors
-        positive_grad = None if ctx.settings.surrogate == "sup" else grads[2]
-        negative_grad = grads[3]
-        result = torch.ops.roadmap_ext.smooth_rank_backward(
-            scores.detach(), target, ignore, slope, positive_grad, negative_grad, *ctx.settings.for_op(), ctx.method
+        if ctx.surrogate.surrogate == "sup":
+            positive_grad = None
+        result = ops.smooth_rank_backward(
+            scores.detach(), target, ignore, slope, positive_grad, negative_grad, ctx.surrogate, ctx.method
         )
         if torch.is_grad_enabled():
             depends_on = [scores, negative_grad] + ([] if positive_grad is None else [positive_grad])
@@ -95,19 +90,9 @@ class _SmoothRank(torch.autograd.Function):
         return result, None, None, None, None
 
 
+@accepts(ScoreKeywords)
 def ap_loss(
-    scores: Tensor,
-    target: Tensor,
-    *,
-    ignore: Tensor | None = None,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
-    method: str = "auto",
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[ScoreKeywords]
 ) -> Tensor:
     """1 - average precision of each query, smooth: an upper bound of 1 - AP that has a gradient everywhere.
 
@@ -162,19 +147,17 @@ def ap_loss(
         >>> print(f"{loss.item():.4f}", [round(x, 3) for x in scores.grad[0].tolist()])
         0.1065 [-8.382, 8.382, 0.0]
     """
-    one_of("reduction", reduction, REDUCTIONS)
-    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    made = checked(settings, _SCORE)
+    surrogate, reduction = made.objective.surrogate, made.objective.reduction
     check_scores(scores, target, ignore)
-    method = resolve_method(method, scores)
+    method = resolve_method(made.method, scores)
     loss: Tensor
     if method == "reference":
-        loss = reference.ap_loss(scores, target, ignore=ignore, reduction=reduction, **settings._asdict())
+        loss = reference.ap_loss_of(scores, target, ignore, surrogate, reduction)
     elif torch.is_grad_enabled() and scores.requires_grad:
-        loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, settings, reduction, method)
+        loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, surrogate, reduction, method)
     else:
-        loss = torch.ops.roadmap_ext.average_precision(
-            scores, target, ignore, *settings.for_op(), REDUCTIONS.index(reduction), False, METHODS.index(method)
-        )[0]
+        loss, *_ = ops.average_precision(scores, target, ignore, surrogate, reduction, False, method)
     # The masks are read where the loss is 0 alone.
     all_zero = len(scores) > 0 and can_be_read(loss) and not loss.any()
     if all_zero and can_be_read(target) and not (target if ignore is None else target & ~ignore).any():
@@ -182,18 +165,9 @@ def ap_loss(
     return loss
 
 
+@accepts(RankKeywords)
 def smooth_rank(
-    scores: Tensor,
-    target: Tensor,
-    *,
-    ignore: Tensor | None = None,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    method: str = "auto",
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[RankKeywords]
 ) -> SmoothRank:
     """The smooth ranks of every positive: what :func:`ap_loss` is made of, for losses yet to be written.
 
@@ -219,17 +193,19 @@ def smooth_rank(
         >>> [round(x, 3) for x in recall.tolist()]
         [0.402, 0.349]
     """
-    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    made = checked(settings, _RANK)
+    surrogate = made.objective.surrogate
     check_scores(scores, target, ignore)
-    method = resolve_method(method, scores)
+    method = resolve_method(made.method, scores)
     if method == "reference":
-        return reference.smooth_rank(scores, target, ignore=ignore, **settings._asdict())
+        return reference.smooth_rank_of(scores, target, ignore, surrogate)
     if torch.is_grad_enabled() and scores.requires_grad:
-        return SmoothRank(*_SmoothRank.apply(scores, target, ignore, settings, method))
-    ranks = torch.ops.roadmap_ext.smooth_rank(scores, target, ignore, *settings.for_op(), False, METHODS.index(method))
-    return SmoothRank(*ranks[:4])
+        return SmoothRank(*_SmoothRank.apply(scores, target, ignore, surrogate, method))
+    *ranks, _ = ops.smooth_rank(scores, target, ignore, surrogate, False, method)
+    return SmoothRank(*ranks)
 
 
+@accepts(EmbeddingKeywords)
 def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -238,23 +214,7 @@ def roadmap_loss(
     *,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
-    calibration_weight: float = 0.5,
-    positive_margin: float = 0.9,
-    negative_margin: float = 0.6,
-    calibration_reduction: str = "per_query",
-    normalize: bool = True,
-    include_self: bool = False,
-    ignore_label: int | None = None,
-    chunk_size: int | None = None,
-    gather_across_devices: bool = False,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
-    method: str = "auto",
+    **settings: Unpack[EmbeddingKeywords],
 ) -> Tensor:
     """The ROADMAP objective straight from embeddings, by three matrix products and in the memory of a chunk of scores.
 
@@ -326,50 +286,27 @@ def roadmap_loss(
         >>> print(f"{loss.item():.4f}")
         0.3336
     """
-    check_flag("gather_across_devices", gather_across_devices)
+    gather = check_flag("gather_across_devices", settings.get("gather_across_devices", False))
     memory = ref_emb if isinstance(ref_emb, EmbeddingMemory) else None
     given = None if isinstance(ref_emb, EmbeddingMemory) else ref_emb
 
-    def checked() -> tuple[Objective, Tensor | None, Tensor | None, Tensor | None]:
-        objective = make_embedding_objective(
-            calibration_weight=calibration_weight,
-            positive_margin=positive_margin,
-            negative_margin=negative_margin,
-            calibration_reduction=calibration_reduction,
-            normalize=normalize,
-            include_self=include_self,
-            ignore_label=ignore_label,
-            chunk_size=chunk_size,
-            surrogate=surrogate,
-            tau=tau,
-            rho=rho,
-            delta=delta,
-            start=start,
-            offset=offset,
-            reduction=reduction,
-            method=method,
-        )
+    def made() -> tuple[Settings, Tensor | None, Tensor | None, Tensor | None]:
         refs = (given, ref_labels, ref_ids) if memory is None else memory.as_references(ids, ref_labels, ref_ids)
+        result = checked(settings), *refs
         check_embeddings(embeddings, labels, refs[0], refs[1], ids, refs[2])
-        return objective, *refs
+        return result
 
-    if gather_across_devices and distributed.world_size() > 1:
+    if gather and distributed.world_size() > 1:
         across_ranks = distributed.roadmap_loss
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
-        loss: Tensor = across_ranks(
-            embeddings, labels, ids, checked, memory is not None, include_self, ignore_label, chunk_size, method
-        )
+        loss: Tensor = across_ranks(embeddings, labels, ids, made, memory is not None)
         return loss
-    objective, ref_emb, ref_labels, ref_ids = checked()
+    (objective, include_self, ignore_label, chunk_size, _, method), ref_emb, ref_labels, ref_ids = made()
     alone = ref_emb is None or ref_emb is embeddings
     ref_labels = labels if ref_labels is None else ref_labels
-    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self, ignore_label=ignore_label)
+    pairs = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self, ignore_label=ignore_label)
     references = None if ref_emb is None or alone else ref_emb
     if references is not None and memory is None:  # whose entries are numbers
         references = blank(references, ref_labels, ignore_label)
-    return embedding_loss(blank(embeddings, labels, ignore_label), references, relation, objective, chunk_size, method)
-
-
-# The fake kernels are registered by importing them; the name is not used otherwise.
-del _ops
+    return embedding_loss(blank(embeddings, labels, ignore_label), references, pairs, objective, chunk_size, method)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, check_count, check_embeddings, check_flag
 from .distributed import gather_together, world_size
+from .validation import DTYPES, check_count, check_embeddings, check_flag
 
 
 def make_writable(module: nn.Module) -> None:

@@ -16,9 +16,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import _decomposability
-from ._checks import (
-    SMALLEST_NORM,
+from . import _decomposability, ops
+from ._chunks import _chunk, _done_with
+from ._extension import _REFERENCE_ONLY
+from .pairs import from_labels
+from .settings import SMALLEST_NORM
+from .validation import (
     as_tensor,
     check_batches,
     check_chunk_size,
@@ -31,9 +34,6 @@ from ._checks import (
     check_scores,
     one_of,
 )
-from ._chunks import _chunk, _done_with
-from ._extension import _REFERENCE_ONLY
-from ._relation import from_labels
 
 # Scores that are worked on at a time: bounds the memory beyond the input to a few such tensors where they are sorted or
 # widened.
@@ -218,9 +218,9 @@ def retrieval_metrics(
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     ks = check_ks(k)
     check_flag("normalize", normalize)
-    check_ignore_label(ignore_label)
+    check_ignore_label("ignore_label", ignore_label)
     one_of("reduction", reduction, _REDUCTIONS)
-    check_chunk_size(chunk_size)
+    check_chunk_size("chunk_size", chunk_size)
     report, close = _reporter(progress, len(embeddings))
     alone = ref_emb is None or ref_emb is embeddings
     ref_labels = labels if ref_labels is None else ref_labels
@@ -368,9 +368,9 @@ def decomposability_gap(
     """
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     check_flag("normalize", normalize)
-    check_ignore_label(ignore_label)
+    check_ignore_label("ignore_label", ignore_label)
     one_of("reduction", reduction, _REDUCTIONS)
-    check_chunk_size(chunk_size)
+    check_chunk_size("chunk_size", chunk_size)
     alone = ref_emb is None or ref_emb is embeddings
     ref_labels = labels if ref_labels is None else ref_labels
     number = check_batches(batches, len(ref_labels), embeddings.device)
@@ -528,20 +528,16 @@ def _by_kernel(
 
     Queries and references come normalised, [B, D] and [N, D].
     """
-    relation = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self=False, ignore_label=ignore_label)
+    pairs = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self=False, ignore_label=ignore_label)
     rows, columns = len(queries), len(references)
     values = queries.new_empty((rows, 4), dtype=torch.float64)
     step = _chunk_rows(rows, _BUDGET // max(1, columns * queries.element_size()), chunk_size)
     buffer = _chunk(references, min(step, rows), columns, references.dtype)
-    lists = [(None, None) if each is None else (each.span, each.column) for each in relation[:3]]
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
         vectors = queries[part]
-        values[part] = torch.ops.roadmap_ext.rank_metrics(
-            torch.mm(vectors, references.T, out=buffer[: len(vectors)]),
-            *(tensor for span, column in lists for tensor in (None if span is None else span[part], column)),
-            begin if alone else -1,
-        )
+        scores = torch.mm(vectors, references.T, out=buffer[: len(vectors)])
+        values[part] = ops.rank_metrics(scores, pairs.rows(part))
         report(len(vectors))
     _done_with(buffer)
     return values[:, :3], values[:, 3].nan_to_num(nan=_NO_RANK, posinf=_NO_POSITIVE).long()

@@ -27,7 +27,6 @@ import roadmap_ext
 from roadmap_ext import (
     EmbeddingMemory,
     RoadmapLoss,
-    _checks,
     _extension,
     ap_loss,
     cached_backward,
@@ -35,6 +34,7 @@ from roadmap_ext import (
     metrics,
     reference,
     roadmap_loss,
+    validation,
 )
 
 pytestmark = pytest.mark.host
@@ -270,9 +270,9 @@ OTHERS = [
     (lambda: on_meta(labels=LABELS), "use labels.to('meta')", lambda: on_meta(labels=LABELS.to("meta"))),
     (lambda: on_meta(ref_emb=X), "use ref_emb.to('meta')", lambda: on_meta(ref_emb=X.to("meta"))),
     (
-        lambda: _checks.check_batches(IDS, ROWS, torch.device("meta")),
+        lambda: validation.check_batches(IDS, ROWS, torch.device("meta")),
         "use batches.to('meta')",
-        lambda: _checks._check_index("batches", IDS.to("meta"), torch.device("meta")),
+        lambda: validation._check_index("batches", IDS.to("meta"), torch.device("meta")),
     ),
     (lambda: ap_loss(S.to("meta"), T), "target.to(scores.device)", lambda: ap_loss(S.to("meta"), T.to("meta"))),
     (lambda: roadmap_loss(X, LABELS, X), "references need both", lambda: roadmap_loss(X, LABELS, X, LABELS)),
