@@ -13,6 +13,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from .validation import check_chunk_size, check_flag, check_ignore_label, one_of
@@ -66,7 +67,8 @@ class Objective(NamedTuple):
 
     def flat(self) -> list[float]:
         """The same as the ops take it: the surrogate, which of the two parts are asked for, and the margins."""
-        parts = [float(self.calibration_weight < 1), float(self.calibration_weight > 0)]
+        # Not float() of a comparison: where torch.compile takes the weight for a variable, that stays one.
+        parts = [1.0 if self.calibration_weight < 1 else 0.0, 1.0 if self.calibration_weight > 0 else 0.0]
         return [*self.surrogate.flat(), *parts, self.positive_margin, self.negative_margin]
 
 
@@ -261,12 +263,15 @@ def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS) ->
 
     Raises TypeError for an unknown name and for what has the wrong type, ValueError for what is out of range.
     """
-    values = dict(DEFAULTS)
-    for name, value in given.items():
+    for name in given:
         if name not in accepted:
             raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
-        if value is not values[name]:
-            values[name] = _CHECKS[name](name, value)
+    values = {**DEFAULTS, **given}
+    # With dynamic=True torch.compile takes defaults for variables, too: it has to meet each before autograd Functions do.
+    compiling = torch.compiler.is_compiling()
+    for name in DEFAULTS if compiling else given:
+        if compiling or values[name] is not DEFAULTS[name]:
+            values[name] = _CHECKS[name](name, values[name])
     if values["rho"] * values["tau"] > _LARGEST:
         raise ValueError(
             f"rho * tau must be at most {_LARGEST:g} so that sums stay finite in float32, got {values['rho']} * "

@@ -98,6 +98,23 @@ def test_each_setting_arrives_where_it_belongs(surrogate, given):
     torch.testing.assert_close(ours, reference.ap_loss(scores, target, surrogate=surrogate, **given))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_with_settings_that_change(dynamic):
+    """torch.compile takes a number that changes for a variable; it is one in the lists that cross, too."""
+    x, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) % 3
+
+    def both(scores, tau, weight):
+        loss = roadmap_ext.roadmap_loss(x, labels, tau=tau, calibration_weight=weight)
+        return loss + ap_loss(scores, TARGET, tau=tau)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tau, weight in ((0.01, 0.5), (0.02, 0.25), (0.05, 0.75), (0.05, 1.0)):
+        leaf = SCORES.clone().requires_grad_()
+        mine, right = compiled(leaf, tau, weight), both(leaf, tau, weight)
+        torch.testing.assert_close(mine, right)
+        torch.testing.assert_close(torch.autograd.grad(mine, (leaf, x)), torch.autograd.grad(right, (leaf, x)))
+
+
 def test_objects_are_what_was_asked_for():
     made = checked({"tau": 1, "offset": None, "method": "tiled", "ignore_label": 7, "calibration_weight": 0})
     assert made == settings.Settings(
