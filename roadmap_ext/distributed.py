@@ -21,9 +21,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ._advice import for_rows
-from ._autograd import resolve_method, savable
-from ._chunks import embedding_loss
+from .advice import for_rows
+from .autograd import resolve_method, savable
+from .embedding_loss import embedding_loss
 from .pairs import blank, from_labels
 from .settings import Settings
 from .validation import check_plain

@@ -16,9 +16,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import _decomposability, ops
-from ._chunks import _chunk, _done_with
-from ._extension import _REFERENCE_ONLY
+from . import decomposability, ops
+from .embedding_loss import _chunk, _done_with
+from .extension import _REFERENCE_ONLY
 from .pairs import from_labels
 from .settings import SMALLEST_NORM
 from .validation import (
@@ -481,7 +481,7 @@ def decomposability_bound(positives: Array, negatives: Array) -> tuple[Tensor, T
 @_of_arrays
 def _bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
     check_counts(positives, negatives)
-    return _decomposability.bound(positives.long(), negatives.long(), _widest(positives.device))
+    return decomposability.bound(positives.long(), negatives.long(), _widest(positives.device))
 
 
 def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> DecomposabilityGaps:
@@ -494,7 +494,7 @@ def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> D
         positives[:, b], negatives[:, b] = (relevant & ~left_out).sum(1), (~relevant & ~left_out).sum(1)
         sums += _each_ap(values, relevant, left_out).masked_fill(positives[:, b] == 0, 0)
     batch_ap = sums / (positives > 0).sum(1)
-    return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *_decomposability.bound(positives, negatives, ap.dtype))
+    return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *decomposability.bound(positives, negatives, ap.dtype))
 
 
 def _each_ap(scores: Tensor, target: Tensor, ignore: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .distributed import agreed, several
-from .functional import ap_loss, roadmap_loss
+from .losses import ap_loss, roadmap_loss
 from .memory import EmbeddingMemory
 from .settings import (
     CalibrationKeywords,
@@ -72,6 +72,13 @@ class APLoss(_Loss):
     def forward(self, scores: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:
         """The loss of scores [B, N]: see :func:`roadmap_ext.ap_loss`."""
         return ap_loss(scores, target, ignore=ignore, **self.settings)
+
+    def extra_repr(self) -> str:
+        """The settings that have an effect, as they were given."""
+        shown = [
+            name for name in self._names if self.surrogate == "sup" or name not in ("rho", "delta", "start", "offset")
+        ]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
 class _EmbeddingLoss(_Loss):

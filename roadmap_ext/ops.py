@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._extension import _C
+from .extension import _C
 from .pairs import Pairs
 from .settings import METHODS, REDUCTIONS, Objective, Surrogate
 
@@ -81,7 +81,7 @@ def sweep(
     method: str,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of the rows, and the gradients of their weighted sum: see ``sweep`` of _chunks.py."""
+    """Values of the rows, and the gradients of their weighted sum: see ``sweep`` of embedding_loss.py."""
     want_embeddings, want_references = wants
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
         embeddings,

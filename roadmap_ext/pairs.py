@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ._extension import _REFERENCE_ONLY
+from .extension import _REFERENCE_ONLY
 
 
 class Lists(NamedTuple):

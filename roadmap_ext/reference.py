@@ -6,13 +6,12 @@ bfloat16 scores and embeddings are widened to float32 first, as the kernels do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._autograd import savable
-from ._ranks import SmoothRank
+from .autograd import savable
 from .pairs import blank
 from .settings import (
     SMALLEST_NORM,
@@ -29,6 +28,22 @@ from .validation import check_embeddings, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class SmoothRank(NamedTuple):
+    """Smooth ranks of the positives of all queries, one entry a positive, row after row, columns ascending.
+
+    Attributes:
+        query: [nnz] int64, the row of each positive.
+        reference: [nnz] int64, its column.
+        positive_rank: [nnz], its rank among the positives, from 1.
+        negative_rank: [nnz], the smooth number of negatives ranked at or above it.
+    """
+
+    query: Tensor
+    reference: Tensor
+    positive_rank: Tensor
+    negative_rank: Tensor
 
 
 def surrogate_step(gap: Tensor, surrogate: Surrogate) -> Tensor:

@@ -267,7 +267,7 @@ def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS) ->
         if name not in accepted:
             raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
     values = {**DEFAULTS, **given}
-    # With dynamic=True torch.compile takes defaults for variables, too: it has to meet each before autograd Functions do.
+    # With dynamic=True torch.compile takes defaults for variables, too: it has to meet them before autograd Functions.
     compiling = torch.compiler.is_compiling()
     for name in DEFAULTS if compiling else given:
         if compiling or values[name] is not DEFAULTS[name]:

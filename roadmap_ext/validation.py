@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ._advice import for_labels, for_mask, for_scores, for_vectors
+from .advice import for_labels, for_mask, for_scores, for_vectors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

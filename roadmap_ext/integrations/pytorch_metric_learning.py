@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import modules, ops
-from .._advice import for_labels
-from .._autograd import resolve_method
-from .._chunks import embedding_loss
+from ..advice import for_labels
+from ..autograd import resolve_method
+from ..embedding_loss import embedding_loss
 from ..memory import EmbeddingMemory, make_writable
 from ..pairs import Pairs, blank, from_labels, from_pairs
 from ..settings import checked

@@ -68,9 +68,9 @@ import roadmap_ext
 from roadmap_ext import (
     EmbeddingMemory,
     RoadmapLoss,
-    _chunks,
     ap_loss,
     cached_backward,
+    embedding_loss,
     metrics,
     ops,
     pairs,
@@ -601,7 +601,7 @@ def test_opcheck_of_the_sweep():
     x, labels = on_device((torch.randn(10, 8), torch.randint(4, (10,))))
     of_labels = pairs.from_labels(labels, labels, labels, labels + 1, True, False)
     flat, objective = of_labels.flat(), settings.Objective()
-    after = (_chunks._weights(ops.count_pairs(of_labels, 10, 10), None, objective), objective.flat(), True)
+    after = (embedding_loss._weights(ops.count_pairs(of_labels, 10, 10), None, objective), objective.flat(), True)
     for arguments in (
         (x, None, flat, 0, *after, 4, True, False),
         (x, x[:5].clone(), flat, -1, *after, 0, False, True),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated_ops import DEVICES
 
-from roadmap_ext import RoadmapLoss, _chunks, ap_loss, ops, reference, smooth_rank
+from roadmap_ext import RoadmapLoss, ap_loss, embedding_loss, ops, reference, smooth_rank
 from roadmap_ext.pairs import Lists, Pairs
 from roadmap_ext.settings import Objective, Surrogate
 
@@ -152,7 +152,7 @@ def test_compensated_exponents(device, emulated):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_products(dtype, alone, chunk_size, normalize, monkeypatch):
     """Half embeddings enter the products as they are; scores and sums are float32, the gradient of a score is not."""
-    monkeypatch.setattr(_chunks, "_HALF_PRODUCTS", {"cpu"})
+    monkeypatch.setattr(embedding_loss, "_HALF_PRODUCTS", {"cpu"})
     x = torch.nn.functional.normalize(torch.randn(40, 16), dim=1).to(dtype)
     other = None if alone else torch.nn.functional.normalize(torch.randn(60, 16), dim=1).to(dtype)
     labels, other_labels = torch.arange(40) % 8, None if alone else torch.arange(60) % 8
@@ -170,7 +170,7 @@ def test_half_products(dtype, alone, chunk_size, normalize, monkeypatch):
 
 
 def test_a_nan_in_half_products_stays_with_its_query(monkeypatch):
-    monkeypatch.setattr(_chunks, "_HALF_PRODUCTS", {"cpu"})
+    monkeypatch.setattr(embedding_loss, "_HALF_PRODUCTS", {"cpu"})
     x = torch.randn(12, 8).half()
     x[3, 2] = float("nan")
     gallery = torch.randn(20, 8).half()

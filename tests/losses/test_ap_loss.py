@@ -498,7 +498,7 @@ def test_modules_made_with_tiled():
 
 @pytest.mark.host
 def test_the_docstrings_examples():
-    for module in (roadmap_ext.functional, roadmap_ext.modules):
+    for module in (roadmap_ext.losses, roadmap_ext.modules):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
@@ -594,9 +594,9 @@ class TestBadInput:
         assert ap_loss(scores, target).device.type == "meta"
         if not roadmap_ext.build_info()["cuda"]:
             with pytest.raises(RuntimeError, match=r"no CUDA kernels because .*FORCE_CUDA=1.*method='reference'"):
-                roadmap_ext._extension.check_kernels(torch.device("cuda", 0), "pairwise")
+                roadmap_ext.extension.check_kernels(torch.device("cuda", 0), "pairwise")
         with pytest.raises(RuntimeError, match=r"none for 'mps'.*method='reference'"):
-            roadmap_ext._extension.check_kernels(torch.device("mps"), "auto")
+            roadmap_ext.extension.check_kernels(torch.device("mps"), "auto")
 
     @pytest.mark.host
     def test_the_ops_check_for_themselves(self):

@@ -35,7 +35,7 @@ def bytes_in_use():
 
 
 def growth(call, calls=500):
-    """Bytes that a call leaves behind, in the best of a few rounds: others allocate now and then, a leak does always."""
+    """Bytes that a call leaves behind, in the best of a few rounds: a leak is in each of them."""
     rounds = []
     for _ in range(5):
         before = bytes_in_use()

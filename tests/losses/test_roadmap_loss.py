@@ -24,7 +24,7 @@ from roadmap_ext import (
     RoadmapLoss,
     SmoothAPLoss,
     SupAPLoss,
-    _chunks,
+    embedding_loss,
     ops,
     pairs,
     reference,
@@ -246,13 +246,13 @@ def test_chunks_change_nothing(references, reduction):
 
 
 def test_chunks_are_chosen_by_the_budget():
-    assert _chunks._chunk_rows(1024, 1024, 4, "cpu") == 1024
-    assert _chunks._chunk_rows(8192, 8192, 4, "cpu") == 2048  # 64 MiB
-    assert _chunks._chunk_rows(8192, 8192, 4, "cuda") == 8192  # 256 MiB
-    assert _chunks._chunk_rows(100, 6_000_000, 4, "cpu") == 2
-    assert _chunks._chunk_rows(100, 1 << 40, 4, "cpu") == 1
-    assert _chunks._chunk_rows(9000, 8192, 4, "cpu") == 1800  # as equal as can be
-    assert _chunks._chunk_rows(0, 0, 4, "cpu") == 1
+    assert embedding_loss._chunk_rows(1024, 1024, 4, "cpu") == 1024
+    assert embedding_loss._chunk_rows(8192, 8192, 4, "cpu") == 2048  # 64 MiB
+    assert embedding_loss._chunk_rows(8192, 8192, 4, "cuda") == 8192  # 256 MiB
+    assert embedding_loss._chunk_rows(100, 6_000_000, 4, "cpu") == 2
+    assert embedding_loss._chunk_rows(100, 1 << 40, 4, "cpu") == 1
+    assert embedding_loss._chunk_rows(9000, 8192, 4, "cpu") == 1800  # as equal as can be
+    assert embedding_loss._chunk_rows(0, 0, 4, "cpu") == 1
 
 
 def _gradient_at_scale():
@@ -309,10 +309,10 @@ def test_without_grad_nothing_is_kept():
 def test_memory_that_is_kept_serves_all_calls():
     """Of another size, dtype and grad mode; of threads that call at once each has its own."""
     x, labels = batch(30, 8)
-    _chunks._idle.clear()
+    embedding_loss._idle.clear()
     with torch.inference_mode():
         expected = roadmap_loss(x, labels)
-    assert [storage.nbytes() for storage in _chunks._idle] == [4 * 900]
+    assert [storage.nbytes() for storage in embedding_loss._idle] == [4 * 900]
     assert torch.equal(roadmap_loss(x, labels).detach(), expected)
     assert torch.equal(
         roadmap_loss(x.double(), labels).float().detach(), reference.roadmap_loss(x.double(), labels).float()
@@ -718,7 +718,7 @@ def test_opcheck():
     x = x.detach()
     of_labels = pairs.from_labels(labels, labels, labels, labels + 1, True, False)
     flat, objective = of_labels.flat(), settings.Objective()
-    weight = _chunks._weights(ops.count_pairs(of_labels, 10, 10), None, objective)
+    weight = embedding_loss._weights(ops.count_pairs(of_labels, 10, 10), None, objective)
     of = torch.ops.roadmap_ext
     scale = torch.ones(10)
     cases = [

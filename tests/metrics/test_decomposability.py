@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roadmap_ext import _decomposability, metrics
+from roadmap_ext import decomposability, metrics
 from roadmap_ext.metrics import (
     average_precision,
     decomposability_bound,
@@ -81,7 +81,7 @@ class TestBound:
 
     def test_the_largest_that_is_searched(self):
         torch.manual_seed(0)
-        most = _decomposability.MOST_SEARCHED
+        most = decomposability.MOST_SEARCHED
         counts = torch.stack([torch.randint(1, 5, (3, most)), torch.randint(0, 30, (3, most))], dim=2).tolist()
         values, exact = bound_of(*counts)
         assert all(exact)
@@ -110,7 +110,7 @@ class TestBound:
         torch.manual_seed(0)
         counts = torch.randint(0, 5, (100, 8)), torch.randint(0, 40, (100, 8))
         worst, _ = decomposability_bound(*counts)
-        monkeypatch.setattr(_decomposability, "MOST_SEARCHED", 3)
+        monkeypatch.setattr(decomposability, "MOST_SEARCHED", 3)
         estimate, exact = decomposability_bound(*counts)
         searched = (counts[0] > 0).sum(1) <= 3
         assert torch.equal(exact, searched)
@@ -119,7 +119,7 @@ class TestBound:
         assert (worst - estimate).max() < 0.05
 
     def test_a_mean_is_exact_if_every_bound_is(self, monkeypatch):
-        monkeypatch.setattr(_decomposability, "MOST_SEARCHED", 2)
+        monkeypatch.setattr(decomposability, "MOST_SEARCHED", 2)
         scores, number = torch.rand(2, 9), torch.arange(9) // 3
         target = torch.zeros(2, 9, dtype=torch.bool)
         target[:, [0, 3]] = True

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _warnings, ops, reference
-from ._autograd import (
+from . import notices, ops, reference
+from .autograd import (
     FirstDerivativeOnly,
     anchor,
     can_be_read,
@@ -60,7 +60,7 @@ def embedding_loss(
         assert total is None  # the reference takes the whole batch
         target, ignore = pairs.masks(columns)
         if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
-            _warnings.without_positive()
+            notices.without_positive()
         return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
     rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
     counts = ops.count_pairs(pairs, len(embeddings), columns)
@@ -194,7 +194,7 @@ def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, tot
     if objective.calibration_weight < 1 and can_be_read(numbers):
         queries, ranked_queries = numbers.tolist()
         if queries and not ranked_queries:
-            _warnings.without_positive()
+            notices.without_positive()
     # AP's mean leaves out queries without a positive, calibration's does not.
     rows, ranked = numbers.clamp(min=1).double().unbind()
     mean = objective.reduction == "mean"

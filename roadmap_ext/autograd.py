@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _warnings
-from ._extension import _REFERENCE_ONLY, check_kernels
+from . import notices
+from .extension import _REFERENCE_ONLY, check_kernels
 
 _NO_TRANSFORMS = (
     "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
@@ -57,7 +57,7 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
     if method == "reference":
         return method
     if method == "auto" and _REFERENCE_ONLY:
-        _warnings.without_kernels()
+        notices.without_kernels()
         return "reference"
     check_kernels(inputs[0].device, method)
     check_no_transform(*inputs)
