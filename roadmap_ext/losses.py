@@ -15,10 +15,10 @@ from . import distributed, notices, ops, reference
 from .autograd import FirstDerivativeOnly, anchor, can_be_read, may_overwrite, resolve_method, savable
 from .embedding_loss import embedding_loss
 from .memory import EmbeddingMemory
-from .pairs import blank, from_labels
+from .pairs import Items, blank
 from .reference import SmoothRank
-from .settings import EmbeddingKeywords, RankKeywords, ScoreKeywords, Settings, Surrogate, accepts, checked, defaults_of
-from .validation import check_embeddings, check_flag, check_scores
+from .settings import EmbeddingKeywords, RankKeywords, ScoreKeywords, Surrogate, accepts, checked, defaults_of
+from .validation import check_flag, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -287,26 +287,15 @@ def roadmap_loss(
         0.3336
     """
     gather = check_flag("gather_across_devices", settings.get("gather_across_devices", False))
-    memory = ref_emb if isinstance(ref_emb, EmbeddingMemory) else None
-    given = None if isinstance(ref_emb, EmbeddingMemory) else ref_emb
-
-    def made() -> tuple[Settings, Tensor | None, Tensor | None, Tensor | None]:
-        refs = (given, ref_labels, ref_ids) if memory is None else memory.as_references(ids, ref_labels, ref_ids)
-        result = checked(settings), *refs
-        check_embeddings(embeddings, labels, refs[0], refs[1], ids, refs[2])
-        return result
-
     if gather and distributed.world_size() > 1:
         across_ranks = distributed.roadmap_loss
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
-        loss: Tensor = across_ranks(embeddings, labels, ids, made, memory is not None)
+        loss: Tensor = across_ranks(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, settings)
         return loss
-    (objective, include_self, ignore_label, chunk_size, _, method), ref_emb, ref_labels, ref_ids = made()
-    alone = ref_emb is None or ref_emb is embeddings
-    ref_labels = labels if ref_labels is None else ref_labels
-    pairs = from_labels(labels, ref_labels, ids, ref_ids, alone, include_self, ignore_label=ignore_label)
-    references = None if ref_emb is None or alone else ref_emb
-    if references is not None and memory is None:  # whose entries are numbers
-        references = blank(references, ref_labels, ignore_label)
-    return embedding_loss(blank(embeddings, labels, ignore_label), references, pairs, objective, chunk_size, method)
+    made, items = checked(settings), Items.checked(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    references, ignore_label = items.ref_emb, made.ignore_label
+    if references is not None and not isinstance(ref_emb, EmbeddingMemory):  # whose entries are numbers
+        references = blank(references, items.ref_labels, ignore_label)
+    pairs = items.pairs(made.include_self, ignore_label)
+    return embedding_loss(blank(embeddings, labels, ignore_label), references, pairs, made)

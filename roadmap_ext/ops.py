@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .extension import _C
 from .pairs import Pairs
-from .settings import METHODS, REDUCTIONS, Objective, Surrogate
+from .settings import METHODS, REDUCTIONS, Settings, Surrogate
 
 
 def average_precision(
@@ -26,20 +26,18 @@ def average_precision(
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced loss; the gradient of each query's [B, N], and its factor [B] or [1], empty where not wanted."""
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.average_precision(
+    return torch.ops.roadmap_ext.average_precision(
         scores, target, ignore, surrogate.flat(), REDUCTIONS.index(reduction), want_gradient, METHODS.index(method)
     )
-    return result
 
 
 def smooth_rank(
     scores: Tensor, target: Tensor, ignore: Tensor | None, surrogate: Surrogate, want_slope: bool, method: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of each positive its query, reference, rank+, rank- and slope, [nnz] each; no slope where not wanted."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.smooth_rank(
+    return torch.ops.roadmap_ext.smooth_rank(
         scores, target, ignore, surrogate.flat(), want_slope, METHODS.index(method)
     )
-    return result
 
 
 def smooth_rank_backward(
@@ -53,50 +51,44 @@ def smooth_rank_backward(
     method: str,
 ) -> Tensor:
     """The gradient of the scores [B, N], from those of the ranks [nnz]."""
-    result: Tensor = torch.ops.roadmap_ext.smooth_rank_backward(
+    return torch.ops.roadmap_ext.smooth_rank_backward(
         scores, target, ignore, slope, positive_grad, negative_grad, surrogate.flat(), METHODS.index(method)
     )
-    return result
 
 
 def count_pairs(pairs: Pairs, rows: int, columns: int) -> Tensor:
     """Positives and negatives of each query, [B, 2] int64."""
-    result: Tensor = torch.ops.roadmap_ext.count_pairs(pairs.flat(), pairs.first_own, rows, columns)
-    return result
+    return torch.ops.roadmap_ext.count_pairs(pairs.flat(), pairs.first_own, rows, columns)
 
 
 def rank_metrics(scores: Tensor, pairs: Pairs) -> Tensor:
     """AP, mAP@R, R-precision and the smallest rank of a positive, [B, 4] float64."""
-    result: Tensor = torch.ops.roadmap_ext.rank_metrics(scores, pairs.flat(), pairs.first_own)
-    return result
+    return torch.ops.roadmap_ext.rank_metrics(scores, pairs.flat(), pairs.first_own)
 
 
 def sweep(
     embeddings: Tensor,
     references: Tensor | None,
     pairs: Pairs,
-    objective: Objective,
+    settings: Settings,
     weight: Tensor,
-    chunk_size: int,
-    method: str,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values of the rows, and the gradients of their weighted sum: see ``sweep`` of embedding_loss.py."""
     want_embeddings, want_references = wants
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
+    return torch.ops.roadmap_ext.sweep(
         embeddings,
         references,
         pairs.flat(),
         pairs.first_own,
         weight,
-        objective.flat(),
-        objective.normalize,
-        chunk_size,
+        settings.objective.flat(),
+        settings.objective.normalize,
+        settings.chunk_size or 0,
         want_embeddings,
         want_references,
-        METHODS.index(method),
+        METHODS.index(settings.method),
     )
-    return result
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Which pairs are positive, negative or left out: labels, ids and named pairs become lists of columns for each query.
+"""What is ranked, and which pairs are positive, negative or left out: lists of columns for each query.
+
+Labels, ids and named pairs become such lists.
 
 A list costs its length where a mask costs [B, N]. The lists of all queries lie in one tensor of columns; a span
 [begin, end) says which part of it is a query's, and queries of one class share theirs.
@@ -10,9 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .extension import _REFERENCE_ONLY
+from .validation import check_embeddings
 
 
 class Lists(NamedTuple):
@@ -76,6 +79,63 @@ class Pairs(NamedTuple):
             ignore[row, row + self.first_own] = True
         if self.negative is not None:
             ignore |= ~(target | self.negative.mask(columns))
+        return target, ignore
+
+
+class References(nn.Module):
+    """What brings its own labels and ids as ``ref_emb``: :class:`roadmap_ext.EmbeddingMemory`."""
+
+    def as_references(
+        self, ids: Tensor | None, ref_labels: Tensor | None = None, ref_ids: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``ref_emb``, ``ref_labels`` and ``ref_ids`` for queries with ``ids``, given what came beside it."""
+        raise NotImplementedError
+
+
+class Items(NamedTuple):
+    """Queries and the references that they rank: what a loss or a metric is of."""
+
+    embeddings: Tensor  # [B, D]
+    labels: Tensor  # [B]
+    ref_emb: Tensor | None  # [N, D]; None: the batch is its own reference
+    ref_labels: Tensor  # [N]
+    ids: Tensor | None  # [B]
+    ref_ids: Tensor | None  # [N]
+
+    @staticmethod
+    def checked(
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | References | None = None,
+        ref_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Items:
+        """The items that a public function was given. Raises TypeError for types, ValueError for the rest."""
+        if isinstance(ref_emb, References):
+            ref_emb, ref_labels, ref_ids = ref_emb.as_references(ids, ref_labels, ref_ids)
+        check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        return Items(embeddings, labels, ref_emb, labels if ref_labels is None else ref_labels, ids, ref_ids)
+
+    def pairs(self, include_self: bool = False, ignore_label: int | None = None) -> Pairs:
+        """Which pairs are positive and which are left out: see :func:`from_labels`."""
+        alone = self.ref_emb is None
+        return from_labels(
+            self.labels, self.ref_labels, self.ids, self.ref_ids, alone, include_self, ignore_label=ignore_label
+        )
+
+    def masks(self, part: slice, order: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
+        """target and ignore of some queries, [b, N] bool, for the references in this order. Waits for no device."""
+        own, others = self.labels[part, None].long(), self.ref_labels.long()[order]
+        target = own == others
+        ignore = torch.zeros_like(target)
+        if self.ids is not None and self.ref_ids is not None:
+            ignore |= self.ids[part, None].long() == self.ref_ids.long()[order]
+        if self.ref_emb is None:
+            ignore |= torch.arange(len(self.labels), device=order.device)[part, None] == order
+        if ignore_label is not None:
+            ignore |= others == ignore_label  # and a query of it has no positive then
         return target, ignore
 
 

@@ -145,13 +145,14 @@ def _check_index(name: str, value: object, device: torch.device) -> None:
         )
 
 
-def check_progress(value: object) -> None:
-    """Raise TypeError unless ``value``, which cannot be called, says whether a bar is wanted."""
+def check_progress(value: object) -> bool:
+    """Whether a bar is wanted. Raises TypeError unless ``value``, which cannot be called, says so."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(
             "progress must be None, True (a bar) or a function that takes a number of queries, got "
             f"{type(value).__name__}"
         )
+    return value is True
 
 
 def check_embeddings(

@@ -180,9 +180,7 @@ class _PairLoss(losses.BaseMetricLossFunction):
                 blank(rows, of, settings.ignore_label) for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
             )
         objective = settings.objective._replace(reduction="mean" if self._takes_mean() else "none")
-        loss = embedding_loss(
-            embeddings, None if own else ref_emb, pairs, objective, settings.chunk_size, settings.method
-        )
+        loss = embedding_loss(embeddings, None if own else ref_emb, pairs, settings._replace(objective=objective))
         if objective.reduction == "mean":
             return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
         counted = torch.arange(len(loss), device=loss.device)

@@ -359,9 +359,9 @@ class TestReducers:
         asked = []
         original = integration.embedding_loss
 
-        def note(embeddings, references, relation, objective, *rest):
-            asked.append(objective.reduction)
-            return original(embeddings, references, relation, objective, *rest)
+        def note(embeddings, references, pairs, settings):
+            asked.append(settings.objective.reduction)
+            return original(embeddings, references, pairs, settings)
 
         monkeypatch.setattr(integration, "embedding_loss", note)
         return asked

@@ -24,6 +24,7 @@ from roadmap_ext import (
     RoadmapLoss,
     SmoothAPLoss,
     SupAPLoss,
+    chunks,
     embedding_loss,
     ops,
     pairs,
@@ -246,13 +247,16 @@ def test_chunks_change_nothing(references, reduction):
 
 
 def test_chunks_are_chosen_by_the_budget():
-    assert embedding_loss._chunk_rows(1024, 1024, 4, "cpu") == 1024
-    assert embedding_loss._chunk_rows(8192, 8192, 4, "cpu") == 2048  # 64 MiB
-    assert embedding_loss._chunk_rows(8192, 8192, 4, "cuda") == 8192  # 256 MiB
-    assert embedding_loss._chunk_rows(100, 6_000_000, 4, "cpu") == 2
-    assert embedding_loss._chunk_rows(100, 1 << 40, 4, "cpu") == 1
-    assert embedding_loss._chunk_rows(9000, 8192, 4, "cpu") == 1800  # as equal as can be
-    assert embedding_loss._chunk_rows(0, 0, 4, "cpu") == 1
+    def rows(queries, references, device):
+        return chunks.rows_of_a_chunk(queries, chunks.rows_that_fit(references, 4, device), None)
+
+    assert rows(1024, 1024, "cpu") == 1024
+    assert rows(8192, 8192, "cpu") == 2048  # 64 MiB
+    assert rows(8192, 8192, "cuda") == 8192  # 256 MiB
+    assert rows(100, 6_000_000, "cpu") == 2
+    assert rows(100, 1 << 40, "cpu") == 1
+    assert rows(9000, 8192, "cpu") == 1800  # as equal as can be
+    assert rows(0, 0, "cpu") == 1
 
 
 def _gradient_at_scale():
@@ -309,10 +313,10 @@ def test_without_grad_nothing_is_kept():
 def test_memory_that_is_kept_serves_all_calls():
     """Of another size, dtype and grad mode; of threads that call at once each has its own."""
     x, labels = batch(30, 8)
-    embedding_loss._idle.clear()
+    chunks._idle.clear()
     with torch.inference_mode():
         expected = roadmap_loss(x, labels)
-    assert [storage.nbytes() for storage in embedding_loss._idle] == [4 * 900]
+    assert [storage.nbytes() for storage in chunks._idle] == [4 * 900]
     assert torch.equal(roadmap_loss(x, labels).detach(), expected)
     assert torch.equal(
         roadmap_loss(x.double(), labels).float().detach(), reference.roadmap_loss(x.double(), labels).float()

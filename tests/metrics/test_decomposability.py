@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roadmap_ext import decomposability, metrics
+from roadmap_ext import decomposability, ranking
 from roadmap_ext.metrics import (
     average_precision,
     decomposability_bound,
@@ -152,7 +152,7 @@ class TestBound:
 
 
 def test_examples():
-    assert doctest.testmod(metrics, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(decomposability, extraglobs={"torch": torch}).failed == 0
 
 
 def by_loops(scores, target, ignore, number):
@@ -219,7 +219,7 @@ class TestGap:
         ignore, number = torch.rand(30, 40) < 0.2, torch.randint(5, (40,))
         for small in (False, True):
             if small:
-                monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 100})
+                monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 100})
             each = decomposability_gap_of_scores(scores, target, number, ignore, reduction="none")
             expected = by_loops(scores, target, ignore, number)
             torch.testing.assert_close(torch.stack(each[:3], 1), expected, equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -230,7 +230,7 @@ class TestGap:
         x, labels = points(60)
         number = torch.arange(60) % 4
         kernel = decomposability_gap(x, labels, number, reduction="none")
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
         for column, other in zip(kernel, decomposability_gap(x, labels, number, reduction="none"), strict=True):
             torch.testing.assert_close(column, other, equal_nan=True)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from benchmarks.measure import in_fresh_process, peak_growth
-from roadmap_ext import metrics, ops
-from roadmap_ext.metrics import _sorted, average_precision, retrieval_metrics
+from roadmap_ext import metrics, ops, ranking
+from roadmap_ext.metrics import average_precision, retrieval_metrics
 from roadmap_ext.pairs import Lists, Pairs, from_labels, from_pairs
 from roadmap_ext.validation import as_tensor
 
@@ -73,9 +73,9 @@ def test_chunks_agree(monkeypatch, kernel):
     scores, target = torch.randn(9, 40).half(), torch.rand(9, 40) < 0.3
     whole = average_precision(scores, target)
     if not kernel:
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
         torch.testing.assert_close(average_precision(scores, target), whole, equal_nan=True)
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 80, "cuda": 80})
+    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 80, "cuda": 80})
     torch.testing.assert_close(average_precision(scores, target), whole, equal_nan=True)
 
 
@@ -108,7 +108,7 @@ def check_rows(scores, target, ignore):
     """The kernel and the plain path against the loop: ranks are exact, the sums of ratios but for their rounding."""
     expected = rows_by_hand(scores, target, ignore)
     by_kernel = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
-    values, smallest = _sorted(scores, target, ignore)
+    values, smallest = ranking.by_sorting(scores, target, ignore)
     smallest = torch.tensor([{0: NAN, 1 << 62: math.inf}.get(rank, rank) for rank in smallest.tolist()]).double()
     for rows in (by_kernel, torch.cat([values, smallest[:, None]], dim=1)):
         assert rows.dtype == torch.float64
@@ -210,7 +210,7 @@ def points(n=60, classes=15, dim=8, dtype=torch.float64):
 def path(request, monkeypatch):
     """Each way to the metrics: the second is that of other devices, here on the CPU."""
     if request.param == "plain":
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
     return request.param
 
 
@@ -448,8 +448,8 @@ def test_the_paths_agree():
         x = (4 * x).round() / 4  # so that both see the same products
         kernel = retrieval_metrics(x, labels, normalize=False, reduction="none")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "_has_kernel", lambda x: False)
-            patch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 64_000, "cuda": 64_000})
+            patch.setattr(ranking, "has_kernel", lambda x: False)
+            patch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 64_000, "cuda": 64_000})
             plain = retrieval_metrics(x, labels, normalize=False, reduction="none")
         for name, values in kernel.items():
             tolerance = 1e-13 if name.startswith("mAP") else 0
