@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from roadmap_ext import metrics
+from roadmap_ext.chunks import rows_of_a_chunk, rows_that_fit
 
 from . import report
 from .loop import NOISES, SEPARABILITY, clustered_embeddings
@@ -86,7 +87,7 @@ def ours(case: Case) -> Side:
 def bare(case: Case, *, allocate: bool) -> Side:
     """The matrix products of a case alone, in the chunks of ours."""
     points, _ = case.draw()
-    chunk = metrics._chunk_rows(len(points), metrics._BUDGET // (4 * len(points)), None)
+    chunk = rows_of_a_chunk(len(points), rows_that_fit(len(points), 4, "cpu"), None)
     scores = torch.zeros(chunk, len(points))
 
     def products() -> None:

@@ -56,28 +56,23 @@ struct Input {
   }
 };
 
-// A relation from lists, and the tensors that keep its memory alive.
+// Pairs from lists, and the tensors that keep its memory alive.
 struct Listed {
   std::vector<Tensor> alive;
   std::vector<std::vector<int64_t>> spans;  // copies: what has been checked must not change through another tensor
   roadmap::Relation relation;
 
-  Listed(int64_t rows, const Tensor& positive_span, const Tensor& positive_column,
-         const std::optional<Tensor>& left_out_span, const std::optional<Tensor>& left_out_column,
-         const std::optional<Tensor>& negative_span, const std::optional<Tensor>& negative_column, int64_t own) {
+  Listed(int64_t rows, const PairLists& pairs) {
     spans.reserve(3);  // whose addresses are handed out
-    relation.positive = lists(rows, positive_span, positive_column, "positive");
-    STD_TORCH_CHECK(left_out_span.has_value() == left_out_column.has_value() &&
-                        negative_span.has_value() == negative_column.has_value(),
-                    "span and column of a list come together");
-    if (left_out_span) relation.left_out = lists(rows, *left_out_span, *left_out_column, "left_out");
-    if (negative_span) relation.negative = lists(rows, *negative_span, *negative_column, "negative");
-    STD_TORCH_CHECK(own < (int64_t(1) << 62), "own must be a column of row 0, or negative");
-    relation.own = own;
+    relation.positive = lists(rows, pairs.positive, "positive");
+    if (pairs.left_out) relation.left_out = lists(rows, *pairs.left_out, "left_out");
+    if (pairs.negative) relation.negative = lists(rows, *pairs.negative, "negative");
+    relation.own = pairs.own;
   }
 
  private:
-  roadmap::Lists lists(int64_t rows, const Tensor& span, const Tensor& column, const char* name) {
+  roadmap::Lists lists(int64_t rows, const ColumnLists& given, const char* name) {
+    const auto& [span, column] = given;
     STD_TORCH_CHECK(span.is_cpu() && span.dim() == 2 && span.size(0) == rows && span.size(1) == 2 &&
                         span.scalar_type() == ScalarType::Long,
                     name, "_span must be a CPU tensor [rows, 2] of int64");
@@ -152,10 +147,9 @@ double reduce(int64_t reduction, const T* loss, const int64_t* positives, int64_
 }
 
 std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                     int64_t surrogate, double tau, double rho, double delta,
-                                                     double start, std::optional<double> offset, int64_t reduction,
+                                                     std::vector<double> surrogate, int64_t reduction,
                                                      bool want_gradient, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+  const auto settings = surrogate_of(surrogate, method);
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                   "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   const Input input(scores, target, ignore);
@@ -223,17 +217,11 @@ void scale_rows_in_place(Tensor gradient, Tensor weight, Tensor factor) {
 }
 
 // Overwrites scores, if a gradient is wanted, with that of the weighted sum of the first three values.
-void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor positive_column,
-                    std::optional<Tensor> left_out_span, std::optional<Tensor> left_out_column,
-                    std::optional<Tensor> negative_span, std::optional<Tensor> negative_column, int64_t own,
-                    Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
-                    double start, std::optional<double> offset, double positive_margin, double negative_margin,
-                    std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
-                    std::optional<Tensor> gradient, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tensor>> pairs, int64_t own, Tensor weight,
+                    std::vector<double> objective, std::optional<Tensor> row_scale, std::optional<Tensor> column_scale,
+                    bool want_gradient, std::optional<Tensor> gradient, int64_t method) {
+  const EmbeddingObjective wanted = objective_of(objective, method);
   STD_TORCH_CHECK(!gradient, "on the CPU the gradient goes over the scores, and nowhere else");
-  STD_TORCH_CHECK(std::fabs(positive_margin) <= kLargestSetting && std::fabs(negative_margin) <= kLargestSetting,
-                  "margins must be at most ", kLargestSetting, " in magnitude");
   STD_TORCH_CHECK(scores.dim() == 2 && scores.is_cpu() && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D CPU tensor of float32 or float64");
@@ -245,8 +233,7 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   };
   check(values, 5, "values");
   check(weight, 3, "weight");
-  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
-                      negative_column, own);
+  const Listed listed(rows, pairs_of(pairs, own));
   Matrix m = {scores.const_data_ptr(), score_type(scores), rows, scores.size(1), scores.size(1), listed.relation};
   STD_TORCH_CHECK(row_scale.has_value() == column_scale.has_value(), "row_scale and column_scale come together");
   const auto scale = [&](const Tensor& t, int64_t size, const char* name) {
@@ -261,8 +248,7 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   }
   dispatch(scores, [&](auto zero) {
     using T = decltype(zero);
-    roadmap::objective_rows<T>(m, settings, {ap, calibration, positive_margin, negative_margin},
-                               torch_threads(m.rows * m.columns),
+    roadmap::objective_rows<T>(m, wanted.surrogate, wanted.parts, torch_threads(m.rows * m.columns),
                                {data<double>(weight), data<double>(values), want_gradient ? data<T>(scores) : nullptr});
   });
 }
@@ -320,13 +306,11 @@ std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
   return {span, column};
 }
 
-Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
-                   std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
-                   std::optional<Tensor> negative_column, int64_t own, int64_t rows, int64_t columns) {
+Tensor count_pairs(std::vector<std::optional<Tensor>> pairs, int64_t own, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "rows and columns must not be negative");
-  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
-                      negative_column, own);
-  Tensor counts = empty(positive_span, {rows, 2}, ScalarType::Long);
+  const PairLists lists = pairs_of(pairs, own);
+  const Listed listed(rows, lists);
+  Tensor counts = empty(lists.positive.span, {rows, 2}, ScalarType::Long);
   roadmap::count_pairs(listed.relation, rows, columns, torch_threads(rows * columns / 16), data<int64_t>(counts));
   return counts;
 }
@@ -340,11 +324,10 @@ std::vector<int64_t> first_positives(const Matrix& m, const Parallel& parallel) 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Tensor target,
-                                                               std::optional<Tensor> ignore, int64_t surrogate,
-                                                               double tau, double rho, double delta, double start,
-                                                               std::optional<double> offset, bool want_slope,
+                                                               std::optional<Tensor> ignore,
+                                                               std::vector<double> surrogate, bool want_slope,
                                                                int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+  const auto settings = surrogate_of(surrogate, method);
   const Input input(scores, target, ignore);
   const Parallel parallel = torch_threads(scores.numel());
   const std::vector<int64_t> first = first_positives(input.matrix, parallel);
@@ -365,9 +348,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
 }
 
 Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> ignore, Tensor slope,
-                            std::optional<Tensor> positive_grad, Tensor negative_grad, int64_t surrogate, double tau,
-                            double rho, double delta, double start, std::optional<double> offset, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+                            std::optional<Tensor> positive_grad, Tensor negative_grad, std::vector<double> surrogate,
+                            int64_t method) {
+  const auto settings = surrogate_of(surrogate, method);
   const Input input(scores, target, ignore);
   const Matrix& m = input.matrix;
   const Parallel parallel = torch_threads(scores.numel());
@@ -406,12 +389,9 @@ Tensor rank_rows(const Tensor& scores, const Matrix& m) {
   return values;
 }
 
-Tensor rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
-                    std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
-                    std::optional<Tensor> negative_column, int64_t own) {
+Tensor rank_metrics(Tensor scores, std::vector<std::optional<Tensor>> pairs, int64_t own) {
   check_rankable(scores);
-  const Listed listed(scores.size(0), positive_span, positive_column, left_out_span, left_out_column, negative_span,
-                      negative_column, own);
+  const Listed listed(scores.size(0), pairs_of(pairs, own));
   const Tensor dense = dense_columns(scores);
   return rank_rows(dense, {dense.const_data_ptr(), score_type(dense), dense.size(0), dense.size(1), dense.stride(0),
                            listed.relation});

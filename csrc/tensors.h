@@ -1,4 +1,4 @@
-// What the ops of every device share: schemas, settings and the handling of tensors. Ops are registered through torch's
+// What the ops of every device share: schemas, the border to Python and the handling of tensors. Ops are registered through torch's
 // stable ABI, so that one build serves every torch from 2.11 on.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstdint>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -22,25 +23,72 @@ namespace roadmap::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13).
+// Words cross the stable ABI as numbers: its conversion of strings leaks each one (as of torch 2.13), that of lists none.
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // Kernels add up settings, 1 / tau and rho tau in float32, which ends at 3.4e38: a row of 2^32 pairs stays below.
 constexpr double kLargestSetting = 1e28;
 
-inline SurrogateSettings make_settings(int64_t surrogate, double tau, double rho, double delta, double start,
-                                       std::optional<double> offset, int64_t method = 0) {
-  STD_TORCH_CHECK(surrogate == 0 || surrogate == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", surrogate);
+// What Python flattens where it calls an op (roadmap_ext/ops.py) becomes objects again here, and nowhere else. Nothing is
+// read before its length is right.
+
+// Surrogate.flat() of roadmap_ext/settings.py, and the method.
+inline SurrogateSettings surrogate_of(const std::vector<double>& given, int64_t method) {
+  STD_TORCH_CHECK(given.size() == 6, "a surrogate is 6 numbers, kind, tau, rho, delta, start and offset, got ",
+                  given.size());
+  STD_TORCH_CHECK(given[0] == 0 || given[0] == 1, "surrogate must be 0 (sup) or 1 (smooth), got ", given[0]);
   STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0 (auto), 1 (pairwise) or 2 (sorted), got ", method);
-  STD_TORCH_CHECK(tau >= 1e-20 && tau <= kLargestSetting, "tau must lie between 1e-20 and ", kLargestSetting);
-  STD_TORCH_CHECK(
-      rho >= 0 && rho <= kLargestSetting && rho * tau <= kLargestSetting && delta >= 0 && delta <= kLargestSetting,
-      "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
-  STD_TORCH_CHECK(std::fabs(start) <= kLargestSetting, "start must be at most ", kLargestSetting, " in magnitude");
-  // By default the surrogate is continuous at the threshold.
-  const double above = offset ? *offset : start + 1 / (1 + std::exp(-delta / tau));
-  STD_TORCH_CHECK(std::fabs(above) <= kLargestSetting, "offset must be at most ", kLargestSetting, " in magnitude");
-  return {surrogate, tau, rho, delta, start, above, static_cast<Method>(method)};
+  const SurrogateSettings s = {static_cast<int64_t>(given[0]), given[1], given[2], given[3], given[4], given[5],
+                               static_cast<Method>(method)};
+  STD_TORCH_CHECK(s.tau >= 1e-20 && s.tau <= kLargestSetting, "tau must lie between 1e-20 and ", kLargestSetting);
+  STD_TORCH_CHECK(s.rho >= 0 && s.rho <= kLargestSetting && s.rho * s.tau <= kLargestSetting && s.delta >= 0 &&
+                      s.delta <= kLargestSetting,
+                  "rho, rho * tau and delta must lie between 0 and ", kLargestSetting);
+  STD_TORCH_CHECK(std::fabs(s.start) <= kLargestSetting && std::fabs(s.offset) <= kLargestSetting,
+                  "start and offset must be at most ", kLargestSetting, " in magnitude");
+  return s;
+}
+
+// Objective.flat() of roadmap_ext/settings.py, and the method.
+struct EmbeddingObjective {
+  SurrogateSettings surrogate;
+  Objective parts;
+};
+
+inline EmbeddingObjective objective_of(const std::vector<double>& given, int64_t method) {
+  STD_TORCH_CHECK(given.size() == 10,
+                  "an objective is 10 numbers: a surrogate's 6, whether the AP loss and the "
+                  "calibration loss are wanted, positive_margin and negative_margin; got ",
+                  given.size());
+  STD_TORCH_CHECK(std::fabs(given[8]) <= kLargestSetting && std::fabs(given[9]) <= kLargestSetting,
+                  "margins must be at most ", kLargestSetting, " in magnitude");
+  return {surrogate_of({given.begin(), given.begin() + 6}, method), {given[6] != 0, given[7] != 0, given[8], given[9]}};
+}
+
+// Pairs.flat() of roadmap_ext/pairs.py, and the column of row 0 itself.
+struct ColumnLists {
+  Tensor span, column;
+};
+
+struct PairLists {
+  ColumnLists positive;
+  std::optional<ColumnLists> left_out, negative;
+  int64_t own;
+};
+
+inline PairLists pairs_of(const std::vector<std::optional<Tensor>>& given, int64_t own) {
+  STD_TORCH_CHECK(given.size() == 6,
+                  "pairs are 6 tensors, span and column of the positive, the left out and the negative, got ",
+                  given.size());
+  const auto lists = [&](size_t at) -> std::optional<ColumnLists> {
+    STD_TORCH_CHECK(given[at].has_value() == given[at + 1].has_value(), "span and column of a list come together");
+    if (!given[at]) return std::nullopt;
+    return ColumnLists{*given[at], *given[at + 1]};
+  };
+  const std::optional<ColumnLists> positive = lists(0);
+  STD_TORCH_CHECK(positive.has_value(), "pairs must say which are positive");
+  STD_TORCH_CHECK(own < (int64_t(1) << 62), "own must be a column of row 0, or negative");
+  return {*positive, lists(2), lists(4), own};
 }
 
 inline ScoreType score_type(const Tensor& t) {
@@ -122,36 +170,27 @@ T* data(const Tensor& t) {
 template <typename Library>
 void define(Library& m) {
   m.def(
-      "average_precision(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float "
-      "delta, float start, float? offset, int reduction, bool want_gradient, int method=0) -> (Tensor loss, Tensor "
-      "gradient, Tensor factor)");
+      "average_precision(Tensor scores, Tensor target, Tensor? ignore, float[] surrogate, int reduction, bool "
+      "want_gradient, int method=0) -> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def(
-      "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor positive_span, Tensor positive_column, Tensor? "
-      "left_out_span, Tensor? left_out_column, Tensor? negative_span, Tensor? negative_column, int own, Tensor weight, "
-      "bool ap, bool calibration, int surrogate, float tau, float rho, float delta, float start, float? offset, float "
-      "positive_margin, float negative_margin, Tensor? row_scale, Tensor? column_scale, bool want_gradient, "
-      "Tensor(c!)? gradient=None, int method=0) -> ()");
+      "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor?[] pairs, int own, Tensor weight, float[] "
+      "objective, Tensor? row_scale, Tensor? column_scale, bool want_gradient, Tensor(c!)? gradient=None, int "
+      "method=0) -> ()");
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
   m.def("prefault_(Tensor(a!) memory) -> ()");
-  m.def(
-      "count_pairs(Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? left_out_column, "
-      "Tensor? negative_span, Tensor? negative_column, int own, SymInt rows, SymInt columns) -> Tensor");
+  m.def("count_pairs(Tensor?[] pairs, int own, SymInt rows, SymInt columns) -> Tensor");
   m.def("scale_rows(Tensor gradient, Tensor weight, Tensor factor) -> Tensor");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor weight, Tensor factor) -> ()");
   m.def(
-      "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, int surrogate, float tau, float rho, float delta, "
-      "float start, float? offset, bool want_slope, int method=0) -> (Tensor query, Tensor reference, Tensor "
-      "positive_rank, Tensor negative_rank, Tensor slope)");
-  m.def(
-      "rank_metrics(Tensor scores, Tensor positive_span, Tensor positive_column, Tensor? left_out_span, Tensor? "
-      "left_out_column, Tensor? negative_span, Tensor? negative_column, int own) -> Tensor");
+      "smooth_rank(Tensor scores, Tensor target, Tensor? ignore, float[] surrogate, bool want_slope, int method=0) -> "
+      "(Tensor query, Tensor reference, Tensor positive_rank, Tensor negative_rank, Tensor slope)");
+  m.def("rank_metrics(Tensor scores, Tensor?[] pairs, int own) -> Tensor");
   m.def("rank_metrics_masked(Tensor scores, Tensor target, Tensor? ignore) -> Tensor");
   m.def(
       "smooth_rank_backward(Tensor scores, Tensor target, Tensor? ignore, Tensor slope, Tensor? positive_grad, "
-      "Tensor negative_grad, int surrogate, float tau, float rho, float delta, float start, float? offset, int "
-      "method=0) -> Tensor");
+      "Tensor negative_grad, float[] surrogate, int method=0) -> Tensor");
 }
 
 }  // namespace roadmap::ops

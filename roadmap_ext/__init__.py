@@ -1,13 +1,13 @@
 """Average-precision losses for retrieval training, in fused kernels that never build the pairwise tensor."""
 
 from . import distributed, metrics, reference
-from ._extension import build_info
-from ._ranks import SmoothRank
 from ._version import __version__
 from .caching import cached_backward
-from .functional import ap_loss, roadmap_loss, smooth_rank
+from .extension import build_info
+from .losses import ap_loss, roadmap_loss, smooth_rank
 from .memory import EmbeddingMemory
 from .modules import APLoss, CalibrationLoss, RoadmapLoss, SmoothAPLoss, SupAPLoss
+from .reference import SmoothRank
 
 __all__ = [
     "APLoss",

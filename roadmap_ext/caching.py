@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map  # torch's pytrees have no public name yet
 
 from . import distributed
-from ._checks import check_count
+from .validation import check_count
 
 
 def cached_backward(
@@ -95,10 +95,8 @@ def cached_backward(
     in_step = any(map(_exchanges_in_forward, modules))
     near = next((parameter for module in modules for parameter in module.parameters()), None)
     run = _Forward(model, inputs, call)
-    parts: list[slice]
 
-    def describe() -> distributed.Facts:
-        nonlocal parts
+    def describe() -> distributed.Facts[list[slice]]:
         _check_arguments(model, loss_fn, mini_batch_size, scaler, call)
         rows = _length(inputs)
         parts = [slice(begin, min(begin + mini_batch_size, rows)) for begin in range(0, max(rows, 1), mini_batch_size)]
@@ -109,15 +107,12 @@ def cached_backward(
             "scaler": scaler is not None,
         }
         number = {"number of mini-batches (the model exchanges in each forward)": len(parts)}
-        return ({**common, **number}, {}) if in_step else (common, number)
+        return (parts, {**common, **number}, {}) if in_step else (parts, common, number)
 
     def agreed(name: str, step: Callable[[], Tensor]) -> Tensor:
         return distributed.agreed(f"cached_backward, {name}", step, near) if across else step()
 
-    if across:
-        distributed.handshake(describe, near)
-    else:
-        describe()
+    parts, *_ = distributed.handshake(describe, near) if across else describe()
     # Where ranks train together, all do the same whatever their share: DistributedDataParallel exchanges more than
     # gradients in its forward, now and then, and that has to meet the loss's exchange in the same order on each.
     no_sync = [wrapper.no_sync for wrapper in wrappers if hasattr(wrapper, "no_sync")]

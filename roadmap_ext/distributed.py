@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ._advice import for_rows
-from ._autograd import resolve_method, savable
-from ._checks import Objective, check_plain
-from ._chunks import embedding_loss
-from ._relation import blank, from_labels
+from .advice import for_rows
+from .autograd import resolve_method, savable
+from .embedding_loss import embedding_loss
+from .pairs import Items, References, blank, from_labels
+from .settings import Settings, checked
+from .validation import check_plain
 
 dist = torch.distributed
 
@@ -35,8 +36,8 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _MESSAGE = 256  # bytes of an error that the other ranks get to read
 
 _T = TypeVar("_T")
-# What all ranks have to have in common, by name, and what each has of its own.
-Facts = tuple[Mapping[str, int | str], Mapping[str, int]]
+# What a rank has found out for itself, what all have to have in common, by name, and what each has of its own.
+Facts: TypeAlias = tuple[_T, Mapping[str, int | str], Mapping[str, int]]
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -74,15 +75,15 @@ def gather_together(check: Callable[[], Mapping[str, int | str]], *tensors: Tens
     What ``check`` raises on one rank ends the call on all; what it returns they have to have in common.
     """
 
-    def describe() -> Facts:
+    def describe() -> Facts[None]:
         common, own = dict(check()), {"rows": len(tensors[0])}
         for place, tensor in enumerate(tensors):
             _check_backend(tensor.device)
             common |= {f"{name} of tensor {place}": value for name, value in _kind(tensor).items()}
             own[f"gradient of tensor {place}"] = _wants_gradient(tensor)
-        return common, own
+        return None, common, own
 
-    brought = handshake(describe, tensors[0])
+    _, brought = handshake(describe, tensors[0])
     return [
         _gather(_joined(tensor, brought[f"gradient of tensor {place}"]), brought["rows"])
         for place, tensor in enumerate(tensors)
@@ -107,124 +108,103 @@ def world_size() -> int:
 def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
+    ref_emb: Tensor | References | None,
+    ref_labels: Tensor | None,
     ids: Tensor | None,
-    checked: Callable[[], tuple[Objective, Tensor | None, Tensor | None, Tensor | None]],
-    everywhere: bool,
-    include_self: bool,
-    ignore_label: int | None,
-    chunk_size: int | None,
-    method: str,
+    ref_ids: Tensor | None,
+    given: Mapping[str, Any],
 ) -> Tensor:
-    """:func:`roadmap_ext.roadmap_loss` of the batches of all ranks as one.
+    """:func:`roadmap_ext.roadmap_loss` of the batches of all ranks as one; arguments as there, not checked before."""
+    everywhere = isinstance(ref_emb, References)  # the same on every rank, and need not be gathered
 
-    Args:
-        checked: checks all arguments of this rank, and returns the objective, ref_emb, ref_labels and ref_ids.
-        everywhere: the references are the same on every rank, and need not be gathered.
-        embeddings, labels, ids, include_self, ignore_label, chunk_size, method: as there; not checked before.
-    """
-    objective: Objective
-    ref_emb: Tensor | None
-    ref_labels: Tensor | None
-    ref_ids: Tensor | None
-    own = False  # whether the batch is its own reference
-
-    def describe() -> Facts:
-        nonlocal objective, ref_emb, ref_labels, ref_ids, method, own
-        objective, ref_emb, ref_labels, ref_ids = checked()
+    def describe() -> Facts[tuple[Settings, Items]]:
+        settings = checked(given)
+        items = Items.checked(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
         _check_backend(embeddings.device)
-        method = resolve_method(method, *(x for x in (embeddings, ref_emb) if x is not None))
+        method = resolve_method(settings.method, *(x for x in (embeddings, items.ref_emb) if x is not None))
+        settings = settings._replace(method=method)
         common = {"call": "a loss", **_kind(embeddings), "ids": ids is not None}
-        common["settings"] = f"{objective}, {include_self=}, ignore_label={ignore_label}, {method == 'reference'}"
-        free = {"rows": len(embeddings), "gradient": _wants_gradient(embeddings)}
-        own = ref_emb is None or ref_emb is embeddings
-        if ref_emb is not None and not own:
-            common |= {f"{name} of ref_emb": value for name, value in _kind(ref_emb).items()}
+        common["settings"] = f"{settings._replace(chunk_size=None, method='')}, {method == 'reference'}"
+        own = {"rows": len(embeddings), "gradient": _wants_gradient(embeddings)}
+        if items.ref_emb is not None:
+            common |= {f"{name} of ref_emb": value for name, value in _kind(items.ref_emb).items()}
             common["kind of references"] = "a memory" if everywhere else "a tensor"
-            free["gradient of ref_emb"] = _wants_gradient(ref_emb)
-            (common if everywhere else free)["references"] = len(ref_emb)
-        return common, free
+            own["gradient of ref_emb"] = _wants_gradient(items.ref_emb)
+            (common if everywhere else own)["references"] = len(items.ref_emb)
+        return (settings, items), common, own
 
-    brought = handshake(describe, embeddings)
-
-    rank, rows = dist.get_rank(), brought["rows"]
-    embeddings = blank(_joined(embeddings, brought["gradient"]), labels, ignore_label)
-    first = sum(rows[:rank])
-    every_labels, every_ids = labels, ids
-    whole = method == "reference"  # which takes the whole batch on every rank
-    if own or whole:
+    (settings, items), brought = handshake(describe, embeddings)
+    rank, rows, ignore_label = dist.get_rank(), brought["rows"], settings.ignore_label
+    first, alone, whole = sum(rows[:rank]), items.ref_emb is None, settings.method == "reference"
+    queries = blank(_joined(embeddings, brought["gradient"]), labels, ignore_label)
+    every_labels, every_ids, references = labels, ids, items.ref_emb
+    ref_labels, ref_ids = items.ref_labels, items.ref_ids
+    if alone or whole:  # the reference takes the whole batch on every rank
         every_labels, every_ids = _gather_integers(labels, ids, rows)
-    if ref_emb is None or own:
-        references, ref_labels, ref_ids = _gather(embeddings, rows), every_labels, every_ids
-    elif everywhere:
-        references = ref_emb
-    else:
-        ref_rows = brought["references"]
-        ref_labels = cast(Tensor, ref_labels)
-        references = _gather(
-            blank(_joined(ref_emb, brought["gradient of ref_emb"]), ref_labels, ignore_label), ref_rows
-        )
-        ref_labels, ref_ids = _gather_integers(ref_labels, ref_ids, ref_rows)
-    ref_labels = cast(Tensor, ref_labels)
+    if references is None:
+        references, ref_labels, ref_ids = _gather(queries, rows), every_labels, every_ids
+    elif not everywhere:
+        references = blank(_joined(references, brought["gradient of ref_emb"]), ref_labels, ignore_label)
+        references = _gather(references, brought["references"])
+        ref_labels, ref_ids = _gather_integers(ref_labels, ref_ids, brought["references"])
     if whole:
-        queries = references if own else _gather(embeddings, rows)
-        relation = from_labels(
-            every_labels, ref_labels, every_ids, ref_ids, own, include_self, ignore_label=ignore_label
-        )
-        loss = embedding_loss(queries, None if own else references, relation, objective, chunk_size, method)
-        return loss[first : first + rows[rank]] if objective.reduction == "none" else loss
-    relation = from_labels(labels, ref_labels, ids, ref_ids, own, include_self, first, ignore_label)
-    share = embedding_loss(embeddings, references, relation, objective, chunk_size, method, _sum_over_ranks)
-    return share if objective.reduction == "none" else _add_up(share)
+        every_query = references if alone else _gather(queries, rows)
+        together = Items(every_query, every_labels, None if alone else references, ref_labels, every_ids, ref_ids)
+        pairs = together.pairs(settings.include_self, ignore_label)
+        loss = embedding_loss(every_query, together.ref_emb, pairs, settings)
+        return loss[first : first + rows[rank]] if settings.objective.reduction == "none" else loss
+    pairs = from_labels(labels, ref_labels, ids, ref_ids, alone, settings.include_self, first, ignore_label)
+    share = embedding_loss(queries, references, pairs, settings, _sum_over_ranks)
+    return share if settings.objective.reduction == "none" else _add_up(share)
 
 
 # --- the handshake ---------------------------------------------------------------------------------------------------
 
 
-def handshake(describe: Callable[[], Facts], near: object = None) -> dict[str, list[int]]:
+def handshake(describe: Callable[[], Facts[_T]], near: object = None) -> tuple[_T, dict[str, list[int]]]:
     """Tells the other ranks what this one brings, or why it cannot, and hears the same of them.
 
     Every rank has to come. All handshakes are alike, so that ranks whose calls differ find out, too. The host waits for
     the others once.
 
     Args:
-        describe: checks all that this rank can find wrong, and returns what all ranks have to have in common, and what
-            each has of its own.
+        describe: checks all that this rank can find wrong, and returns anything, what all ranks have to have in common,
+            and what each has of its own.
         near: by the device of this, if it is a tensor, the ranks exchange what they say where the CPU has no backend.
 
     Returns:
-        What each rank has of its own, by name.
+        What ``describe`` returned first, and what each rank has of its own, by name.
 
     Raises:
         Exception: whatever ``describe`` raises.
         RuntimeError: on all other ranks, where it raises on one; a rank has stopped, or does not come.
         ValueError: the ranks differ in what they have to have in common.
     """
-    common: Mapping[str, int | str] = {}
-    own: Mapping[str, int] = {}
+    described: Facts[_T] | None = None
     found: Exception | None = None
     try:
-        common, own = describe()
+        described = describe()
     except Exception as error:  # whatever it is, the other ranks have to hear of it
         if hasattr(error, "_heard_by_all"):  # it comes from a handshake within
             raise
         found = error
+    result, common, own = described or (None, {}, {})
     try:
-        return _exchange(found, near.device if isinstance(near, Tensor) else None, {**common, **own}, own)
+        brought = _exchange(found, near.device if isinstance(near, Tensor) else None, {**common, **own}, own)
     except Exception as error:
         error._heard_by_all = True  # type: ignore[attr-defined]
         raise
+    return cast(_T, result), brought
 
 
 def agreed(name: str, step: Callable[[], _T], near: object = None) -> _T:
     """What ``step`` returns, once all ranks are through with theirs; where one raises, all of them do."""
-    done: list[_T] = []
 
-    def describe() -> Facts:
-        done.append(step())
-        return {"call": name}, {}
+    def describe() -> Facts[_T]:
+        return step(), {"call": name}, {}
 
-    handshake(describe, near)
-    return done[0]
+    result, _ = handshake(describe, near)
+    return result
 
 
 def _kind(x: Tensor) -> dict[str, int | str]:

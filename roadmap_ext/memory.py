@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import DTYPES, check_count, check_embeddings, check_flag
 from .distributed import gather_together, world_size
+from .pairs import References
+from .validation import DTYPES, check_count, check_embeddings, check_flag
 
 
 def make_writable(module: nn.Module) -> None:
@@ -18,7 +19,7 @@ def make_writable(module: nn.Module) -> None:
             setattr(module, name, buffer.clone())
 
 
-class EmbeddingMemory(nn.Module):
+class EmbeddingMemory(References):
     """The last ``size`` embeddings, with labels and ids: a ring buffer, whose oldest entries make room for new ones.
 
     Enqueue each batch before its loss, and let the loss rank the memory::

@@ -1,20 +1,55 @@
-"""The losses as modules."""
+"""The losses as modules: settings at construction, data at each call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from ._checks import REDUCTIONS, check_method, make_embedding_objective, make_settings, one_of
 from .distributed import agreed, several
-from .functional import ap_loss, roadmap_loss
+from .losses import ap_loss, roadmap_loss
 from .memory import EmbeddingMemory
+from .settings import (
+    CalibrationKeywords,
+    EmbeddingKeywords,
+    ScoreKeywords,
+    SmoothAPKeywords,
+    SupAPKeywords,
+    accepts,
+    checked,
+    defaults_of,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class APLoss(nn.Module):
+class _Loss(nn.Module):
+    """What the losses share. The settings that a subclass takes become attributes, and may be changed."""
+
+    _fixed: ClassVar[dict[str, Any]] = {}  # the settings that make a subclass what it is
+
+    def __init__(self, keywords: type, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        accepted = defaults_of(keywords)
+        checked(settings, accepted)
+        self._names = tuple(accepted)
+        for name, default in accepted.items():
+            setattr(self, name, settings.get(name, default))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings as keywords of the function behind this module; to change one, set the attribute."""
+        return MappingProxyType(self._fixed | {name: getattr(self, name) for name in self._names})
+
+    def extra_repr(self) -> str:
+        """The settings, as they were given."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+
+
+class APLoss(_Loss):
     """The module of :func:`roadmap_ext.ap_loss`: the settings at construction, scores and masks at each call.
 
     Args and errors are those of :func:`roadmap_ext.ap_loss`; settings are checked at construction.
@@ -30,72 +65,24 @@ class APLoss(nn.Module):
         0.2119
     """
 
-    def __init__(
-        self,
-        *,
-        surrogate: str = "sup",
-        tau: float = 0.01,
-        rho: float = 100.0,
-        delta: float = 0.05,
-        start: float = 0.5,
-        offset: float | None = None,
-        reduction: str = "mean",
-        method: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_method(method)
-        one_of("reduction", reduction, REDUCTIONS)
-        make_settings(surrogate, tau, rho, delta, start, offset)
-        self.surrogate = surrogate
-        self.tau = tau
-        self.rho = rho
-        self.delta = delta
-        self.start = start
-        self.offset = offset
-        self.reduction = reduction
-        self.method = method
+    @accepts(ScoreKeywords)
+    def __init__(self, **settings: Unpack[ScoreKeywords]) -> None:
+        super().__init__(ScoreKeywords, settings)
 
     def forward(self, scores: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:
         """The loss of scores [B, N]: see :func:`roadmap_ext.ap_loss`."""
-        return ap_loss(
-            scores,
-            target,
-            ignore=ignore,
-            surrogate=self.surrogate,
-            tau=self.tau,
-            rho=self.rho,
-            delta=self.delta,
-            start=self.start,
-            offset=self.offset,
-            reduction=self.reduction,
-            method=self.method,
-        )
+        return ap_loss(scores, target, ignore=ignore, **self.settings)
 
     def extra_repr(self) -> str:
-        """The settings, as they were given."""
-        shape = f"rho={self.rho}, delta={self.delta}, start={self.start}, offset={self.offset}, "
-        return (
-            f"surrogate={self.surrogate!r}, tau={self.tau}, {shape if self.surrogate == 'sup' else ''}"
-            f"reduction={self.reduction!r}, method={self.method!r}"
-        )
+        """The settings that have an effect, as they were given."""
+        shown = [
+            name for name in self._names if self.surrogate == "sup" or name not in ("rho", "delta", "start", "offset")
+        ]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
-class _EmbeddingLoss(nn.Module):
-    """What the losses of embeddings share. The settings that a subclass takes become attributes, and may be changed."""
-
-    _fixed: ClassVar[dict[str, Any]] = {}  # the settings that make a subclass what it is
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        make_embedding_objective(**self._fixed, **settings)  # for what it raises
-        self._names = tuple(settings)
-        for name, value in settings.items():
-            setattr(self, name, value)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The settings as keywords of :func:`roadmap_ext.roadmap_loss`; to change one, set the attribute."""
-        return MappingProxyType(self._fixed | {name: getattr(self, name) for name in self._names})
+class _EmbeddingLoss(_Loss):
+    """What the losses of embeddings share."""
 
     def forward(
         self,
@@ -123,10 +110,6 @@ class _EmbeddingLoss(nn.Module):
         if indices_tuple is not None:
             agreed("a loss", refuse) if self.settings["gather_across_devices"] and several() else refuse()
         return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self.settings)
-
-    def extra_repr(self) -> str:
-        """The settings, as they were given."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
 
 class RoadmapLoss(_EmbeddingLoss):
@@ -166,46 +149,9 @@ class RoadmapLoss(_EmbeddingLoss):
         0.3917
     """
 
-    def __init__(
-        self,
-        *,
-        calibration_weight: float = 0.5,
-        positive_margin: float = 0.9,
-        negative_margin: float = 0.6,
-        calibration_reduction: str = "per_query",
-        normalize: bool = True,
-        include_self: bool = False,
-        ignore_label: int | None = None,
-        chunk_size: int | None = None,
-        gather_across_devices: bool = False,
-        surrogate: str = "sup",
-        tau: float = 0.01,
-        rho: float = 100.0,
-        delta: float = 0.05,
-        start: float = 0.5,
-        offset: float | None = None,
-        reduction: str = "mean",
-        method: str = "auto",
-    ) -> None:
-        super().__init__(
-            calibration_weight=calibration_weight,
-            positive_margin=positive_margin,
-            negative_margin=negative_margin,
-            calibration_reduction=calibration_reduction,
-            normalize=normalize,
-            include_self=include_self,
-            ignore_label=ignore_label,
-            chunk_size=chunk_size,
-            gather_across_devices=gather_across_devices,
-            surrogate=surrogate,
-            tau=tau,
-            rho=rho,
-            delta=delta,
-            start=start,
-            offset=offset,
-            reduction=reduction,
-            method=method,
-        )
+    @accepts(EmbeddingKeywords)
+    def __init__(self, **settings: Unpack[EmbeddingKeywords]) -> None:
+        super().__init__(EmbeddingKeywords, settings)
 
 
 class SupAPLoss(_EmbeddingLoss):
@@ -222,36 +168,9 @@ class SupAPLoss(_EmbeddingLoss):
 
     _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 0.0}
 
-    def __init__(
-        self,
-        *,
-        normalize: bool = True,
-        include_self: bool = False,
-        ignore_label: int | None = None,
-        chunk_size: int | None = None,
-        gather_across_devices: bool = False,
-        tau: float = 0.01,
-        rho: float = 100.0,
-        delta: float = 0.05,
-        start: float = 0.5,
-        offset: float | None = None,
-        reduction: str = "mean",
-        method: str = "auto",
-    ) -> None:
-        super().__init__(
-            normalize=normalize,
-            include_self=include_self,
-            ignore_label=ignore_label,
-            chunk_size=chunk_size,
-            gather_across_devices=gather_across_devices,
-            tau=tau,
-            rho=rho,
-            delta=delta,
-            start=start,
-            offset=offset,
-            reduction=reduction,
-            method=method,
-        )
+    @accepts(SupAPKeywords)
+    def __init__(self, **settings: Unpack[SupAPKeywords]) -> None:
+        super().__init__(SupAPKeywords, settings)
 
 
 class SmoothAPLoss(_EmbeddingLoss):
@@ -268,28 +187,9 @@ class SmoothAPLoss(_EmbeddingLoss):
 
     _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 0.0, "surrogate": "smooth"}
 
-    def __init__(
-        self,
-        *,
-        normalize: bool = True,
-        include_self: bool = False,
-        ignore_label: int | None = None,
-        chunk_size: int | None = None,
-        gather_across_devices: bool = False,
-        tau: float = 0.01,
-        reduction: str = "mean",
-        method: str = "auto",
-    ) -> None:
-        super().__init__(
-            normalize=normalize,
-            include_self=include_self,
-            ignore_label=ignore_label,
-            chunk_size=chunk_size,
-            gather_across_devices=gather_across_devices,
-            tau=tau,
-            reduction=reduction,
-            method=method,
-        )
+    @accepts(SmoothAPKeywords)
+    def __init__(self, **settings: Unpack[SmoothAPKeywords]) -> None:
+        super().__init__(SmoothAPKeywords, settings)
 
 
 class CalibrationLoss(_EmbeddingLoss):
@@ -306,29 +206,6 @@ class CalibrationLoss(_EmbeddingLoss):
 
     _fixed: ClassVar[dict[str, Any]] = {"calibration_weight": 1.0}
 
-    def __init__(
-        self,
-        *,
-        positive_margin: float = 0.9,
-        negative_margin: float = 0.6,
-        calibration_reduction: str = "per_query",
-        normalize: bool = True,
-        include_self: bool = False,
-        ignore_label: int | None = None,
-        chunk_size: int | None = None,
-        gather_across_devices: bool = False,
-        reduction: str = "mean",
-        method: str = "auto",
-    ) -> None:
-        super().__init__(
-            positive_margin=positive_margin,
-            negative_margin=negative_margin,
-            calibration_reduction=calibration_reduction,
-            normalize=normalize,
-            include_self=include_self,
-            ignore_label=ignore_label,
-            chunk_size=chunk_size,
-            gather_across_devices=gather_across_devices,
-            reduction=reduction,
-            method=method,
-        )
+    @accepts(CalibrationKeywords)
+    def __init__(self, **settings: Unpack[CalibrationKeywords]) -> None:
+        super().__init__(CalibrationKeywords, settings)

@@ -6,34 +6,55 @@ bfloat16 scores and embeddings are widened to float32 first, as the kernels do.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ._autograd import savable
-from ._checks import (
-    REDUCTIONS,
+from .autograd import savable
+from .pairs import blank
+from .settings import (
     SMALLEST_NORM,
     Objective,
-    Settings,
-    check_embeddings,
-    check_scores,
-    make_embedding_objective,
-    make_settings,
-    one_of,
+    PlainEmbeddingKeywords,
+    PlainScoreKeywords,
+    Surrogate,
+    SurrogateKeywords,
+    accepts,
+    checked,
+    defaults_of,
 )
-from ._ranks import SmoothRank
-from ._relation import blank
+from .validation import check_embeddings, check_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def surrogate_step(gap: Tensor, settings: Settings) -> Tensor:
+class SmoothRank(NamedTuple):
+    """Smooth ranks of the positives of all queries, one entry a positive, row after row, columns ascending.
+
+    Attributes:
+        query: [nnz] int64, the row of each positive.
+        reference: [nnz] int64, its column.
+        positive_rank: [nnz], its rank among the positives, from 1.
+        negative_rank: [nnz], the smooth number of negatives ranked at or above it.
+    """
+
+    query: Tensor
+    reference: Tensor
+    positive_rank: Tensor
+    negative_rank: Tensor
+
+
+def surrogate_step(gap: Tensor, surrogate: Surrogate) -> Tensor:
     """H- of ``gap`` = s_j - s_i, elementwise: an upper bound of the step [gap >= 0] (ROADMAP, eq. 4)."""
-    below = torch.sigmoid(gap / settings.tau)
-    if settings.surrogate == "smooth":
+    below = torch.sigmoid(gap / surrogate.tau)
+    if surrogate.surrogate == "smooth":
         return below
-    below = below + settings.start * (gap >= 0).to(gap.dtype)
+    below = below + surrogate.start * (gap >= 0).to(gap.dtype)
     # With a slope of 0 the linear part is flat, even at an infinite gap.
-    linear = settings.rho * (gap - settings.delta) if settings.rho else torch.zeros_like(gap)
-    return torch.where(gap > settings.delta, linear + settings.value_above_threshold(), below)
+    linear = surrogate.rho * (gap - surrogate.delta) if surrogate.rho else torch.zeros_like(gap)
+    return torch.where(gap > surrogate.delta, linear + surrogate.value_above_threshold(), below)
 
 
 def _gaps(references: Tensor, positives: Tensor) -> Tensor:
@@ -43,13 +64,13 @@ def _gaps(references: Tensor, positives: Tensor) -> Tensor:
     return torch.where(tie, torch.zeros_like(gap), gap)
 
 
-def _row_ranks(row: Tensor, positive: Tensor, negative: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _row_ranks(row: Tensor, positive: Tensor, negative: Tensor, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
     """rank+ and rank- of each positive of one query, [P] each."""
     positives, negatives = row[positive], row[negative]
-    negative_rank = surrogate_step(_gaps(negatives, positives), settings).sum(1)
-    if settings.surrogate == "smooth":
+    negative_rank = surrogate_step(_gaps(negatives, positives), surrogate).sum(1)
+    if surrogate.surrogate == "smooth":
         others = ~torch.eye(len(positives), dtype=torch.bool, device=row.device)
-        positive_rank = 1 + (surrogate_step(_gaps(positives, positives), settings) * others).sum(1)
+        positive_rank = 1 + (surrogate_step(_gaps(positives, positives), surrogate) * others).sum(1)
     else:  # the true step: itself, and every other positive at least as high
         fixed = positives.detach()
         positive_rank = (fixed[None] >= fixed[:, None]).sum(1).to(row.dtype)
@@ -68,31 +89,26 @@ def _pair_masks(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[
     return wide, target & ~ignored, ~target & ~ignored
 
 
+@accepts(PlainScoreKeywords)
 def ap_loss(
-    scores: Tensor,
-    target: Tensor,
-    *,
-    ignore: Tensor | None = None,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[PlainScoreKeywords]
 ) -> Tensor:
     """:func:`roadmap_ext.ap_loss` in plain PyTorch, differentiable any number of times.
 
     Arguments (but ``method``), result and errors are the same.
     """
-    one_of("reduction", reduction, REDUCTIONS)
-    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    objective = checked(settings, defaults_of(PlainScoreKeywords)).objective
     check_scores(scores, target, ignore)
+    return ap_loss_of(scores, target, ignore, objective.surrogate, objective.reduction)
+
+
+def ap_loss_of(scores: Tensor, target: Tensor, ignore: Tensor | None, surrogate: Surrogate, reduction: str) -> Tensor:
+    """The same of what has been checked."""
     wide, positive, negative = _pair_masks(scores, target, ignore)
     losses = []
     for row, is_positive, is_negative in zip(wide, positive, negative, strict=True):
         if is_positive.any():
-            positive_rank, negative_rank = _row_ranks(row, is_positive, is_negative, settings)
+            positive_rank, negative_rank = _row_ranks(row, is_positive, is_negative, surrogate)
             losses.append(1 - (positive_rank / (positive_rank + negative_rank)).mean())
         else:  # 0, attached to the graph, but for a NaN
             losses.append(_nan_if_any(row[is_negative]))
@@ -103,39 +119,37 @@ def ap_loss(
     return loss.sum() if reduction == "sum" else loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
+@accepts(SurrogateKeywords)
 def smooth_rank(
-    scores: Tensor,
-    target: Tensor,
-    *,
-    ignore: Tensor | None = None,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[SurrogateKeywords]
 ) -> SmoothRank:
     """:func:`roadmap_ext.smooth_rank` in plain PyTorch, differentiable any number of times.
 
     Arguments (but ``method``), result and errors are the same.
     """
-    settings = make_settings(surrogate, tau, rho, delta, start, offset)
+    surrogate = checked(settings, defaults_of(SurrogateKeywords)).objective.surrogate
     check_scores(scores, target, ignore)
+    return smooth_rank_of(scores, target, ignore, surrogate)
+
+
+def smooth_rank_of(scores: Tensor, target: Tensor, ignore: Tensor | None, surrogate: Surrogate) -> SmoothRank:
+    """The same of what has been checked."""
     wide, positive, negative = _pair_masks(scores, target, ignore)
     ranks = [
-        _row_ranks(row, is_positive, is_negative, settings)
+        _row_ranks(row, is_positive, is_negative, surrogate)
         for row, is_positive, is_negative in zip(wide, positive, negative, strict=True)
     ]
     query, reference = positive.nonzero(as_tuple=True)
-    empty = wide.reshape(-1)[:0]
+    empty, smooth = wide.reshape(-1)[:0], surrogate.surrogate == "smooth"
     return SmoothRank(
         query,
         reference,
-        torch.cat([empty.detach() if surrogate == "sup" else empty] + [positive_rank for positive_rank, _ in ranks]),
+        torch.cat([empty if smooth else empty.detach()] + [positive_rank for positive_rank, _ in ranks]),
         torch.cat([empty] + [negative_rank for _, negative_rank in ranks]),
     )
 
 
+@accepts(PlainEmbeddingKeywords)
 def roadmap_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -144,41 +158,13 @@ def roadmap_loss(
     *,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
-    calibration_weight: float = 0.5,
-    positive_margin: float = 0.9,
-    negative_margin: float = 0.6,
-    calibration_reduction: str = "per_query",
-    normalize: bool = True,
-    include_self: bool = False,
-    ignore_label: int | None = None,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
+    **settings: Unpack[PlainEmbeddingKeywords],
 ) -> Tensor:
     """:func:`roadmap_ext.roadmap_loss` in plain PyTorch, differentiable any number of times.
 
     Arguments (but ``method``, ``chunk_size`` and ``gather_across_devices``), result and errors are the same.
     """
-    objective = make_embedding_objective(
-        calibration_weight=calibration_weight,
-        positive_margin=positive_margin,
-        negative_margin=negative_margin,
-        calibration_reduction=calibration_reduction,
-        normalize=normalize,
-        include_self=include_self,
-        ignore_label=ignore_label,
-        surrogate=surrogate,
-        tau=tau,
-        rho=rho,
-        delta=delta,
-        start=start,
-        offset=offset,
-        reduction=reduction,
-    )
+    objective, include_self, ignore_label, *_ = checked(settings, defaults_of(PlainEmbeddingKeywords))
     check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
     alone = ref_emb is None or ref_emb is embeddings
     known, ref_known = labels.long(), (labels if ref_labels is None else ref_labels).long()
@@ -221,7 +207,7 @@ def embedding_loss(
         counted = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     if weight == 1:
         return _calibration_loss(scores, target, ignore, objective, counted)
-    ap = ap_loss(scores, target, ignore=ignore, reduction=objective.reduction, **objective.settings._asdict())
+    ap = ap_loss_of(scores, target, ignore, objective.surrogate, objective.reduction)
     if weight == 0:
         return ap
     return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective, counted)

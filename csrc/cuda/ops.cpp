@@ -129,26 +129,22 @@ struct Masked {
   }
 };
 
-// A relation from lists, and what keeps its memory alive.
+// Pairs from lists, and what keeps its memory alive.
 struct Listed {
   std::vector<Tensor> alive;
   Relation relation;
 
-  Listed(int64_t rows, const Tensor& positive_span, const Tensor& positive_column,
-         const std::optional<Tensor>& left_out_span, const std::optional<Tensor>& left_out_column,
-         const std::optional<Tensor>& negative_span, const std::optional<Tensor>& negative_column, int64_t own) {
-    relation.positive = lists(rows, positive_span, positive_column, positive_span, "positive");
-    STD_TORCH_CHECK(left_out_span.has_value() == left_out_column.has_value() &&
-                        negative_span.has_value() == negative_column.has_value(),
-                    "span and column of a list come together");
-    if (left_out_span) relation.left_out = lists(rows, *left_out_span, *left_out_column, positive_span, "left_out");
-    if (negative_span) relation.negative = lists(rows, *negative_span, *negative_column, positive_span, "negative");
-    STD_TORCH_CHECK(own < (int64_t(1) << 62), "own must be a column of row 0, or negative");
-    relation.own = own;
+  Listed(int64_t rows, const PairLists& pairs) {
+    const Tensor& device = pairs.positive.span;
+    relation.positive = lists(rows, pairs.positive, device, "positive");
+    if (pairs.left_out) relation.left_out = lists(rows, *pairs.left_out, device, "left_out");
+    if (pairs.negative) relation.negative = lists(rows, *pairs.negative, device, "negative");
+    relation.own = pairs.own;
   }
 
  private:
-  Lists lists(int64_t rows, const Tensor& span, const Tensor& column, const Tensor& device, const char* name) {
+  Lists lists(int64_t rows, const ColumnLists& given, const Tensor& device, const char* name) {
+    const auto& [span, column] = given;
     STD_TORCH_CHECK(together(device, span) && span.dim() == 2 && span.size(0) == rows && span.size(1) == 2 &&
                         span.scalar_type() == ScalarType::Long,
                     name, "_span must be a tensor [rows, 2] of int64 on the device of the others");
@@ -224,10 +220,9 @@ void set_gradient(RowParams<S>& p, const Tensor& gradient) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                     int64_t surrogate, double tau, double rho, double delta,
-                                                     double start, std::optional<double> offset, int64_t reduction,
+                                                     std::vector<double> surrogate, int64_t reduction,
                                                      bool want_gradient, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+  const auto settings = surrogate_of(surrogate, method);
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                   "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   const Masked input(scores, target, ignore);
@@ -320,16 +315,10 @@ void scale_rows_in_place(Tensor gradient, Tensor weight, Tensor factor) {
 
 // Overwrites scores with the gradient of the weighted sum of the first three values, if one is wanted; or writes it to
 // `gradient`, of a half type.
-void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor positive_column,
-                    std::optional<Tensor> left_out_span, std::optional<Tensor> left_out_column,
-                    std::optional<Tensor> negative_span, std::optional<Tensor> negative_column, int64_t own,
-                    Tensor weight, bool ap, bool calibration, int64_t surrogate, double tau, double rho, double delta,
-                    double start, std::optional<double> offset, double positive_margin, double negative_margin,
-                    std::optional<Tensor> row_scale, std::optional<Tensor> column_scale, bool want_gradient,
-                    std::optional<Tensor> gradient, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
-  STD_TORCH_CHECK(std::fabs(positive_margin) <= kLargestSetting && std::fabs(negative_margin) <= kLargestSetting,
-                  "margins must be at most ", kLargestSetting, " in magnitude");
+void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tensor>> pairs, int64_t own, Tensor weight,
+                    std::vector<double> objective, std::optional<Tensor> row_scale, std::optional<Tensor> column_scale,
+                    bool want_gradient, std::optional<Tensor> gradient, int64_t method) {
+  const EmbeddingObjective wanted = objective_of(objective, method);
   STD_TORCH_CHECK(scores.dim() == 2 && on_device(scores) && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D tensor of float32 or float64 on the device");
@@ -341,9 +330,9 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   };
   check_rows(values, 5, "values");
   check_rows(weight, 3, "weight");
-  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
-                      negative_column, own);
-  STD_TORCH_CHECK(together(scores, positive_span), "lists must be on the device of scores");
+  const PairLists lists = pairs_of(pairs, own);
+  const Listed listed(rows, lists);
+  STD_TORCH_CHECK(together(scores, lists.positive.span), "lists must be on the device of scores");
   STD_TORCH_CHECK(row_scale.has_value() == column_scale.has_value(), "row_scale and column_scale come together");
   const auto check_scale = [&](const Tensor& t, int64_t size, const char* name) {
     STD_TORCH_CHECK(together(scores, t) && t.dim() == 1 && t.size(0) == size && t.is_contiguous() &&
@@ -367,18 +356,18 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
   }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    RowParams<T> p(constants<T>(settings, columns));
+    RowParams<T> p(constants<T>(wanted.surrogate, columns));
     p.op = Op::kObjective;
     p.rows = rows;
     p.columns = columns;
     p.score_stride = columns;
     p.scores = global_of<const T>(scores);
     p.relation = listed.relation;
-    p.ap = ap;
-    p.calibration = calibration;
-    p.positive_margin = positive_margin;
-    p.negative_margin = negative_margin;
-    p.margin = static_cast<T>(negative_margin);
+    p.ap = wanted.parts.ap;
+    p.calibration = wanted.parts.calibration;
+    p.positive_margin = wanted.parts.positive_margin;
+    p.negative_margin = wanted.parts.negative_margin;
+    p.margin = static_cast<T>(wanted.parts.negative_margin);
     if (row_scale) {
       p.row_scale = global_of<const T>(*row_scale);
       p.column_scale = global_of<const T>(*column_scale);
@@ -386,19 +375,18 @@ void objective_rows(Tensor scores, Tensor values, Tensor positive_span, Tensor p
     p.weight = global_of<const double>(weight);
     p.value = global_of<double>(values);
     if (want_gradient) set_gradient(p, gradient ? *gradient : scores);
-    run_rows(p, scores, steps_of(p), settings.method, device.stream);
+    run_rows(p, scores, steps_of(p), wanted.surrogate.method, device.stream);
   };
   dispatch(scores, run);
 }
 
-Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<Tensor> left_out_span,
-                   std::optional<Tensor> left_out_column, std::optional<Tensor> negative_span,
-                   std::optional<Tensor> negative_column, int64_t own, int64_t rows, int64_t columns) {
+Tensor count_pairs(std::vector<std::optional<Tensor>> pairs, int64_t own, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "rows and columns must not be negative");
-  const Listed listed(rows, positive_span, positive_column, left_out_span, left_out_column, negative_span,
-                      negative_column, own);
-  const Device device(positive_span);
-  Tensor counts = allocate(positive_span, {rows, 2}, ScalarType::Long);
+  const PairLists lists = pairs_of(pairs, own);
+  const Listed listed(rows, lists);
+  const Tensor& like = lists.positive.span;
+  const Device device(like);
+  Tensor counts = allocate(like, {rows, 2}, ScalarType::Long);
   if (!rows) return counts;
   if (!columns) return torch::stable::zero_(counts);
   RowParams<float> p(constants<float>({0, 0.01, 100, 0.05, 0.5, 1.5}, columns));
@@ -407,7 +395,7 @@ Tensor count_pairs(Tensor positive_span, Tensor positive_column, std::optional<T
   p.columns = columns;
   p.relation = listed.relation;
   p.counts = global_of<int64_t>(counts);
-  run_rows(p, positive_span, kMasks, Method::kPairwise, device.stream);
+  run_rows(p, like, kMasks, Method::kPairwise, device.stream);
   return counts;
 }
 
@@ -433,11 +421,10 @@ Tensor first_positives(const Masked& input, void* stream) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Tensor target,
-                                                               std::optional<Tensor> ignore, int64_t surrogate,
-                                                               double tau, double rho, double delta, double start,
-                                                               std::optional<double> offset, bool want_slope,
+                                                               std::optional<Tensor> ignore,
+                                                               std::vector<double> surrogate, bool want_slope,
                                                                int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+  const auto settings = surrogate_of(surrogate, method);
   const Masked input(scores, target, ignore);
   const Device device(scores);
   const Tensor first = first_positives(input, device.stream);
@@ -471,9 +458,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> smooth_rank(Tensor scores, Te
 }
 
 Tensor smooth_rank_backward(Tensor scores, Tensor target, std::optional<Tensor> ignore, Tensor slope,
-                            std::optional<Tensor> positive_grad, Tensor negative_grad, int64_t surrogate, double tau,
-                            double rho, double delta, double start, std::optional<double> offset, int64_t method) {
-  const auto settings = make_settings(surrogate, tau, rho, delta, start, offset, method);
+                            std::optional<Tensor> positive_grad, Tensor negative_grad, std::vector<double> surrogate,
+                            int64_t method) {
+  const auto settings = surrogate_of(surrogate, method);
   const Masked input(scores, target, ignore);
   const Device device(scores);
   const int64_t entries = slope.numel();

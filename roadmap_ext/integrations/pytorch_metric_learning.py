@@ -1,6 +1,6 @@
 """The losses as pytorch-metric-learning's own kind, and its CrossBatchMemory with these losses allowed.
 
-What the library's calls mean becomes a relation of queries and references: labels, an ``indices_tuple``, or what
+What the library's calls mean becomes pairs of queries and references: labels, an ``indices_tuple``, or what
 CrossBatchMemory says. The rest is roadmap_loss's. Only pairs that someone lists are ever listed: a batch or a memory
 without a miner costs a chunk of scores.
 """
@@ -16,22 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import modules
-from .._advice import for_labels
-from .._autograd import resolve_method
-from .._checks import (
-    Objective,
-    Settings,
-    check_embeddings,
-    check_matrices,
-    check_pairs,
-    check_plain,
-    make_objective,
-    make_settings,
-)
-from .._chunks import embedding_loss
-from .._relation import Relation, blank, from_labels, from_pairs
+from .. import modules, ops
+from ..advice import for_labels
+from ..autograd import resolve_method
+from ..embedding_loss import embedding_loss
 from ..memory import EmbeddingMemory, make_writable
+from ..pairs import Pairs, blank, from_labels, from_pairs
+from ..settings import checked
+from ..validation import check_embeddings, check_matrices, check_pairs, check_plain
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
 
@@ -179,28 +171,26 @@ class _PairLoss(losses.BaseMetricLossFunction):
     ) -> dict[str, dict[str, Any]]:
         """What the library's reducers take; its forward gives the embeddings themselves where there is no ref_emb."""
         own = ref_emb is embeddings
-        relation = self._relation(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if own and not self.settings["include_self"]:
-            relation = relation._replace(first_own=0)
+        settings = checked(self.settings)
+        pairs = self._pairs(embeddings, labels, indices_tuple, ref_emb, ref_labels, settings.ignore_label)
+        if own and not settings.include_self:
+            pairs = pairs._replace(first_own=0)
         if labels is not None and ref_labels is not None:
             embeddings, ref_emb = (
-                blank(rows, of, self.settings["ignore_label"])
-                for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
+                blank(rows, of, settings.ignore_label) for rows, of in ((embeddings, labels), (ref_emb, ref_labels))
             )
-        references = None if own else ref_emb
-        method, chunk_size = self.settings["method"], self.settings["chunk_size"]
-        if self._takes_mean():
-            loss = embedding_loss(embeddings, references, relation, self._objective("mean"), chunk_size, method)
+        objective = settings.objective._replace(reduction="mean" if self._takes_mean() else "none")
+        loss = embedding_loss(embeddings, None if own else ref_emb, pairs, settings._replace(objective=objective))
+        if objective.reduction == "mean":
             return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
-        each = embedding_loss(embeddings, references, relation, self._objective("none"), chunk_size, method)
-        counted = torch.arange(len(each), device=each.device)
-        if relation.queries is not None:
-            counted = counted[relation.queries]
-        if self.settings["calibration_weight"] == 0:  # as in our own mean, and in the library's FastAPLoss
-            counted = _has_positive(relation, embeddings, ref_emb, method).nonzero()[:, 0]
+        counted = torch.arange(len(loss), device=loss.device)
+        if pairs.queries is not None:
+            counted = counted[pairs.queries]
+        if objective.calibration_weight == 0:  # as in our own mean, and in the library's FastAPLoss
+            counted = _has_positive(pairs, embeddings, ref_emb, settings.method).nonzero()[:, 0]
         if not len(counted):
             return dict(self.zero_losses())
-        return {"loss": {"losses": each[counted], "indices": counted, "reduction_type": "element"}}
+        return {"loss": {"losses": loss[counted], "indices": counted, "reduction_type": "element"}}
 
     def set_reducer(self, reducer: Any) -> None:
         """Set what makes one loss of the queries' losses. Raises ValueError for a DivisorReducer."""
@@ -212,23 +202,23 @@ class _PairLoss(losses.BaseMetricLossFunction):
         """The settings, as they were given."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
-    def _relation(
+    def _pairs(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: Indices | _AllButCopies | None,
         ref_emb: Tensor,
         ref_labels: Tensor | None,
-    ) -> Relation:
-        ignore_label = self.settings["ignore_label"]
+        ignore_label: int | None,
+    ) -> Pairs:
         if indices_tuple is not None and not isinstance(indices_tuple, _AllButCopies):
             check_matrices(embeddings, ref_emb)
-            pairs = _listed_pairs(indices_tuple, embeddings, ref_emb)
+            listed = _listed_pairs(indices_tuple, embeddings, ref_emb)
             if ignore_label is None or labels is None or ref_labels is None:
-                return from_pairs(len(embeddings), len(ref_emb), *pairs)
+                return from_pairs(len(embeddings), len(ref_emb), *listed)
             check_embeddings(embeddings, labels, ref_emb, ref_labels, None, None)
             known, ref_known = labels.long() != ignore_label, ref_labels.long() != ignore_label
-            positive, negative = ((i[both], j[both]) for i, j in pairs for both in [known[i] & ref_known[j]])
+            positive, negative = ((i[both], j[both]) for i, j in listed for both in [known[i] & ref_known[j]])
             return from_pairs(len(embeddings), len(ref_emb), positive, negative)._replace(queries=known)
         if labels is None:
             raise ValueError("labels and indices_tuple are both None: one of them has to say what is positive")
@@ -238,12 +228,6 @@ class _PairLoss(losses.BaseMetricLossFunction):
         if indices_tuple is not None:
             ids, ref_ids = indices_tuple.copy, torch.arange(len(ref_labels), device=ref_labels.device)
         return from_labels(labels, ref_labels, ids, ref_ids, False, False, ignore_label=ignore_label)
-
-    def _objective(self, reduction: str) -> Objective:
-        # RoadmapLoss takes every setting: it knows the defaults of those that its sisters leave out.
-        settings = modules.RoadmapLoss(**self.settings, reduction=reduction).settings
-        surrogate = make_settings(**{name: settings[name] for name in Settings._fields})
-        return make_objective(surrogate, **{name: settings[name] for name in Objective._fields[1:]})
 
     def _loss_reducer(self) -> Any:
         if not isinstance(self.reducer, MultipleReducers):
@@ -508,10 +492,9 @@ def _without_copies(indices_tuple: Indices, copy: Tensor) -> Indices:
     return anchor[keep], positive[keep], rest[0], rest[1]
 
 
-def _has_positive(relation: Relation, embeddings: Tensor, ref_emb: Tensor, method: str) -> Tensor:
+def _has_positive(pairs: Pairs, embeddings: Tensor, ref_emb: Tensor, method: str) -> Tensor:
     """Which queries have a positive, [B] bool."""
     if resolve_method(method, embeddings) == "reference":
-        target, ignore = relation.masks(len(ref_emb))
+        target, ignore = pairs.masks(len(ref_emb))
         return (target & ~ignore).any(1)
-    counts: Tensor = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(ref_emb))
-    return counts[:, 0] > 0
+    return ops.count_pairs(pairs, len(embeddings), len(ref_emb))[:, 0] > 0

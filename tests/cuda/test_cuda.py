@@ -68,14 +68,15 @@ import roadmap_ext
 from roadmap_ext import (
     EmbeddingMemory,
     RoadmapLoss,
-    _checks,
-    _chunks,
-    _relation,
     ap_loss,
     cached_backward,
+    embedding_loss,
     metrics,
+    ops,
+    pairs,
     reference,
     roadmap_loss,
+    settings,
     smooth_rank,
 )
 
@@ -85,7 +86,7 @@ DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MIB = 1 << 20
 INF, NAN = math.inf, math.nan
-SETTINGS = (0, 0.01, 100.0, 0.05, 0.5, None)  # as the ops take them
+SURROGATE = settings.Surrogate().flat()  # as the ops take it
 
 
 def on_device(value):
@@ -337,7 +338,7 @@ def test_accuracy_of_roadmap_loss(name, dtype):
     ignore = torch.zeros_like(target) if references else torch.eye(60, dtype=torch.bool)
     if "ids" in others:
         ignore = others["ids"][:, None] == others["ref_ids"][None]
-    objective = _checks.make_embedding_objective(**options)
+    objective = settings.checked(options).objective
     sums, largest = summed(objective, [x.double() for x in leaves], target, ignore, weight.double())
     for ours, by_hand, true, total in zip(gradients, plain, truth, sums, strict=True):
         assert ours.dtype == dtype
@@ -579,32 +580,31 @@ def test_another_device_than_the_current_one():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     scores, target, ignore = case(3, 40, dtype)
-    ops, check = torch.ops.roadmap_ext, torch.library.opcheck
+    of, check = torch.ops.roadmap_ext, torch.library.opcheck
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for mask in (ignore, None):
         for reduction in (0, 1, 2):
             for want in (True, False):
-                check(ops.average_precision.default, (scores, target, mask, *SETTINGS, reduction, want))
+                check(of.average_precision.default, (scores, target, mask, SURROGATE, reduction, want))
         for want in (True, False):
-            check(ops.smooth_rank.default, (scores, target, mask, *SETTINGS, want))
+            check(of.smooth_rank.default, (scores, target, mask, SURROGATE, want))
     for weight in (torch.rand(3, dtype=wide, device=DEVICE), torch.rand((), dtype=wide, device=DEVICE)):
-        check(ops.scale_rows.default, (scores, weight, torch.rand(3, dtype=wide, device=DEVICE)))
-        check(ops.scale_rows_.default, (scores.clone(), weight, torch.rand(3, dtype=wide, device=DEVICE)))
-    slope = ops.smooth_rank(scores, target, ignore, *SETTINGS, True)[-1]
+        check(of.scale_rows.default, (scores, weight, torch.rand(3, dtype=wide, device=DEVICE)))
+        check(of.scale_rows_.default, (scores.clone(), weight, torch.rand(3, dtype=wide, device=DEVICE)))
+    slope = of.smooth_rank(scores, target, ignore, SURROGATE, True)[-1]
     for positive in (None, torch.rand_like(slope)):
-        arguments = (scores, target, ignore, slope, positive, torch.rand_like(slope), *SETTINGS)
-        check(ops.smooth_rank_backward.default, arguments)
+        arguments = (scores, target, ignore, slope, positive, torch.rand_like(slope), SURROGATE)
+        check(of.smooth_rank_backward.default, arguments)
 
 
 def test_opcheck_of_the_sweep():
     x, labels = on_device((torch.randn(10, 8), torch.randint(4, (10,))))
-    relation = _relation.from_labels(labels, labels, labels, labels + 1, True, False)
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0, 10, 10)
-    objective = _checks.make_embedding_objective()
-    after = (_chunks._weights(counts, None, objective), *objective.for_op(), True)
+    of_labels = pairs.from_labels(labels, labels, labels, labels + 1, True, False)
+    flat, objective = of_labels.flat(), settings.Objective()
+    after = (embedding_loss._weights(ops.count_pairs(of_labels, 10, 10), None, objective), objective.flat(), True)
     for arguments in (
-        (x, None, *relation.flat(), *after, 4, True, False),
-        (x, x[:5].clone(), *relation.flat()[:6], -1, *after, 0, False, True),
+        (x, None, flat, 0, *after, 4, True, False),
+        (x, x[:5].clone(), flat, -1, *after, 0, False, True),
     ):
         torch.library.opcheck(torch.ops.roadmap_ext.sweep, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -689,23 +689,23 @@ def test_the_ops_check_for_themselves():
     """Whoever calls an op directly meets an error, not a bad read, and the GPU is well afterwards."""
     ops = torch.ops.roadmap_ext
     scores, target, _ = case()
-    settings = (*SETTINGS[:5], 1.49)
     for bad_scores, bad_target, arguments in (
-        (scores[0], target[0], settings),
-        (scores, target[:, :3], settings),
-        (scores, target.float(), settings),
-        (scores, target.cpu(), settings),
-        (scores.int(), target, settings),
-        (scores, target, (2, *settings[1:])),
-        (scores, target, (0, 0.0, *settings[2:])),
-        (scores, target, (*settings[:5], NAN)),
+        (scores[0], target[0], SURROGATE),
+        (scores, target[:, :3], SURROGATE),
+        (scores, target.float(), SURROGATE),
+        (scores, target.cpu(), SURROGATE),
+        (scores.int(), target, SURROGATE),
+        (scores, target, [2.0, *SURROGATE[1:]]),
+        (scores, target, [0.0, 0.0, *SURROGATE[2:]]),
+        (scores, target, [*SURROGATE[:5], NAN]),
+        (scores, target, SURROGATE[:5]),
     ):
         with pytest.raises(RuntimeError):
-            ops.average_precision(bad_scores, bad_target, None, *arguments, 1, True)
+            ops.average_precision(bad_scores, bad_target, None, arguments, 1, True)
         with pytest.raises(RuntimeError):
-            ops.smooth_rank(bad_scores, bad_target, None, *arguments, True)
+            ops.smooth_rank(bad_scores, bad_target, None, arguments, True)
     with pytest.raises(RuntimeError):
-        ops.average_precision(scores, target, None, *settings, 3, True)
+        ops.average_precision(scores, target, None, SURROGATE, 3, True)
     for weight in (torch.ones(2, device=DEVICE), torch.ones(5)):
         with pytest.raises(RuntimeError):
             ops.scale_rows(scores, weight, torch.ones(1, device=DEVICE))
@@ -718,7 +718,7 @@ def test_lists_with_nonsense_are_read_inside():
     span = torch.tensor([[0, 4], [-1, 1], [2, 1], [0, 2**62]], device=DEVICE)
     column = torch.tensor([5, -7, 2**62], device=DEVICE)
     with contextlib.suppress(RuntimeError):  # or an op may refuse them, as on the CPU
-        torch.ops.roadmap_ext.count_pairs(span, column, None, None, None, None, -1, 4, 3)
+        torch.ops.roadmap_ext.count_pairs([span, column, None, None, None, None], -1, 4, 3)
     synchronize()
     assert RoadmapLoss()(on_device(torch.randn(9, 4)), torch.arange(9, device=DEVICE) % 3).isfinite()
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from emulated_ops import DEVICES
 
-from roadmap_ext import RoadmapLoss, _chunks, ap_loss, reference, smooth_rank
+from roadmap_ext import RoadmapLoss, ap_loss, embedding_loss, ops, reference, smooth_rank
+from roadmap_ext.pairs import Lists, Pairs
+from roadmap_ext.settings import Objective, Surrogate
 
 pytestmark = [pytest.mark.usefixtures("emulated"), pytest.mark.deep]
 
@@ -18,20 +20,19 @@ def lists_of(mask):
     """The columns that are set, as lists."""
     row, column = mask.nonzero(as_tuple=True)
     end = torch.bincount(row, minlength=len(mask)).cumsum(0)
-    return torch.stack([end - mask.sum(1), end], 1), column
+    return Lists(torch.stack([end - mask.sum(1), end], 1), column)
 
 
 def objective(scores, positive, left_out=None, negative=None, own=-1, scale=None, gradient=None, **options):
     """values [B, 5] and the gradient of objective_rows_."""
     rows = len(scores)
-    settings = {"surrogate": 0, "tau": 0.01, "rho": 100.0, "delta": 0.05, "start": 0.5, "offset": None} | options
     values = torch.full((rows, 5), float("nan"), dtype=torch.float64)
     weight = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).expand(rows, 3).contiguous()
     work = scores.clone()
-    none = (None, None)
+    pairs, row_scale, column_scale = Pairs(positive, left_out, negative, own), *(scale or (None, None))
     torch.ops.roadmap_ext.objective_rows_(
-        work, values, *positive, *(left_out or none), *(negative or none), own, weight, True, True,
-        *settings.values(), 0.9, 0.6, *(scale or none), True, gradient,
+        work, values, pairs.flat(), own, weight, Objective(Surrogate(**options)).flat(), row_scale, column_scale, True,
+        gradient,
     )  # fmt: skip
     return values, work if gradient is None else gradient
 
@@ -77,10 +78,8 @@ def test_objective_of_lists(kind, device, dtype, emulated):
             narrow = torch.full_like(scores, float("nan"), dtype=torch.bfloat16)
             _, narrow = objective(scores, lists_of(target), gradient=narrow, **extra)
             assert torch.equal(narrow, gradient.bfloat16())
-        counts = torch.ops.roadmap_ext.count_pairs(
-            *lists_of(target), *extra.get("left_out", (None, None)), *extra.get("negative", (None, None)),
-            extra.get("own", -1), 6, 200,
-        )  # fmt: skip
+        own = {"first_own": extra.pop("own")} if "own" in extra else {}
+        counts = ops.count_pairs(Pairs(lists_of(target), **extra, **own), 6, 200)
         assert torch.equal(counts[:, 0], (target & ~ignore).sum(1))
         assert torch.equal(counts[:, 1], (~target & ~ignore).sum(1))
 
@@ -97,7 +96,7 @@ def test_no_list_leads_out_of_bounds(device, emulated):
         def draw(*shape, generator=generator):
             return odd[torch.randint(len(odd), shape, generator=generator)]
 
-        given = {name: (draw(4, 2), draw(50)) for name in LISTS}
+        given = {name: Lists(draw(4, 2), draw(50)) for name in LISTS}
         objective(torch.randn(4, 70), own=int(draw(1).clamp(max=1 << 61)), **given)
 
 
@@ -153,7 +152,7 @@ def test_compensated_exponents(device, emulated):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_products(dtype, alone, chunk_size, normalize, monkeypatch):
     """Half embeddings enter the products as they are; scores and sums are float32, the gradient of a score is not."""
-    monkeypatch.setattr(_chunks, "_HALF_PRODUCTS", {"cpu"})
+    monkeypatch.setattr(embedding_loss, "_HALF_PRODUCTS", {"cpu"})
     x = torch.nn.functional.normalize(torch.randn(40, 16), dim=1).to(dtype)
     other = None if alone else torch.nn.functional.normalize(torch.randn(60, 16), dim=1).to(dtype)
     labels, other_labels = torch.arange(40) % 8, None if alone else torch.arange(60) % 8
@@ -171,7 +170,7 @@ def test_half_products(dtype, alone, chunk_size, normalize, monkeypatch):
 
 
 def test_a_nan_in_half_products_stays_with_its_query(monkeypatch):
-    monkeypatch.setattr(_chunks, "_HALF_PRODUCTS", {"cpu"})
+    monkeypatch.setattr(embedding_loss, "_HALF_PRODUCTS", {"cpu"})
     x = torch.randn(12, 8).half()
     x[3, 2] = float("nan")
     gallery = torch.randn(20, 8).half()
@@ -253,7 +252,7 @@ def test_empty(shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("surrogate", [0, 1])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ap", [True, False])
 def test_on_the_knee_and_on_the_margins(ap, dtype, surrogate, device, emulated):
@@ -265,13 +264,13 @@ def test_on_the_knee_and_on_the_margins(ap, dtype, surrogate, device, emulated):
     scores[:, 1], target[:, 1] = 0.625, False
     values = torch.full((6, 5), float("nan"), dtype=torch.float64)
     weight = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).expand(6, 3).contiguous()
+    objective = Objective(Surrogate(surrogate, delta=0.0625), 0.5 if ap else 1.0, 0.875, 0.625).flat()
     work = scores.clone()
     torch.ops.roadmap_ext.objective_rows_(
-        work, values, *lists_of(target), None, None, None, None, -1, weight, ap, True,
-        surrogate, 0.01, 100.0, 0.0625, 0.5, None, 0.875, 0.625, None, None, True, None,
-    )  # fmt: skip
+        work, values, Pairs(lists_of(target)).flat(), -1, weight, objective, None, None, True
+    )
     leaf = scores.to(torch.float64, copy=True).requires_grad_()
-    loss = reference.ap_loss(leaf, target, reduction="none", delta=0.0625, surrogate=["sup", "smooth"][surrogate]) * ap
+    loss = reference.ap_loss(leaf, target, reduction="none", delta=0.0625, surrogate=surrogate) * ap
     below, above = ((0.875 - leaf).relu() * target).sum(1), ((leaf - 0.625).relu() * ~target).sum(1)
     (0.5 * loss + 0.25 * below + 0.125 * above).sum().backward()
     counts = [(leaf < 0.875) & target, (leaf > 0.625) & ~target]

@@ -159,7 +159,7 @@ def test_bits(surrogate, emulated):
         if surrogate == "smooth":
             value = value + (ranks.positive_rank * weights[1]).sum()
         value.backward()
-        values, gradient = objective(scores, lists_of(target), lists_of(ignore), surrogate=int(surrogate != "sup"))
+        values, gradient = objective(scores, lists_of(target), lists_of(ignore), surrogate=surrogate)
         kept = torch.arange(len(scores)) != 8  # spans of the pairwise kernel are summed apart
         rank_kept = kept[ranks.query]
         seen.append(
@@ -300,9 +300,9 @@ def test_slopes_that_are_not_finite(value, device, emulated):
     row = target.nonzero()[:, 0]
     slope, weight = torch.rand(len(row)), torch.rand(len(row))
     slope[(row == 2).nonzero()[-1]] = value
-    settings = (0, 0.01, 100.0, 0.05, 0.5, None)
+    surrogate = [0.0, 0.01, 100.0, 0.05, 0.5, 1.49]
     scanned, pairwise = (
-        torch.ops.roadmap_ext.smooth_rank_backward(scores, target, None, slope, None, weight, *settings, method)
+        torch.ops.roadmap_ext.smooth_rank_backward(scores, target, None, slope, None, weight, surrogate, method)
         for method in (0, 1)
     )
     torch.testing.assert_close(scanned, pairwise, rtol=1e-4, atol=1e-3, equal_nan=True)

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roadmap_ext
-from roadmap_ext import _warnings, reference
+from roadmap_ext import notices, reference
 from roadmap_ext.integrations import pytorch_metric_learning as integration
 from roadmap_ext.integrations.pytorch_metric_learning import (
     CalibrationLoss,
@@ -359,9 +359,9 @@ class TestReducers:
         asked = []
         original = integration.embedding_loss
 
-        def note(embeddings, references, relation, objective, *rest):
-            asked.append(objective.reduction)
-            return original(embeddings, references, relation, objective, *rest)
+        def note(embeddings, references, pairs, settings):
+            asked.append(settings.objective.reduction)
+            return original(embeddings, references, pairs, settings)
 
         monkeypatch.setattr(integration, "embedding_loss", note)
         return asked
@@ -589,7 +589,7 @@ def test_the_sampler_that_is_named(monkeypatch):
     labels = torch.arange(2000).repeat(5)
     x = torch.randn(len(labels), 4)
     for sampler, warns in ((None, True), (samplers.MPerClassSampler(labels, m=4, batch_size=32), False)):
-        monkeypatch.setattr(_warnings, "_said", set())
+        monkeypatch.setattr(notices, "_said", set())
         dataset = torch.utils.data.TensorDataset(x, labels)
         loader = torch.utils.data.DataLoader(dataset, batch_size=32, sampler=sampler, shuffle=sampler is None)
         with warnings.catch_warnings(record=True) as caught:

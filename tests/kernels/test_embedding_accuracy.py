@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import PUBLISHED, ULPS, largest_weight, settings_of
+from oracle import PUBLISHED, ULPS, largest_weight
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from roadmap_ext import reference, roadmap_loss
-from roadmap_ext._checks import make_objective, make_settings
+from roadmap_ext.settings import checked
 
 pytestmark = pytest.mark.ops
 
@@ -95,15 +95,7 @@ class Problem:
 
 def objective_of(options):
     """The objective of roadmap_loss's keywords, on scores as they are."""
-    return make_objective(
-        make_settings(**settings_of(options)),
-        options.get("calibration_weight", 0.5),
-        options.get("positive_margin", 0.9),
-        options.get("negative_margin", 0.6),
-        options.get("calibration_reduction", "per_query"),
-        False,
-        options.get("reduction", "mean"),
-    )
+    return checked(options | {"normalize": False}).objective
 
 
 def rows_of(value: Tensor) -> Tensor:

@@ -124,13 +124,13 @@ def test_nan_stays_in_its_row():
 @pytest.mark.host
 def test_opcheck(surrogate):
     scores, target, ignore = torch.randn(3, 20), torch.rand(3, 20) < 0.3, torch.rand(3, 20) < 0.1
-    settings = (int(surrogate == "smooth"), 0.01, 100.0, 0.05, 0.5, None)
+    settings = [float(surrogate == "smooth"), 0.01, 100.0, 0.05, 0.5, 1.49]
     ops = torch.ops.roadmap_ext
     for mask, want in ((ignore, True), (None, False)):
-        torch.library.opcheck(ops.smooth_rank.default, (scores, target, mask, *settings, want))
-    slope = ops.smooth_rank(scores, target, ignore, *settings, True)[-1]
+        torch.library.opcheck(ops.smooth_rank.default, (scores, target, mask, settings, want))
+    slope = ops.smooth_rank(scores, target, ignore, settings, True)[-1]
     for positive in (None, torch.randn_like(slope)):
-        arguments = (scores, target, ignore, slope, positive, torch.randn_like(slope), *settings)
+        arguments = (scores, target, ignore, slope, positive, torch.randn_like(slope), settings)
         torch.library.opcheck(ops.smooth_rank_backward.default, arguments)
 
 

@@ -27,14 +27,14 @@ import roadmap_ext
 from roadmap_ext import (
     EmbeddingMemory,
     RoadmapLoss,
-    _checks,
-    _extension,
     ap_loss,
     cached_backward,
     distributed,
+    extension,
     metrics,
     reference,
     roadmap_loss,
+    validation,
 )
 
 pytestmark = pytest.mark.host
@@ -270,9 +270,9 @@ OTHERS = [
     (lambda: on_meta(labels=LABELS), "use labels.to('meta')", lambda: on_meta(labels=LABELS.to("meta"))),
     (lambda: on_meta(ref_emb=X), "use ref_emb.to('meta')", lambda: on_meta(ref_emb=X.to("meta"))),
     (
-        lambda: _checks.check_batches(IDS, ROWS, torch.device("meta")),
+        lambda: validation.check_batches(IDS, ROWS, torch.device("meta")),
         "use batches.to('meta')",
-        lambda: _checks._check_index("batches", IDS.to("meta"), torch.device("meta")),
+        lambda: validation._check_index("batches", IDS.to("meta"), torch.device("meta")),
     ),
     (lambda: ap_loss(S.to("meta"), T), "target.to(scores.device)", lambda: ap_loss(S.to("meta"), T.to("meta"))),
     (lambda: roadmap_loss(X, LABELS, X), "references need both", lambda: roadmap_loss(X, LABELS, X, LABELS)),
@@ -370,12 +370,12 @@ OTHERS = [
         lambda: torch.func.grad(lambda x: roadmap_loss(x, LABELS, method="reference"))(X),
     ),
     (
-        lambda: without(_extension, "_C", lambda: roadmap_loss(X, LABELS, method="sorted")),
+        lambda: without(extension, "_C", lambda: roadmap_loss(X, LABELS, method="sorted")),
         "pass method='reference'",
-        lambda: without(_extension, "_C", lambda: roadmap_loss(X, LABELS, method="reference")),
+        lambda: without(extension, "_C", lambda: roadmap_loss(X, LABELS, method="reference")),
     ),
     (
-        lambda: _extension.check_kernels(torch.device("mps"), "auto"),
+        lambda: extension.check_kernels(torch.device("mps"), "auto"),
         "pass method='reference'",
         lambda: roadmap_loss(X, LABELS, method="reference"),
     ),

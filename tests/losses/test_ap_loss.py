@@ -276,7 +276,7 @@ def test_autocast_leaves_the_scores_alone():
 @pytest.mark.host
 def test_opcheck_average_precision(dtype, want, reduction):
     scores, target, ignore = case(3, 40, dtype)
-    settings = (0, 0.01, 100.0, 0.05, 0.5, 1.49, ["none", "mean", "sum"].index(reduction), want)
+    settings = ([0.0, 0.01, 100.0, 0.05, 0.5, 1.49], ["none", "mean", "sum"].index(reduction), want)
     for mask in (ignore, None):
         torch.library.opcheck(torch.ops.roadmap_ext.average_precision.default, (scores, target, mask, *settings))
 
@@ -498,7 +498,7 @@ def test_modules_made_with_tiled():
 
 @pytest.mark.host
 def test_the_docstrings_examples():
-    for module in (roadmap_ext.functional, roadmap_ext.modules):
+    for module in (roadmap_ext.losses, roadmap_ext.modules):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
@@ -594,35 +594,39 @@ class TestBadInput:
         assert ap_loss(scores, target).device.type == "meta"
         if not roadmap_ext.build_info()["cuda"]:
             with pytest.raises(RuntimeError, match=r"no CUDA kernels because .*FORCE_CUDA=1.*method='reference'"):
-                roadmap_ext._extension.check_kernels(torch.device("cuda", 0), "pairwise")
+                roadmap_ext.extension.check_kernels(torch.device("cuda", 0), "pairwise")
         with pytest.raises(RuntimeError, match=r"none for 'mps'.*method='reference'"):
-            roadmap_ext._extension.check_kernels(torch.device("mps"), "auto")
+            roadmap_ext.extension.check_kernels(torch.device("mps"), "auto")
 
     @pytest.mark.host
     def test_the_ops_check_for_themselves(self):
         """Whoever calls an op directly meets an error, not a bad read."""
         ops = torch.ops.roadmap_ext
-        settings = (0, 0.01, 100.0, 0.05, 0.5, 1.49)
+        settings = [0.0, 0.01, 100.0, 0.05, 0.5, 1.49]
         for scores, target, arguments in (
             (self.scores[0], self.target[0], settings),
             (self.scores, self.target[:, :3], settings),
             (self.scores, self.target.float(), settings),
             (self.scores.int(), self.target, settings),
-            (self.scores, self.target, (2, *settings[1:])),
-            (self.scores, self.target, (0, 0.0, *settings[2:])),
-            (self.scores, self.target, (0, 0.01, -1.0, *settings[3:])),
-            (self.scores, self.target, (*settings[:5], NAN)),
+            (self.scores, self.target, [2.0, *settings[1:]]),
+            (self.scores, self.target, [0.5, *settings[1:]]),
+            (self.scores, self.target, [0.0, 0.0, *settings[2:]]),
+            (self.scores, self.target, [0.0, 0.01, -1.0, *settings[3:]]),
+            (self.scores, self.target, [*settings[:5], NAN]),
+            (self.scores, self.target, settings[:5]),
+            (self.scores, self.target, [*settings, 0.0]),
+            (self.scores, self.target, []),
         ):
             with pytest.raises(RuntimeError):
-                ops.average_precision(scores, target, None, *arguments, 1, True)
+                ops.average_precision(scores, target, None, arguments, 1, True)
             with pytest.raises(RuntimeError):
-                ops.smooth_rank(scores, target, None, *arguments, True)
+                ops.smooth_rank(scores, target, None, arguments, True)
         with pytest.raises(RuntimeError):
-            ops.average_precision(self.scores, self.target, None, *settings, 3, True)
+            ops.average_precision(self.scores, self.target, None, settings, 3, True)
         with pytest.raises(RuntimeError):
             ops.scale_rows(self.scores, torch.ones(2), torch.ones(1))
         with pytest.raises(RuntimeError):
-            ops.smooth_rank_backward(self.scores, ~self.target, None, torch.ones(2), None, torch.ones(2), *settings)
+            ops.smooth_rank_backward(self.scores, ~self.target, None, torch.ones(2), None, torch.ones(2), settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -58,20 +58,21 @@ def test_idle_threads_keep_little():
 
 def test_a_chunk_is_used_again():
     """By the next call, whatever its dtype; not by two at once, nor where it is too small. A large one is let go."""
-    from roadmap_ext import _chunks
+    from roadmap_ext import chunks
 
     def memory(rows, dtype):
-        return _chunks._chunk(torch.empty(0), rows, 1000, dtype)
+        return chunks.chunk(torch.empty(0), rows, 1000, dtype)
 
-    _chunks._idle.clear()
-    first = memory(100, torch.float32)
-    _chunks._done_with(first)
-    again = memory(50, torch.float64)
-    assert again.data_ptr() == first.data_ptr()
-    assert again.shape == (50, 1000)
-    assert memory(50, torch.float64).data_ptr() != first.data_ptr()
-    _chunks._done_with(again)
-    assert memory(101, torch.float32).data_ptr() != first.data_ptr()  # more than there is
-    large = torch.empty(_chunks._BUDGET["cpu"] // 4 + 1)
-    _chunks._done_with(large)
-    assert not _chunks._idle
+    chunks._idle.clear()
+    with memory(100, torch.float32) as first:
+        pass
+    with memory(50, torch.float64) as again, memory(50, torch.float64) as other:
+        assert again.data_ptr() == first.data_ptr()
+        assert again.shape == (50, 1000)
+        assert other.data_ptr() != first.data_ptr()
+    with memory(101, torch.float32) as larger:  # than there is
+        assert larger.data_ptr() != first.data_ptr()
+    chunks._idle.clear()
+    with memory(chunks.BUDGET["cpu"] // 4000 + 1, torch.float32):
+        pass
+    assert not chunks._idle

@@ -24,11 +24,13 @@ from roadmap_ext import (
     RoadmapLoss,
     SmoothAPLoss,
     SupAPLoss,
-    _checks,
-    _chunks,
-    _relation,
+    chunks,
+    embedding_loss,
+    ops,
+    pairs,
     reference,
     roadmap_loss,
+    settings,
 )
 
 pytestmark = pytest.mark.ops
@@ -180,12 +182,12 @@ def test_lists_are_those_of_torch():
     """The kernel's lists and those of sort and searchsorted, which other devices take."""
     names = torch.randint(-(2**31), 2**31, (300,)) * 2**32  # alike in their low halves; some share a slot of the table
     values, references = names[torch.randint(300, (50,))], names[torch.randint(250, (333,))]
-    span, column = _relation._equal(values, references)
+    span, column = pairs._equal(values, references)
     ordered, expected = references.sort(stable=True)
     for value, (begin, end) in zip(values, span.tolist(), strict=True):
         first, last = (torch.searchsorted(ordered, value, right=right) for right in (False, True))
         assert torch.equal(column[begin:end], expected[first:last])
-    lists = _relation.Lists(span, column)
+    lists = pairs.Lists(span, column)
     assert torch.equal(lists.mask(333), values[:, None] == references[None])
 
 
@@ -193,14 +195,14 @@ def test_named_pairs():
     """from_pairs: what is named counts, the rest is left out; naming a pair twice changes nothing."""
     query, reference_ = torch.tensor([0, 2, 0, 2, 0]), torch.tensor([4, 1, 2, 0, 4])
     other, negative = torch.tensor([2, 0, 0]), torch.tensor([3, 1, 3])
-    relation = _relation.from_pairs(3, 5, (query, reference_), (other, negative))
-    target, ignore = relation.masks(5)
+    named = pairs.from_pairs(3, 5, (query, reference_), (other, negative))
+    target, ignore = named.masks(5)
     expected = torch.zeros(3, 5, dtype=torch.bool)
     expected[query, reference_] = True
     assert torch.equal(target, expected)
     expected[other, negative] = True
     assert torch.equal(ignore, ~expected)
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), -1, 3, 5)
+    counts = ops.count_pairs(named, 3, 5)
     assert counts.tolist() == [[2, 2], [0, 0], [2, 1]]
 
 
@@ -245,13 +247,16 @@ def test_chunks_change_nothing(references, reduction):
 
 
 def test_chunks_are_chosen_by_the_budget():
-    assert _chunks._chunk_rows(1024, 1024, 4, "cpu") == 1024
-    assert _chunks._chunk_rows(8192, 8192, 4, "cpu") == 2048  # 64 MiB
-    assert _chunks._chunk_rows(8192, 8192, 4, "cuda") == 8192  # 256 MiB
-    assert _chunks._chunk_rows(100, 6_000_000, 4, "cpu") == 2
-    assert _chunks._chunk_rows(100, 1 << 40, 4, "cpu") == 1
-    assert _chunks._chunk_rows(9000, 8192, 4, "cpu") == 1800  # as equal as can be
-    assert _chunks._chunk_rows(0, 0, 4, "cpu") == 1
+    def rows(queries, references, device):
+        return chunks.rows_of_a_chunk(queries, chunks.rows_that_fit(references, 4, device), None)
+
+    assert rows(1024, 1024, "cpu") == 1024
+    assert rows(8192, 8192, "cpu") == 2048  # 64 MiB
+    assert rows(8192, 8192, "cuda") == 8192  # 256 MiB
+    assert rows(100, 6_000_000, "cpu") == 2
+    assert rows(100, 1 << 40, "cpu") == 1
+    assert rows(9000, 8192, "cpu") == 1800  # as equal as can be
+    assert rows(0, 0, "cpu") == 1
 
 
 def _gradient_at_scale():
@@ -308,10 +313,10 @@ def test_without_grad_nothing_is_kept():
 def test_memory_that_is_kept_serves_all_calls():
     """Of another size, dtype and grad mode; of threads that call at once each has its own."""
     x, labels = batch(30, 8)
-    _chunks._idle.clear()
+    chunks._idle.clear()
     with torch.inference_mode():
         expected = roadmap_loss(x, labels)
-    assert [storage.nbytes() for storage in _chunks._idle] == [4 * 900]
+    assert [storage.nbytes() for storage in chunks._idle] == [4 * 900]
     assert torch.equal(roadmap_loss(x, labels).detach(), expected)
     assert torch.equal(
         roadmap_loss(x.double(), labels).float().detach(), reference.roadmap_loss(x.double(), labels).float()
@@ -715,49 +720,43 @@ def test_compile_of_a_module_in_a_model(backend):
 def test_opcheck():
     x, labels = batch(10)
     x = x.detach()
-    relation = _relation.from_labels(labels, labels, labels, labels + 1, True, False)
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.tensors(), 0, 10, 10)
-    objective = _checks.make_embedding_objective()
-    weight = _chunks._weights(counts, None, objective)
-    ops = torch.ops.roadmap_ext
+    of_labels = pairs.from_labels(labels, labels, labels, labels + 1, True, False)
+    flat, objective = of_labels.flat(), settings.Objective()
+    weight = embedding_loss._weights(ops.count_pairs(of_labels, 10, 10), None, objective)
+    of = torch.ops.roadmap_ext
     scale = torch.ones(10)
     cases = [
-        (ops.equal_lists, (labels, labels)),
-        (ops.count_pairs, (*relation.tensors(), 0, 10, 10)),
+        (of.equal_lists, (labels, labels)),
+        (of.count_pairs, (flat, 0, 10, 10)),
         (
-            ops.objective_rows_,
-            (
-                x @ x.T,
-                torch.zeros(10, 5).double(),
-                *relation.tensors(),
-                0,
-                weight,
-                *objective.for_op(),
-                scale,
-                scale,
-                True,
-            ),
+            of.objective_rows_,
+            (x @ x.T, torch.zeros(10, 5).double(), flat, 0, weight, objective.flat(), scale, scale, True),
         ),
-        (ops.symmetrise_, (x @ x.T,)),
-        (ops.remove_radial_, (x.clone(), x, scale)),
-        (ops.prefault_, (x.clone(),)),
-        (ops.sweep, (x, None, *relation.flat(), weight, *objective.for_op(), True, 4, True, False)),
-        (ops.sweep, (x, x[:5].clone(), *relation.flat()[:6], -1, weight, *objective.for_op(), True, 0, False, True)),
+        (of.symmetrise_, (x @ x.T,)),
+        (of.remove_radial_, (x.clone(), x, scale)),
+        (of.prefault_, (x.clone(),)),
+        (of.sweep, (x, None, flat, 0, weight, objective.flat(), True, 4, True, False)),
+        (of.sweep, (x, x[:5].clone(), flat, -1, weight, objective.flat(), True, 0, False, True)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_defaults_agree():
-    """They are spelled out at each function and module, for help() and type checkers, and are the same everywhere."""
+    """help() shows those of settings.py at each function and module."""
     defaults = inspect.signature(roadmap_loss).parameters
-    surrogate = inspect.signature(roadmap_ext.ap_loss).parameters
-    others = [*MODULES, reference.roadmap_loss, _checks.make_embedding_objective]
-    for other in others:
+    scores = (
+        roadmap_ext.ap_loss,
+        roadmap_ext.smooth_rank,
+        roadmap_ext.APLoss,
+        reference.ap_loss,
+        reference.smooth_rank,
+    )
+    for other in (*MODULES, *scores, roadmap_loss, reference.roadmap_loss):
         own = inspect.signature(other).parameters
-        assert {name: own[name].default for name in own} == {name: defaults[name].default for name in own}, other
-    for name in ("surrogate", "tau", "rho", "delta", "start", "offset", "reduction", "method"):
-        assert surrogate[name].default == defaults[name].default
+        shown = {name: own[name].default for name in own if name in settings.DEFAULTS}
+        assert shown == {name: settings.DEFAULTS[name] for name in shown}, other
+        assert len(shown) >= 6, other
     assert set(inspect.signature(RoadmapLoss).parameters) == set(defaults) - {
         "embeddings", "labels", "ref_emb", "ref_labels", "ids", "ref_ids"
     }  # fmt: skip
@@ -788,9 +787,9 @@ def test_modules(module):
     references, ref_labels = batch(20)
     ids = torch.arange(20)
     with_ids = loss(x[:20], labels[:20], None, references, ref_labels, ids=ids, ref_ids=ids)
-    settings = loss.settings
+    as_they_are = loss.settings
     assert torch.equal(
-        with_ids, roadmap_loss(x[:20], labels[:20], references, ref_labels, ids=ids, ref_ids=ids, **settings)
+        with_ids, roadmap_loss(x[:20], labels[:20], references, ref_labels, ids=ids, ref_ids=ids, **as_they_are)
     )
     with pytest.raises(ValueError, match=r"integrations\.pytorch_metric_learning"):
         loss(x, labels, (ids, ids, ids))
@@ -818,15 +817,14 @@ def test_the_same_bits_again():
 def test_the_row_op_is_bitwise_for_any_threads():
     scores = torch.randn(64, 9000) / 4
     labels = torch.randint(30, (9000,))
-    relation = _relation.from_labels(labels[:64], labels, None, None, False, False)
+    of_labels = pairs.from_labels(labels[:64], labels, None, None, False, False)._replace(first_own=5)
     weight, results = torch.rand(64, 3).double(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for rows in (64, 3):  # a thread a row, and rows that are shared
             own, values = scores[:rows].clone(), torch.zeros(rows, 5).double()
-            lists = [t if t is None or i % 2 else t[:rows] for i, t in enumerate(relation.tensors())]
             torch.ops.roadmap_ext.objective_rows_(
-                own, values, *lists, 5, weight[:rows], True, True, 0, 0.01, 100.0, 0.05, 0.5, None, 0.9, 0.6,
+                own, values, of_labels.rows(slice(0, rows)).flat(), 5, weight[:rows], settings.Objective().flat(),
                 torch.rand(rows, generator=torch.Generator().manual_seed(1)),
                 torch.rand(9000, generator=torch.Generator().manual_seed(2)),
                 True,
@@ -926,30 +924,32 @@ class TestBadInput:
     @pytest.mark.host
     def test_ops_keep_memory_safe(self):
         """Whoever calls them: lists outside their columns, wrong shapes and dtypes."""
-        ops = torch.ops.roadmap_ext
+        of = torch.ops.roadmap_ext
         span, column = torch.tensor([[0, 2], [1, 3]]), torch.tensor([0, 1, 2])
         none = (None, None, None, None)
         for bad in ([[0, 4], [0, 0]], [[-1, 1], [0, 0]], [[2, 1], [0, 0]]):
             with pytest.raises(RuntimeError, match="within"):
-                ops.count_pairs(torch.tensor(bad), column, *none, -1, 2, 3)
+                of.count_pairs([torch.tensor(bad), column, *none], -1, 2, 3)
         for columns in ([5, -7, 2**62], [2, 1, 0], [0, 0, 0]):  # nonsense, but not outside
-            ops.count_pairs(span, torch.tensor(columns), *none, -1, 2, 3)
+            of.count_pairs([span, torch.tensor(columns), *none], -1, 2, 3)
         # Spans that the values would overwrite while they are read.
         values = torch.zeros(4, 5, dtype=torch.float64)
         alias = values.view(torch.int64).view(-1)[:8].view(4, 2)
         alias.copy_(torch.tensor([[0, 3]] * 4))
         weight, scores = torch.ones(4, 3).double(), torch.randn(4, 10000)
-        objective = (True, True, 0, 0.01, 100.0, 0.05, 0.5, None, 0.9, 0.6, None, None, True)
-        ops.objective_rows_(scores, values, alias, column, *none, 0, weight, *objective)
+        objective = settings.Objective().flat()
+        of.objective_rows_(scores, values, [alias, column, *none], 0, weight, objective, None, None, True)
         with pytest.raises(RuntimeError, match="rows, 2"):
-            ops.count_pairs(span, column, *none, -1, 3, 3)
+            of.count_pairs([span, column, *none], -1, 3, 3)
         with pytest.raises(RuntimeError, match="square"):
-            ops.symmetrise_(torch.zeros(2, 3))
+            of.symmetrise_(torch.zeros(2, 3))
         with pytest.raises(RuntimeError, match="shape and dtype"):
-            ops.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
+            of.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
         with pytest.raises(RuntimeError, match="contiguous CPU tensor"):
-            ops.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
-        settings = (True, True, 0, 0.01, 100.0, 0.05, 0.5, None, 0.9, 0.6, None, None, True)
+            of.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+        for wrong in (objective[:9], [*objective, 0.0], [], [*objective[:9], NAN]):
+            with pytest.raises(RuntimeError, match=r"10 numbers|margins"):
+                of.objective_rows_(scores, values, [alias, column, *none], 0, weight, wrong, None, None, True)
         for scores, values, weight in (
             (torch.zeros(2, 3).half(), torch.zeros(2, 5).double(), torch.zeros(2, 3).double()),
             (torch.zeros(3, 2).T, torch.zeros(2, 5).double(), torch.zeros(2, 3).double()),
@@ -957,4 +957,4 @@ class TestBadInput:
             (torch.zeros(2, 3), torch.zeros(2, 5).double(), torch.zeros(2, 3)),
         ):
             with pytest.raises(RuntimeError, match="must be a contiguous"):
-                ops.objective_rows_(scores, values, span, column, *none, -1, weight, *settings)
+                of.objective_rows_(scores, values, [span, column, *none], -1, weight, objective, None, None, True)

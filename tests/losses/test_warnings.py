@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from roadmap_ext import APLoss, CalibrationLoss, EmbeddingMemory, RoadmapLoss, SmoothAPLoss, SupAPLoss, _warnings
+from roadmap_ext import APLoss, CalibrationLoss, EmbeddingMemory, RoadmapLoss, SmoothAPLoss, SupAPLoss, notices
 
 pytestmark = pytest.mark.host
 
@@ -17,7 +17,7 @@ WORDS = "no query of this batch has a positive"
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch):
-    monkeypatch.setattr(_warnings, "_said", set())
+    monkeypatch.setattr(notices, "_said", set())
 
 
 def said(call, *arguments, **options):

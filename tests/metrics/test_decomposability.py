@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roadmap_ext import _decomposability, metrics
+from roadmap_ext import decomposability, ranking
 from roadmap_ext.metrics import (
     average_precision,
     decomposability_bound,
@@ -81,7 +81,7 @@ class TestBound:
 
     def test_the_largest_that_is_searched(self):
         torch.manual_seed(0)
-        most = _decomposability.MOST_SEARCHED
+        most = decomposability.MOST_SEARCHED
         counts = torch.stack([torch.randint(1, 5, (3, most)), torch.randint(0, 30, (3, most))], dim=2).tolist()
         values, exact = bound_of(*counts)
         assert all(exact)
@@ -110,7 +110,7 @@ class TestBound:
         torch.manual_seed(0)
         counts = torch.randint(0, 5, (100, 8)), torch.randint(0, 40, (100, 8))
         worst, _ = decomposability_bound(*counts)
-        monkeypatch.setattr(_decomposability, "MOST_SEARCHED", 3)
+        monkeypatch.setattr(decomposability, "MOST_SEARCHED", 3)
         estimate, exact = decomposability_bound(*counts)
         searched = (counts[0] > 0).sum(1) <= 3
         assert torch.equal(exact, searched)
@@ -119,7 +119,7 @@ class TestBound:
         assert (worst - estimate).max() < 0.05
 
     def test_a_mean_is_exact_if_every_bound_is(self, monkeypatch):
-        monkeypatch.setattr(_decomposability, "MOST_SEARCHED", 2)
+        monkeypatch.setattr(decomposability, "MOST_SEARCHED", 2)
         scores, number = torch.rand(2, 9), torch.arange(9) // 3
         target = torch.zeros(2, 9, dtype=torch.bool)
         target[:, [0, 3]] = True
@@ -152,7 +152,7 @@ class TestBound:
 
 
 def test_examples():
-    assert doctest.testmod(metrics, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(decomposability, extraglobs={"torch": torch}).failed == 0
 
 
 def by_loops(scores, target, ignore, number):
@@ -219,7 +219,7 @@ class TestGap:
         ignore, number = torch.rand(30, 40) < 0.2, torch.randint(5, (40,))
         for small in (False, True):
             if small:
-                monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 100})
+                monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 100})
             each = decomposability_gap_of_scores(scores, target, number, ignore, reduction="none")
             expected = by_loops(scores, target, ignore, number)
             torch.testing.assert_close(torch.stack(each[:3], 1), expected, equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -230,7 +230,7 @@ class TestGap:
         x, labels = points(60)
         number = torch.arange(60) % 4
         kernel = decomposability_gap(x, labels, number, reduction="none")
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
         for column, other in zip(kernel, decomposability_gap(x, labels, number, reduction="none"), strict=True):
             torch.testing.assert_close(column, other, equal_nan=True)
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from benchmarks.measure import in_fresh_process, peak_growth
-from roadmap_ext import _checks, metrics
-from roadmap_ext._relation import from_labels, from_pairs
-from roadmap_ext.metrics import _sorted, average_precision, retrieval_metrics
+from roadmap_ext import metrics, ops, ranking
+from roadmap_ext.metrics import average_precision, retrieval_metrics
+from roadmap_ext.pairs import Lists, Pairs, from_labels, from_pairs
+from roadmap_ext.validation import as_tensor
 
 MIB = 1 << 20
 NAN = float("nan")
@@ -72,9 +73,9 @@ def test_chunks_agree(monkeypatch, kernel):
     scores, target = torch.randn(9, 40).half(), torch.rand(9, 40) < 0.3
     whole = average_precision(scores, target)
     if not kernel:
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
         torch.testing.assert_close(average_precision(scores, target), whole, equal_nan=True)
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 80, "cuda": 80})
+    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 80, "cuda": 80})
     torch.testing.assert_close(average_precision(scores, target), whole, equal_nan=True)
 
 
@@ -107,7 +108,7 @@ def check_rows(scores, target, ignore):
     """The kernel and the plain path against the loop: ranks are exact, the sums of ratios but for their rounding."""
     expected = rows_by_hand(scores, target, ignore)
     by_kernel = torch.ops.roadmap_ext.rank_metrics_masked(scores, target, ignore)
-    values, smallest = _sorted(scores, target, ignore)
+    values, smallest = ranking.by_sorting(scores, target, ignore)
     smallest = torch.tensor([{0: NAN, 1 << 62: math.inf}.get(rank, rank) for rank in smallest.tolist()]).double()
     for rows in (by_kernel, torch.cat([values, smallest[:, None]], dim=1)):
         assert rows.dtype == torch.float64
@@ -209,7 +210,7 @@ def points(n=60, classes=15, dim=8, dtype=torch.float64):
 def path(request, monkeypatch):
     """Each way to the metrics: the second is that of other devices, here on the CPU."""
     if request.param == "plain":
-        monkeypatch.setattr(metrics, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(ranking, "has_kernel", lambda x: False)
     return request.param
 
 
@@ -447,8 +448,8 @@ def test_the_paths_agree():
         x = (4 * x).round() / 4  # so that both see the same products
         kernel = retrieval_metrics(x, labels, normalize=False, reduction="none")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "_has_kernel", lambda x: False)
-            patch.setattr(metrics, "_CHUNK_ELEMENTS", {"cpu": 64_000, "cuda": 64_000})
+            patch.setattr(ranking, "has_kernel", lambda x: False)
+            patch.setattr(ranking, "_CHUNK_ELEMENTS", {"cpu": 64_000, "cuda": 64_000})
             plain = retrieval_metrics(x, labels, normalize=False, reduction="none")
         for name, values in kernel.items():
             tolerance = 1e-13 if name.startswith("mAP") else 0
@@ -459,12 +460,12 @@ def test_the_paths_agree():
 def test_threads_change_no_bit(classes):
     x, _ = points(1200, classes)
     labels, scores = torch.arange(1200) % classes, x @ x.T
-    relation = from_labels(labels, labels, None, None, True, False)
+    pairs = from_labels(labels, labels, None, None, True, False)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(torch.ops.roadmap_ext.rank_metrics(scores, *relation.tensors(), 0))
-        results.append(torch.ops.roadmap_ext.rank_metrics_masked(scores, *relation.masks(1200)))
+        results.append(ops.rank_metrics(scores, pairs))
+        results.append(torch.ops.roadmap_ext.rank_metrics_masked(scores, *pairs.masks(1200)))
     assert not results[0].isnan().any()
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -476,8 +477,7 @@ def test_lists_and_masks_agree():
     scores = torch.randn(20, 300).round(decimals=1)
     labels, ref_labels = torch.randint(4, (20,)), torch.randint(4, (300,))
     ids, ref_ids = torch.arange(20) % 10, torch.randint(10, (300,))
-    of = torch.ops.roadmap_ext
-    for relation in (
+    for pairs in (
         from_labels(labels, ref_labels, None, None, False, False),
         from_labels(labels, ref_labels, ids, ref_ids, False, False),
         from_labels(labels, ref_labels, ids, ref_ids, True, False),
@@ -487,14 +487,10 @@ def test_lists_and_masks_agree():
         ),
     ):
         for part in (slice(0, 20), slice(5, 9)):
-            tensors = [
-                None if tensor is None else tensor[part] if tensor.dim() == 2 else tensor
-                for tensor in relation.tensors()
-            ]
-            own = part.start + relation.first_own if relation.first_own >= 0 else -1
-            target, ignore = (mask[part] for mask in relation.masks(300))
-            expected = of.rank_metrics_masked(scores[part], target, ignore)
-            assert torch.equal(of.rank_metrics(scores[part], *tensors, own).nan_to_num(-1), expected.nan_to_num(-1))
+            target, ignore = (mask[part] for mask in pairs.masks(300))
+            expected = torch.ops.roadmap_ext.rank_metrics_masked(scores[part], target, ignore)
+            values = ops.rank_metrics(scores[part], pairs.rows(part))
+            assert torch.equal(values.nan_to_num(-1), expected.nan_to_num(-1))
             check_rows(scores[part], target, ignore)
 
 
@@ -521,7 +517,7 @@ def test_lists_of_nonsense_lead_nowhere():
     scores = torch.randn(2, 40)
     span = torch.tensor([[0, 8], [3, 8]])
     column = torch.tensor([2**62, -(2**62), -1, 40, 39, 0, 0, 41])
-    result = torch.ops.roadmap_ext.rank_metrics(scores, span, column, span, column.flip(0), None, None, 10**9)
+    result = ops.rank_metrics(scores, Pairs(Lists(span, column), Lists(span, column.flip(0)), None, 10**9))
     assert result.shape == (2, 4)
 
 
@@ -530,14 +526,17 @@ def test_ops_check_what_memory_depends_on():
     scores, span, column = torch.randn(2, 3), torch.tensor([[0, 1], [1, 2]]), torch.tensor([0, 1])
     none = (None,) * 4
     for bad, error in (
-        ((scores[0], span, column, *none, -1), "scores must be a 2-D CPU tensor of float32 or float64"),
-        ((scores.half(), span, column, *none, -1), "scores must be a 2-D CPU tensor of float32 or float64"),
-        ((scores, span[:1], column, *none, -1), "positive_span must be a CPU tensor"),
-        ((scores, span + 1, column, *none, -1), "positive_span must lie within"),
-        ((scores, span, column.int(), *none, -1), "positive_column must be a 1-D CPU tensor of int64"),
-        ((scores, span, column, span, None, None, None, -1), "come together"),
-        ((scores, span, column, *none, 2**62), "own must be"),
-        ((scores[:, :1].expand(2, 2**31), span, column, *none, -1), "less than 2.31 columns"),
+        ((scores[0], [span, column, *none], -1), "scores must be a 2-D CPU tensor of float32 or float64"),
+        ((scores.half(), [span, column, *none], -1), "scores must be a 2-D CPU tensor of float32 or float64"),
+        ((scores, [span[:1], column, *none], -1), "positive_span must be a CPU tensor"),
+        ((scores, [span + 1, column, *none], -1), "positive_span must lie within"),
+        ((scores, [span, column.int(), *none], -1), "positive_column must be a 1-D CPU tensor of int64"),
+        ((scores, [span, column, span, None, None, None], -1), "come together"),
+        ((scores, [span, column], -1), "pairs are 6 tensors"),
+        ((scores, [span, column, *none, span, column], -1), "pairs are 6 tensors"),
+        ((scores, [None, None, *none], -1), "which are positive"),
+        ((scores, [span, column, *none], 2**62), "own must be"),
+        ((scores[:, :1].expand(2, 2**31), [span, column, *none], -1), "less than 2.31 columns"),
     ):
         with pytest.raises(RuntimeError, match=error):
             of.rank_metrics(*bad)
@@ -549,10 +548,10 @@ def test_ops_check_what_memory_depends_on():
 
 def test_opcheck():
     labels = torch.randint(4, (10,))
-    relation = from_labels(labels, labels, labels, labels + 1, True, False)
+    pairs = from_labels(labels, labels, labels, labels + 1, True, False)
     scores = torch.randn(10, 10)
     cases = [
-        (torch.ops.roadmap_ext.rank_metrics, (scores, *relation.tensors(), 0)),
+        (torch.ops.roadmap_ext.rank_metrics, (scores, pairs.flat(), 0)),
         (torch.ops.roadmap_ext.rank_metrics_masked, (scores.double(), scores > 0, None)),
         (torch.ops.roadmap_ext.rank_metrics_masked, (scores, scores > 0, scores > 1)),
     ]
@@ -663,7 +662,7 @@ def test_an_array_is_read_where_it_is(recwarn):
     x, labels = x.double().numpy(), labels.numpy()
     for each in (x, labels):
         each.flags.writeable = False
-    assert _checks.as_tensor(x).data_ptr() == x.ctypes.data
+    assert as_tensor(x).data_ptr() == x.ctypes.data
     retrieval_metrics(x, labels)
     assert not recwarn.list
 

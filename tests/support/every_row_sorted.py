@@ -6,8 +6,8 @@ rounding alone. float64 it leaves to the pairwise kernels, as ever.
 
 from implementation import Counted
 
-from roadmap_ext import _chunks, functional
-from roadmap_ext._autograd import resolve_method
+from roadmap_ext import embedding_loss, losses
+from roadmap_ext.autograd import resolve_method
 
 _calls = [0]
 
@@ -23,7 +23,7 @@ def _sorted(method, *inputs):
 
 def pytest_configure(config):
     """Put it where the functions look."""
-    for module in (functional, _chunks):
+    for module in (losses, embedding_loss):
         assert module.resolve_method is resolve_method
         module.resolve_method = _sorted
     config.pluginmanager.register(Counted("calls sorted", lambda: _calls[0]))

@@ -1,66 +1,19 @@
-"""Every check of an argument, before any kernel runs: what was given, what is accepted, what to do."""
+"""The checks of tensors and other data, before any kernel runs: what was given, what is accepted, what to do."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from numbers import Integral, Real
-from typing import Any, NamedTuple, cast
+from numbers import Integral
+from typing import Any, cast
 
 import numpy
 import torch
 from torch import Tensor
 
-from ._advice import for_labels, for_mask, for_scores, for_vectors
+from .advice import for_labels, for_mask, for_scores, for_vectors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SURROGATES = ("sup", "smooth")  # the ops take their places
-REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
-METHODS = ("auto", "pairwise", "sorted", "reference")  # the ops take the places of all but the last
-CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
-# A vector of smaller norm has no direction: normalised it is 0, with no gradient.
-SMALLEST_NORM = 1e-12
-
-# Kernels add up settings, 1 / tau and rho * tau in float32, which ends at 3.4e38: a row of 2^32 pairs stays below.
-_SMALLEST_TAU = 1e-20
-_LARGEST = 1e28
-
-
-class Settings(NamedTuple):
-    """The rank surrogate's settings, checked. The order is the ops' own."""
-
-    surrogate: str
-    tau: float
-    rho: float
-    delta: float
-    start: float
-    offset: float | None  # None: continuous at the threshold
-
-    def for_op(self) -> tuple[int, float, float, float, float, float | None]:
-        """The same as the ops take them: words as numbers."""
-        return (SURROGATES.index(self.surrogate), *self[1:])
-
-    def value_above_threshold(self) -> float:
-        """The offset, or the default that makes the surrogate continuous."""
-        return self.start + sigmoid(self.delta / self.tau) if self.offset is None else self.offset
-
-
-class Objective(NamedTuple):
-    """The ROADMAP objective, checked: (1 - calibration_weight) AP loss + calibration_weight calibration loss."""
-
-    settings: Settings
-    calibration_weight: float
-    positive_margin: float
-    negative_margin: float
-    calibration_reduction: str
-    normalize: bool
-    reduction: str
-
-    def for_op(self) -> tuple[bool | int | float | None, ...]:
-        """Which parts are asked for, the surrogate's settings and the margins, as the ops take them."""
-        parts = (self.calibration_weight < 1, self.calibration_weight > 0)
-        return (*parts, *self.settings.for_op(), self.positive_margin, self.negative_margin)
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> str:
@@ -68,115 +21,6 @@ def one_of(name: str, value: object, accepted: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
     return value
-
-
-def check_method(value: object) -> str:
-    """Return one of METHODS; "tiled" is an alias of "pairwise". Raises ValueError for anything else."""
-    return one_of("method", "pairwise" if value == "tiled" else value, METHODS)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        hint = f", which cannot be learnt here: use {name}.item()" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
-    number = float(value)
-    if not -_LARGEST <= number <= _LARGEST:  # nor is NaN; torch.compile can trace a comparison
-        raise ValueError(
-            f"{name} must be finite, and at most {_LARGEST:g} in magnitude so that sums stay finite in float32, got "
-            f"{value}"
-        )
-    return number
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + e^-x) without overflow."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def make_settings(surrogate: str, tau: float, rho: float, delta: float, start: float, offset: float | None) -> Settings:
-    """Check the settings of the rank surrogate. Raises TypeError for what is no number, ValueError for a bad one."""
-    one_of("surrogate", surrogate, SURROGATES)
-    tau, rho, delta, start = (
-        _number(name, value) for name, value in (("tau", tau), ("rho", rho), ("delta", delta), ("start", start))
-    )
-    if tau < _SMALLEST_TAU:
-        raise ValueError(f"tau must be positive, from {_SMALLEST_TAU:g} to {_LARGEST:g}, got {tau}")
-    if rho < 0:
-        raise ValueError(f"rho must not be negative, got {rho}")
-    if delta < 0:
-        raise ValueError(f"delta must not be negative, got {delta}")
-    if rho * tau > _LARGEST:
-        raise ValueError(
-            f"rho * tau must be at most {_LARGEST:g} so that sums stay finite in float32, got {rho} * {tau}"
-        )
-    return Settings(surrogate, tau, rho, delta, start, None if offset is None else _number("offset", offset))
-
-
-def make_objective(
-    settings: Settings,
-    calibration_weight: float,
-    positive_margin: float,
-    negative_margin: float,
-    calibration_reduction: str,
-    normalize: bool,
-    reduction: str,
-) -> Objective:
-    """Check the settings of the embedding losses. Raises TypeError for a wrong type, ValueError for a bad value."""
-    weight = _number("calibration_weight", calibration_weight)
-    if not 0 <= weight <= 1:
-        raise ValueError(
-            "calibration_weight must lie between 0 (the AP loss alone) and 1 (the calibration loss alone), got "
-            f"{weight}"
-        )
-    one_of("calibration_reduction", calibration_reduction, CALIBRATION_REDUCTIONS)
-    one_of("reduction", reduction, REDUCTIONS)
-    check_flag("normalize", normalize)
-    return Objective(
-        settings,
-        weight,
-        _number("positive_margin", positive_margin),
-        _number("negative_margin", negative_margin),
-        calibration_reduction,
-        normalize,
-        reduction,
-    )
-
-
-def make_embedding_objective(
-    *,
-    calibration_weight: float = 0.5,
-    positive_margin: float = 0.9,
-    negative_margin: float = 0.6,
-    calibration_reduction: str = "per_query",
-    normalize: bool = True,
-    include_self: bool = False,
-    ignore_label: int | None = None,
-    chunk_size: int | None = None,
-    gather_across_devices: bool = False,
-    surrogate: str = "sup",
-    tau: float = 0.01,
-    rho: float = 100.0,
-    delta: float = 0.05,
-    start: float = 0.5,
-    offset: float | None = None,
-    reduction: str = "mean",
-    method: str = "auto",
-) -> Objective:
-    """Check every setting of the embedding losses, and return those that say what is computed."""
-    check_method(method)
-    check_flag("include_self", include_self)
-    check_ignore_label(ignore_label)
-    check_chunk_size(chunk_size)
-    check_flag("gather_across_devices", gather_across_devices)
-    return make_objective(
-        make_settings(surrogate, tau, rho, delta, start, offset),
-        calibration_weight,
-        positive_margin,
-        negative_margin,
-        calibration_reduction,
-        normalize,
-        reduction,
-    )
 
 
 def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
@@ -189,10 +33,11 @@ def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
         return array
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a bool."""
+def check_flag(name: str, value: object) -> bool:
+    """Return ``value``, a bool. Raises TypeError for anything else."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def check_count(name: str, value: object, least: int) -> int:
@@ -204,22 +49,26 @@ def check_count(name: str, value: object, least: int) -> int:
     return int(value)
 
 
-def check_ignore_label(value: object) -> None:
-    """Check the label of items that are in no ranking; None: there is none."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise TypeError(f"ignore_label must be None or an integer, the label of items to ignore, got {value!r}")
-    if value is not None and not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"ignore_label must be an int64, as labels are, got {value}")
-
-
-def check_chunk_size(value: object) -> None:
-    """Check the number of queries a chunk; None leaves it to the library."""
+def check_ignore_label(name: str, value: object) -> int | None:
+    """Return the label of items that are in no ranking, or None. Raises TypeError, ValueError for anything else."""
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"chunk_size must be None or an integer, a number of queries, got {type(value).__name__}")
+        raise TypeError(f"{name} must be None or an integer, the label of items to ignore, got {value!r}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} must be an int64, as labels are, got {value}")
+    return int(value)
+
+
+def check_chunk_size(name: str, value: object) -> int | None:
+    """Return the number of queries a chunk; None leaves it to the library. Raises TypeError, ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be None or an integer, a number of queries, got {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {value}: leave it out to have it chosen")
+        raise ValueError(f"{name} must be at least 1, got {value}: leave it out to have it chosen")
+    return int(value)
 
 
 def check_ks(value: object) -> tuple[int, ...]:
@@ -296,13 +145,14 @@ def _check_index(name: str, value: object, device: torch.device) -> None:
         )
 
 
-def check_progress(value: object) -> None:
-    """Raise TypeError unless ``value``, which cannot be called, says whether a bar is wanted."""
+def check_progress(value: object) -> bool:
+    """Whether a bar is wanted. Raises TypeError unless ``value``, which cannot be called, says so."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(
             "progress must be None, True (a bar) or a function that takes a number of queries, got "
             f"{type(value).__name__}"
         )
+    return value is True
 
 
 def check_embeddings(

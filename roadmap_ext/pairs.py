@@ -1,4 +1,6 @@
-"""Which pairs are positive, negative or left out: labels, ids and named pairs become lists of columns for each query.
+"""What is ranked, and which pairs are positive, negative or left out: lists of columns for each query.
+
+Labels, ids and named pairs become such lists.
 
 A list costs its length where a mask costs [B, N]. The lists of all queries lie in one tensor of columns; a span
 [begin, end) says which part of it is a query's, and queries of one class share theirs.
@@ -6,12 +8,14 @@ A list costs its length where a mask costs [B, N]. The lists of all queries lie 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._extension import _REFERENCE_ONLY
+from .extension import _REFERENCE_ONLY
+from .validation import check_embeddings
 
 
 class Lists(NamedTuple):
@@ -32,7 +36,7 @@ class Lists(NamedTuple):
         return mask
 
 
-class Relation(NamedTuple):
+class Pairs(NamedTuple):
     """What each pair of a query and a reference is. A pair that is left out is that, whatever else it is."""
 
     positive: Lists
@@ -43,20 +47,28 @@ class Relation(NamedTuple):
     # [B] bool: the rows that are queries, which a mean counts. None: all. The ops need not know: others have no pairs.
     queries: Tensor | None = None
 
-    def flat(self) -> tuple[Tensor | int | None, ...]:
-        """The same as the ops take it."""
-        return (*self.tensors(), self.first_own)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors of it."""
+    def flat(self) -> list[Tensor | None]:
+        """The same as the ops take it, beside ``first_own``: span and column of each kind."""
         none = (None, None)
-        return (*self.positive, *(self.left_out or none), *(self.negative or none))
+        return [*self.positive, *(self.left_out or none), *(self.negative or none)]
 
     @staticmethod
-    def from_flat(*flat: Any) -> Relation:
+    def of(flat: Sequence[Tensor | None], first_own: int) -> Pairs:
         """The inverse of flat()."""
-        lists = [None if flat[i] is None else Lists(flat[i], flat[i + 1]) for i in (0, 2, 4)]
-        return Relation(cast(Lists, lists[0]), lists[1], lists[2], flat[6])
+        lists = [
+            None if span is None or column is None else Lists(span, column)
+            for span, column in zip(flat[::2], flat[1::2], strict=True)
+        ]
+        positive, left_out, negative = lists
+        return Pairs(cast(Lists, positive), left_out, negative, first_own)
+
+    def rows(self, part: slice) -> Pairs:
+        """The same of some of the queries."""
+        every = self.positive, self.left_out, self.negative
+        lists = [None if each is None else Lists(each.span[part], each.column) for each in every]
+        positive, left_out, negative = lists
+        own = self.first_own + part.start if self.first_own >= 0 else -1
+        return Pairs(cast(Lists, positive), left_out, negative, own)
 
     def masks(self, columns: int) -> tuple[Tensor, Tensor]:
         """target and ignore, [B, columns] bool."""
@@ -70,6 +82,63 @@ class Relation(NamedTuple):
         return target, ignore
 
 
+class References(nn.Module):
+    """What brings its own labels and ids as ``ref_emb``: :class:`roadmap_ext.EmbeddingMemory`."""
+
+    def as_references(
+        self, ids: Tensor | None, ref_labels: Tensor | None = None, ref_ids: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``ref_emb``, ``ref_labels`` and ``ref_ids`` for queries with ``ids``, given what came beside it."""
+        raise NotImplementedError
+
+
+class Items(NamedTuple):
+    """Queries and the references that they rank: what a loss or a metric is of."""
+
+    embeddings: Tensor  # [B, D]
+    labels: Tensor  # [B]
+    ref_emb: Tensor | None  # [N, D]; None: the batch is its own reference
+    ref_labels: Tensor  # [N]
+    ids: Tensor | None  # [B]
+    ref_ids: Tensor | None  # [N]
+
+    @staticmethod
+    def checked(
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | References | None = None,
+        ref_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Items:
+        """The items that a public function was given. Raises TypeError for types, ValueError for the rest."""
+        if isinstance(ref_emb, References):
+            ref_emb, ref_labels, ref_ids = ref_emb.as_references(ids, ref_labels, ref_ids)
+        check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        return Items(embeddings, labels, ref_emb, labels if ref_labels is None else ref_labels, ids, ref_ids)
+
+    def pairs(self, include_self: bool = False, ignore_label: int | None = None) -> Pairs:
+        """Which pairs are positive and which are left out: see :func:`from_labels`."""
+        alone = self.ref_emb is None
+        return from_labels(
+            self.labels, self.ref_labels, self.ids, self.ref_ids, alone, include_self, ignore_label=ignore_label
+        )
+
+    def masks(self, part: slice, order: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
+        """target and ignore of some queries, [b, N] bool, for the references in this order. Waits for no device."""
+        own, others = self.labels[part, None].long(), self.ref_labels.long()[order]
+        target = own == others
+        ignore = torch.zeros_like(target)
+        if self.ids is not None and self.ref_ids is not None:
+            ignore |= self.ids[part, None].long() == self.ref_ids.long()[order]
+        if self.ref_emb is None:
+            ignore |= torch.arange(len(self.labels), device=order.device)[part, None] == order
+        if ignore_label is not None:
+            ignore |= others == ignore_label  # and a query of it has no positive then
+        return target, ignore
+
+
 def from_labels(
     labels: Tensor,
     ref_labels: Tensor,
@@ -79,30 +148,30 @@ def from_labels(
     include_self: bool,
     first_own: int = 0,
     ignore_label: int | None = None,
-) -> Relation:
+) -> Pairs:
     """Pairs of equal labels are positive; a query itself is left out unless ``include_self``.
 
     What is the query itself ids say, and where the batch is ``alone``, its own reference, the index: the queries are
     the references from ``first_own`` on. Items of the ``ignore_label`` are in no pair.
     """
-    relation = Relation(
+    pairs = Pairs(
         positive=_equal(labels, ref_labels),
         left_out=None if ids is None or ref_ids is None or include_self else _equal(ids, ref_ids),
         first_own=first_own if alone and not include_self else -1,
     )
     if ignore_label is None:
-        return relation
+        return pairs
     queries, references = labels.long() != ignore_label, ref_labels.long() != ignore_label
     order = references.byte().argsort(stable=True)  # the others, then those with a label: columns ascend in both parts
     others, columns = (~references).sum(), len(order)
-    positive = Lists(relation.positive.span * queries[:, None], relation.positive.column)
-    if relation.left_out is None:  # the others are, of each query, and of a row that is none all columns
+    positive = Lists(pairs.positive.span * queries[:, None], pairs.positive.column)
+    if pairs.left_out is None:  # the others are, of each query, and of a row that is none all columns
         span = torch.stack([torch.where(queries, 0, columns), torch.where(queries, others, 2 * columns)], dim=1)
         left_out = Lists(span, torch.cat([order, torch.arange(columns, device=order.device)]))
-        return relation._replace(positive=positive, left_out=left_out, queries=queries)
+        return pairs._replace(positive=positive, left_out=left_out, queries=queries)
     # Ids have that place: only those with a label are negatives. It is the longer list.
     negative = Lists(torch.stack([others * queries, columns * queries], dim=1), order)
-    return relation._replace(positive=positive, negative=negative, queries=queries)
+    return pairs._replace(positive=positive, negative=negative, queries=queries)
 
 
 def blank(rows: Tensor, labels: Tensor, ignore_label: int | None) -> Tensor:
@@ -121,11 +190,9 @@ def _equal(values: Tensor, references: Tensor) -> Lists:
     return Lists(span, column)
 
 
-def from_pairs(
-    queries: int, columns: int, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]
-) -> Relation:
+def from_pairs(queries: int, columns: int, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]) -> Pairs:
     """Only the named pairs count, each given as (query, reference) indices [n]; all others are left out."""
-    return Relation(positive=_listed(queries, columns, *positive), negative=_listed(queries, columns, *negative))
+    return Pairs(positive=_listed(queries, columns, *positive), negative=_listed(queries, columns, *negative))
 
 
 def _listed(queries: int, columns: int, query: Tensor, reference: Tensor) -> Lists:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _warnings, reference
-from ._autograd import (
+from . import notices, ops, reference
+from .autograd import (
     FirstDerivativeOnly,
     anchor,
     can_be_read,
@@ -28,52 +28,47 @@ from ._autograd import (
     resolve_method,
     savable,
 )
-from ._checks import METHODS, SMALLEST_NORM, Objective
-from ._relation import Relation
+from .chunks import chunk, memory, rows_of_a_chunk, rows_that_fit
+from .pairs import Pairs
+from .settings import SMALLEST_NORM, Objective, Settings
 
 # Sums a tensor over all parts of a batch.
 Total = Callable[[Tensor], Tensor]
-
-# Bytes of a chunk of scores, by kind of device. A smaller chunk would be nearer to the caches, but the products would
-# lose more than this gains.
-_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 def embedding_loss(
     embeddings: Tensor,
     references: Tensor | None,
-    relation: Relation,
-    objective: Objective,
-    chunk_size: int | None = None,
-    method: str = "auto",
+    pairs: Pairs,
+    settings: Settings,
     total: Total | None = None,
 ) -> Tensor:
-    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any relation of pairs.
+    """The objective of embeddings [B, D] against references [N, D] (None: themselves) under any pairs.
 
     ``total`` sums a tensor over all parts of a batch, where these queries are one of several: the loss is then their
     share of the batch's, and the shares of all parts add up to it.
     """
     tensors = (embeddings,) if references is None else (embeddings, references)
-    method = resolve_method(method, *tensors)
+    columns, objective = len(embeddings if references is None else references), settings.objective
+    method = resolve_method(settings.method, *tensors)
     if method == "reference":
         assert total is None  # the reference takes the whole batch
-        target, ignore = relation.masks(len(tensors[-1]))
+        target, ignore = pairs.masks(columns)
         if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
-            _warnings.without_positive()
-        return reference.embedding_loss(embeddings, references, target, ignore, objective, relation.queries)
-    rows = 0 if chunk_size is None else int(min(chunk_size, max(1, len(embeddings))))
-    counts = torch.ops.roadmap_ext.count_pairs(*relation.flat(), len(embeddings), len(tensors[-1]))
-    if relation.queries is not None:
-        counts = counts.masked_fill(~relation.queries[:, None], -1)
+            notices.without_positive()
+        return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
+    chunk_size = settings.chunk_size and min(settings.chunk_size, max(1, len(embeddings)))  # to fit in an int64
+    settings = settings._replace(chunk_size=chunk_size, method=method)
+    counts = ops.count_pairs(pairs, len(embeddings), columns)
+    if pairs.queries is not None:
+        counts = counts.masked_fill(~pairs.queries[:, None], -1)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         anchors = [anchor(x) if x is not None and x.requires_grad else None for x in (embeddings, references)]
         loss: Tensor = _EmbeddingLoss.apply(
-            embeddings, references, *anchors, counts, objective, rows, METHODS.index(method), total, *relation.flat()
+            embeddings, references, *anchors, counts, settings, total, pairs.first_own, *pairs.flat()
         )
         return loss
-    values, weight, _ = _evaluate(
-        embeddings, references, relation, counts, objective, rows, METHODS.index(method), total, (False, False)
-    )
+    values, weight, _ = _evaluate(embeddings, references, pairs, counts, settings, total, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
 
 
@@ -88,38 +83,37 @@ class _EmbeddingLoss(torch.autograd.Function):
         anchor: Tensor | None,
         ref_anchor: Tensor | None,
         counts: Tensor,
-        objective: Objective,
-        chunk_size: int,
-        method: int,
+        settings: Settings,
         total: Total | None,
-        *relation: Any,
+        first_own: int,
+        *flat_pairs: Tensor | None,
     ) -> Tensor:
-        pairs = Relation.from_flat(*relation)
-        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        values, weight, gradients = _evaluate(
-            embeddings, references, pairs, counts, objective, chunk_size, method, total, wants
-        )
-        ctx.objective, ctx.chunk_size, ctx.method, ctx.first_own = objective, chunk_size, method, pairs.first_own
+        want_embeddings, want_references, *_ = ctx.needs_input_grad
+        pairs, wants = Pairs.of(flat_pairs, first_own), (want_embeddings, want_references)
+        values, weight, gradients = _evaluate(embeddings, references, pairs, counts, settings, total, wants)
+        ctx.settings, ctx.first_own = settings, first_own
         ctx.dtypes = embeddings.dtype, None if references is None else references.dtype
-        ctx.known = objective.reduction != "none"
+        ctx.known = settings.objective.reduction != "none"
         ctx.held = None
         saved: list[Tensor | None] = []
         if not ctx.known:
-            saved += [x if x is None else savable(x) for x in (embeddings, references, weight, *pairs.tensors())]
+            saved += [x if x is None else savable(x) for x in (embeddings, references, weight, *flat_pairs)]
         elif torch.compiler.is_compiling():  # a compiled graph has to see what is saved
             saved += gradients
         else:  # held by ctx alone, the gradients can be handed on without a copy
             ctx.held = gradients
         ctx.save_for_backward(anchor, ref_anchor, *saved)
-        return _reduced(values, weight, objective, embeddings, references)
+        return _reduced(values, weight, settings.objective, embeddings, references)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             check_no_transform(grad_loss)
-        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        want_embeddings, want_references, *others = ctx.needs_input_grad
+        wants = want_embeddings, want_references
+        anchor, ref_anchor, *saved = ctx.saved_tensors
         if ctx.known:
-            gradients = ctx.saved_tensors[2:] if ctx.held is None else ctx.held
+            gradients = saved if ctx.held is None else ctx.held
             if may_overwrite(gradients[0]):
                 ctx.held = None
                 if not is_known_to_be_1(grad_loss):
@@ -128,15 +122,13 @@ class _EmbeddingLoss(torch.autograd.Function):
             else:
                 gradients = [gradient * grad_loss.detach() for gradient in gradients]
         else:
-            embeddings, references, weight, *tensors = ctx.saved_tensors[2:]
-            _, *gradients = _sweep(
+            embeddings, references, weight, *flat_pairs = saved
+            _, *gradients = ops.sweep(
                 embeddings.detach(),
                 None if references is None else references.detach(),
-                Relation.from_flat(*tensors, ctx.first_own),
-                ctx.objective,
+                Pairs.of(flat_pairs, ctx.first_own),
+                ctx.settings,
                 weight * grad_loss.detach().to(weight.dtype).reshape(-1, 1),
-                ctx.chunk_size,
-                ctx.method,
                 wants,
             )
         # Cast last: what GradScaler's factor lifts into the range of a half type has not been lost before.
@@ -145,37 +137,34 @@ class _EmbeddingLoss(torch.autograd.Function):
             for gradient, dtype, want in zip(gradients, ctx.dtypes, wants, strict=True)
         ]
         if torch.is_grad_enabled():
-            depends_on = [tensor for tensor in (*ctx.saved_tensors[:2], grad_loss) if tensor is not None]
+            depends_on = [tensor for tensor in (anchor, ref_anchor, grad_loss) if tensor is not None]
             results = [None if result is None else FirstDerivativeOnly.apply(result, *depends_on) for result in results]
-        return (*results, *(None for _ in ctx.needs_input_grad[2:]))
+        return (*results, *(None for _ in others))
 
 
 def _evaluate(
     embeddings: Tensor,
     references: Tensor | None,
-    relation: Relation,
+    pairs: Pairs,
     counts: Tensor,
-    objective: Objective,
-    chunk_size: int,
-    method: int,
+    settings: Settings,
     total: Total | None,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Values [B, 5] of the rows, their weights [B, 3] in the loss, and the gradients that forward can know."""
+    objective = settings.objective
     if objective.reduction == "none":
         wants = (False, False)
     if objective.calibration_weight == 0 or objective.calibration_reduction == "per_query":
         weight = _weights(counts, None, objective, total)
-        values, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
+        values, *gradients = ops.sweep(embeddings, references, pairs, settings, weight, wants)
         return values, weight, gradients
     unknown = counts.new_zeros((len(counts), 3), dtype=torch.float64)
-    values, *gradients = _sweep(
-        embeddings, references, relation, objective, unknown, chunk_size, method, (False, False)
-    )
+    values, *gradients = ops.sweep(embeddings, references, pairs, settings, unknown, (False, False))
     violating = values[:, 3:].sum(0, keepdim=True)
     weight = _weights(counts, violating if total is None else total(violating), objective, total)
     if any(wants):
-        _, *gradients = _sweep(embeddings, references, relation, objective, weight, chunk_size, method, wants)
+        _, *gradients = ops.sweep(embeddings, references, pairs, settings, weight, wants)
     return values, weight, gradients
 
 
@@ -192,7 +181,7 @@ def _weights(counts: Tensor, violating: Tensor | None, objective: Objective, tot
     if objective.calibration_weight < 1 and can_be_read(numbers):
         queries, ranked_queries = numbers.tolist()
         if queries and not ranked_queries:
-            _warnings.without_positive()
+            notices.without_positive()
     # AP's mean leaves out queries without a positive, calibration's does not.
     rows, ranked = numbers.clamp(min=1).double().unbind()
     mean = objective.reduction == "mean"
@@ -220,51 +209,13 @@ def _compute_dtype(embeddings: Tensor, references: Tensor | None) -> torch.dtype
     return torch.float64 if double else torch.float32
 
 
-def _sweep(
-    embeddings: Tensor,
-    references: Tensor | None,
-    relation: Relation,
-    objective: Objective,
-    weight: Tensor,
-    chunk_size: int,
-    method: int,
-    wants: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    swept: tuple[Tensor, Tensor, Tensor] = torch.ops.roadmap_ext.sweep(
-        embeddings,
-        references,
-        *relation.flat(),
-        weight,
-        *objective.for_op(),
-        objective.normalize,
-        chunk_size,
-        *wants,
-        method,
-    )
-    return swept
-
-
 def sweep(
     embeddings: Tensor,
     references: Tensor | None,
-    positive_span: Tensor,
-    positive_column: Tensor,
-    left_out_span: Tensor | None,
-    left_out_column: Tensor | None,
-    negative_span: Tensor | None,
-    negative_column: Tensor | None,
-    first_own: int,
+    pairs: Sequence[Tensor | None],
+    own: int,
     weight: Tensor,
-    ap: bool,
-    calibration: bool,
-    surrogate: int,
-    tau: float,
-    rho: float,
-    delta: float,
-    start: float,
-    offset: float | None,
-    positive_margin: float,
-    negative_margin: float,
+    objective: Sequence[float],
     normalize: bool,
     chunk_size: int,
     want_embeddings: bool,
@@ -276,79 +227,68 @@ def sweep(
     Args:
         embeddings: [B, D] any float dtype; references [N, D], or None for the embeddings themselves, whose gradient
             then holds both shares.
+        pairs, own: ``flat()`` and ``first_own`` of :class:`Pairs`.
         weight: [B, 3] float64: what the first three values of a row weigh.
+        objective: ``flat()`` of :class:`Objective`.
         chunk_size: queries a chunk, 0 to choose.
         method: its place in METHODS.
 
     Returns:
         values [B, 5] float64: AP loss, sums of the positive and of the negative hinges, numbers of both that are not 0
-        (0 where ``ap`` or ``calibration`` is not asked for); the gradients [B, D] and [N, D] in the compute dtype,
-        empty where not wanted.
+        (0 where that part is not asked for); the gradients [B, D] and [N, D] in the compute dtype, empty where not
+        wanted.
     """
     dtype = _compute_dtype(embeddings, references)
     want = want_embeddings or want_references
+    kind, tau, rho, *_ = objective
     with torch.autocast(embeddings.device.type, enabled=False):
         product_dtype = _product_dtype(embeddings, references, dtype)
         queries = _Side(embeddings, product_dtype, dtype, normalize, want_embeddings)
         others = queries if references is None else _Side(references, product_dtype, dtype, normalize, want_references)
         rows, columns, every = len(embeddings), len(others.vectors), slice(None)
+        every_pair = Pairs.of(pairs, own)
         raised = None
         if product_dtype == torch.float16 and want:
-            raised = _raise(queries, others, weight, max(0.0 if surrogate else rho, 1 / tau))
+            raised = _raise(queries, others, weight, max(0.0 if kind else rho, 1 / tau))
             weight = weight * raised
         values = embeddings.new_zeros((rows, 5), dtype=torch.float64)
-        step = chunk_size or _chunk_rows(rows, columns, dtype.itemsize, embeddings.device.type)
-        buffer = _chunk(others.vectors, min(step, rows), columns, dtype)
+        step = rows_of_a_chunk(rows, rows_that_fit(columns, dtype.itemsize, embeddings.device.type), chunk_size)
         # The products that follow read the gradient in the dtype of the vectors; where that is not the scores', it does
         # not go over these.
         narrow = product_dtype != dtype and want
-        gradients = buffer.new_empty(buffer.shape, dtype=product_dtype) if narrow else buffer
-        for begin in range(0, rows, step):
-            chunk = slice(begin, min(begin + step, rows))
-            vectors = queries.vectors[chunk]
-            scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
-            _multiply(vectors, others.vectors.T, scores, first=True)
-            torch.ops.roadmap_ext.objective_rows_(
-                scores,
-                values[chunk],
-                positive_span[chunk],
-                positive_column,
-                None if left_out_span is None else left_out_span[chunk],
-                left_out_column,
-                None if negative_span is None else negative_span[chunk],
-                negative_column,
-                begin + first_own if first_own >= 0 else -1,
-                weight[chunk],
-                ap,
-                calibration,
-                surrogate,
-                tau,
-                rho,
-                delta,
-                start,
-                offset,
-                positive_margin,
-                negative_margin,
-                None if queries.scale is None else queries.scale[chunk],
-                others.scale,
-                want,
-                gradient if narrow else None,
-                method,
-            )
-            first = begin == 0
-            if references is None and want_embeddings:
-                alone = step >= rows and not narrow
-                if alone:  # both shares of the gradient in one product
-                    torch.ops.roadmap_ext.symmetrise_(gradient)
+        with chunk(others.vectors, min(step, rows), columns, dtype) as buffer:
+            gradients = buffer.new_empty(buffer.shape, dtype=product_dtype) if narrow else buffer
+            for begin in range(0, rows, step):
+                part = slice(begin, min(begin + step, rows))
+                vectors, of_part = queries.vectors[part], every_pair.rows(part)
+                scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
+                _multiply(vectors, others.vectors.T, scores, first=True)
+                torch.ops.roadmap_ext.objective_rows_(
+                    scores,
+                    values[part],
+                    of_part.flat(),
+                    of_part.first_own,
+                    weight[part],
+                    objective,
+                    None if queries.scale is None else queries.scale[part],
+                    others.scale,
+                    want,
+                    gradient if narrow else None,
+                    method,
+                )
+                first = begin == 0
+                if references is None and want_embeddings:
+                    alone = step >= rows and not narrow
+                    if alone:  # both shares of the gradient in one product
+                        torch.ops.roadmap_ext.symmetrise_(gradient)
+                    else:
+                        queries.add(gradient.T, vectors, every, first)
+                    queries.add(gradient, queries.vectors, part, alone)
                 else:
-                    queries.add(gradient.T, vectors, every, first)
-                queries.add(gradient, queries.vectors, chunk, alone)
-            else:
-                if want_embeddings:
-                    queries.add(gradient, others.vectors, chunk, True)
-                if want_references:
-                    others.add(gradient.T, vectors, every, first)
-        _done_with(buffer)
+                    if want_embeddings:
+                        queries.add(gradient, others.vectors, part, True)
+                    if want_references:
+                        others.add(gradient.T, vectors, every, first)
         if not rows:
             others.gradient.zero_()
         first_gradient = queries.finish(raised)
@@ -403,7 +343,7 @@ class _Side:
             norm = torch.linalg.vector_norm(self.vectors, dim=1, dtype=dtype)
             norm.masked_fill_(norm == torch.inf, torch.nan)  # must not pass for a vector without direction
             self.scale = norm.masked_fill_(norm < SMALLEST_NORM, torch.inf).reciprocal_()
-        self.gradient = _memory(self.vectors, self.vectors.shape if wanted else (0, 0), dtype)
+        self.gradient = memory(self.vectors, self.vectors.shape if wanted else (0, 0), dtype)
 
     def add(self, left: Tensor, right: Tensor, rows: slice, first: bool) -> None:
         """Add left @ right to rows of the gradient, or begin them with it."""
@@ -418,51 +358,19 @@ class _Side:
         return self.gradient
 
 
-def _memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the device of another; on the CPU its pages are prefaulted."""
-    memory = like.new_empty(shape, dtype=dtype)
-    if memory.device.type == "cpu":
-        torch.ops.roadmap_ext.prefault_(memory)
-    return memory
-
-
-# Memory of the chunk that was done with last, whoever did it: one for the process, and none for a thread that is idle.
-_idle: list[torch.UntypedStorage] = []
-
-
-def _chunk(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a chunk of scores, [rows, columns]; on the CPU the idle one, if it is large enough.
-
-    The C library gives large memory back to the system each time, and to get it anew costs a tenth of the products.
-    """
-    if like.device.type != "cpu":
-        return _memory(like, (rows, columns), dtype)
-    try:
-        storage = _idle.pop()  # now no other thread's
-    except IndexError:
-        storage = None
-    if storage is None or storage.nbytes() < rows * columns * dtype.itemsize:
-        del storage  # before there is another
-        return _memory(like, (rows, columns), dtype)
-    return like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
-
-
-def _done_with(chunk: Tensor) -> None:
-    """Keep the memory of a chunk for the next one. Nobody may look at it from now on."""
-    storage = chunk.untyped_storage()
-    if chunk.device.type == "cpu" and storage.nbytes() <= _BUDGET["cpu"]:
-        _idle[:] = [storage]
-
-
-def _chunk_rows(queries: int, references: int, itemsize: int, device: str) -> int:
-    """Queries a chunk: as many as the budget holds, in chunks as equal as can be."""
-    largest = max(1, _BUDGET.get(device, _BUDGET["cuda"]) // max(1, references * itemsize))
-    chunks = -(-max(1, queries) // largest)
-    return -(-max(1, queries) // chunks)
-
-
-def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_embeddings, want_references = arguments[20:22]
+def _sweep_shapes(
+    embeddings: Tensor,
+    references: Tensor | None,
+    pairs: Sequence[Tensor | None],
+    own: int,
+    weight: Tensor,
+    objective: Sequence[float],
+    normalize: bool,
+    chunk_size: int,
+    want_embeddings: bool,
+    want_references: bool,
+    method: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(embeddings, references)
     return (
         embeddings.new_empty((len(embeddings), 5), dtype=torch.float64),
@@ -474,6 +382,11 @@ def _sweep_shapes(embeddings: Tensor, references: Tensor | None, *arguments: Any
 # Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
 # as in _ops.py.
 if not hasattr(torch.ops.roadmap_ext, "sweep"):
-    torch.library.define("roadmap_ext::sweep", torch.library.infer_schema(sweep, mutates_args=()))
+    torch.library.define(
+        "roadmap_ext::sweep",
+        "(Tensor embeddings, Tensor? references, Tensor?[] pairs, int own, Tensor weight, float[] objective, bool "
+        "normalize, SymInt chunk_size, bool want_embeddings, bool want_references, int method=0) -> (Tensor, Tensor, "
+        "Tensor)",
+    )
     torch.library.impl("roadmap_ext::sweep", ("cpu", "cuda"), sweep)
     torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes)

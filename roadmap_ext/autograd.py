@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _warnings
-from ._checks import check_method
-from ._extension import _REFERENCE_ONLY, check_kernels
+from . import notices
+from .extension import _REFERENCE_ONLY, check_kernels
 
 _NO_TRANSFORMS = (
     "roadmap_ext: the kernels do not take part in torch.func transforms (grad, vmap, jvp, ...) or in forward-mode "
@@ -53,13 +52,12 @@ class FirstDerivativeOnly(torch.autograd.Function):
 def resolve_method(method: str, *inputs: Tensor) -> str:
     """The method to run, one of METHODS: "auto" becomes "reference" in an installation without kernels.
 
-    Raises ValueError for an unknown method, RuntimeError where the kernels that it needs were not built.
+    Raises RuntimeError where the kernels that it needs were not built.
     """
-    method = check_method(method)
     if method == "reference":
         return method
     if method == "auto" and _REFERENCE_ONLY:
-        _warnings.without_kernels()
+        notices.without_kernels()
         return "reference"
     check_kernels(inputs[0].device, method)
     check_no_transform(*inputs)
