@@ -380,7 +380,7 @@ def _sweep_shapes(
 
 
 # Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
-# as in _ops.py.
+# as in ops.py.
 if not hasattr(torch.ops.roadmap_ext, "sweep"):
     torch.library.define(
         "roadmap_ext::sweep",

@@ -69,8 +69,8 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 1835),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 1123),
+    Cell("quick", "not deep and not gpu and not timm", 1859),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 1127),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(
         cell
