@@ -57,7 +57,7 @@ struct Boxes {
       b.first.push_back(static_cast<uint32_t>(j));
       const float low = std::min(a.value[i], b.value[j]);
       const double most = static_cast<double>(low) + width;
-      float limit = static_cast<float>(std::min(most, double(std::numeric_limits<float>::max())));
+      float limit = static_cast<float>(std::min(most, static_cast<double>(std::numeric_limits<float>::max())));
       if (static_cast<double>(limit) > most) limit = std::nextafter(limit, low);
       i = a.end_of(i, limit);
       j = b.end_of(j, limit);

@@ -47,7 +47,7 @@ struct Positives {
   std::vector<T> exponential;      // [P]  e^((u - centre) / tau)
   std::vector<double> weight;      // [P]  dloss/drank- of each
   std::vector<T> weight_negative;  // [P, kPad more]  the same in units of `unit`
-  std::vector<T> weight_positive;  // [P]  dloss/drank+ of each in units of `unit` (smooth only)
+  std::vector<T> weight_positive;  // [P, kPad more]  dloss/drank+ of each in units of `unit` (smooth only)
   double unit = 1;                 // the largest weight: equal weights, common where scores are tied, then are exact
   std::vector<Group<T>> groups;
 

@@ -294,8 +294,8 @@ class Ranks {
   int64_t last_step_ = 0, last_past_ = 0;                                   // of the last of these
   int64_t box_ = 0, threshold_ = 0;  // of a target, and of its first source past the threshold
   int64_t field_box_ = -1, field_threshold_ = -1, field_chunk_ = -1;  // those that the field is for
-  Field<true> below_, whole_boxes_;
-  alignas(64) double coefficient_[2][kTerms];  // of the field, and of its slope
+  Field<true> below_, whole_boxes_;                                   // of lower boxes and the own; of all whole ones
+  alignas(64) double coefficient_[2][kTerms];                         // of the field, and of its slope
   Translation<true> of_threshold_;
 };
 
@@ -360,7 +360,7 @@ class Slopes {
   // Fills slope_ for `count` neighbours in the box b.
   void together(int64_t b, int64_t j, int count) {
     const float* const x = targets_.value.data() + j;
-    if (!smooth_) {  // sources before first_past_ are past the threshold for all, from last_ on for none
+    if (!smooth_) {
       while (last_ < n_ && is_past(x[0], u_[last_])) ++last_;
       first_past_ = last_;
       while (last_ < n_ && is_past(x[count - 1], u_[last_])) ++last_;
@@ -452,8 +452,11 @@ class Slopes {
   const ThresholdCurve<float, kNearTerms> near_;
   const Translation<false>& own_ = Translation<false>::own();
 
-  int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, box_ = -1, whole_ = -1;
-  Field<false> above_, whole_boxes_;
+  // Sources before first_past_ are past the threshold for all targets that read together, those from last_ on for none;
+  // those from end_ on are in the field, with all boxes from whole_ on. last_ lies in the box threshold_.
+  int64_t first_past_ = 0, last_ = 0, end_ = -1, threshold_ = 0, whole_ = -1;
+  int64_t box_ = -1;                        // of the targets
+  Field<false> above_, whole_boxes_;        // of higher boxes; of all whole ones
   alignas(64) double coefficient_[kTerms];  // of the field
   Translation<false> of_threshold_;         // once `translated_`: from the box before `whole_`
   bool translated_ = false;

@@ -141,6 +141,12 @@ void scan_moments(const Boxes& boxes, double tau, int64_t begin, int64_t end, So
   using D = Vec<double>;
   const auto& first = sources.points->first;
   for (int64_t b = begin; b < end; ++b) {
+    if (first[b] == first[b + 1]) {
+      std::fill_n(&sources.moment[b * kTerms], kTerms, 0.0);
+      std::fill_n(&sources.upto[b * kStride], kStride, 0.0);
+      std::fill_n(&sources.from[b * kStride], kStride, 0.0);
+      continue;
+    }
     D::V moment[kTermVectors];
     for (D::V& m : moment) m = D::set(0);
     for (int64_t j = first[b]; j < first[b + 1];) {

@@ -466,6 +466,15 @@ def test_boxes(columns, positives, shape):
     assert_as_exact(scores, target, tau=tau, surrogate="smooth")
 
 
+@pytest.mark.parametrize("ulps", [0.4, 1.0, 2.0, 2.2, 3.0, 20.0])
+def test_scores_coarser_than_boxes(ulps):
+    """Near 1,000: neighbouring floats further apart than a box is wide, or a little less, or many in a box."""
+    ulp = 2.0**-14
+    scores, target = 1000 + torch.randint(60, (1, 3000)) * ulp, torch.rand(1, 3000) < 0.3
+    assert_as_exact(scores, target, tau=ulps * ulp, delta=5.5 * ulp, rho=0.5 / ulp)
+    assert_as_exact(scores, target, tau=ulps * ulp, surrogate="smooth")
+
+
 @pytest.mark.parametrize(("rho", "offset"), [(0.0, None), (0.0, 0.0), (0.5, 0.3), (100.0, 0.0), (10.0, 0.1)])
 @pytest.mark.parametrize("delta", [0.04, 0.05, 0.0649])
 def test_many_just_past_their_thresholds(delta, rho, offset):
