@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -37,26 +37,28 @@ def memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return made
 
 
-@contextmanager
-def chunk(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Memory for a chunk of scores, [rows, columns], to be used inside alone; on the CPU the idle one, if it is large
-    enough.
+class Chunk:
+    """Memory for a chunk of scores, [rows, columns], inside a with statement; on the CPU the idle one, if it will do.
 
     The C library gives large memory back to the system each time, and to get it anew costs a tenth of the products.
     """
-    if like.device.type != "cpu":
-        yield memory(like, (rows, columns), dtype)
-        return
-    try:
-        storage = _idle.pop()  # now no other thread's
-    except IndexError:
+
+    def __init__(self, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
         storage = None
-    if storage is None or storage.nbytes() < rows * columns * dtype.itemsize:
-        storage = None  # before there is another
-        scores = memory(like, (rows, columns), dtype)
-    else:
-        scores = like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
-    yield scores
-    storage = scores.untyped_storage()
-    if storage.nbytes() <= BUDGET["cpu"]:
-        _idle[:] = [storage]
+        if like.device.type == "cpu" and _idle:
+            with suppress(IndexError):
+                storage = _idle.pop()  # now no other thread's
+        if storage is not None and storage.nbytes() >= rows * columns * dtype.itemsize:
+            self._scores = like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
+        else:
+            del storage  # before there is another
+            self._scores = memory(like, (rows, columns), dtype)
+
+    def __enter__(self) -> Tensor:
+        return self._scores
+
+    def __exit__(self, *_: object) -> None:
+        """Keep the memory for the next chunk. Nobody may look at it from now on."""
+        storage = self._scores.untyped_storage()
+        if self._scores.device.type == "cpu" and storage.nbytes() <= BUDGET["cpu"]:
+            _idle[:] = [storage]

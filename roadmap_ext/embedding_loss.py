@@ -28,7 +28,7 @@ from .autograd import (
     resolve_method,
     savable,
 )
-from .chunks import chunk, memory, rows_of_a_chunk, rows_that_fit
+from .chunks import Chunk, memory, rows_of_a_chunk, rows_that_fit
 from .pairs import Pairs
 from .settings import SMALLEST_NORM, Objective, Settings
 
@@ -57,8 +57,9 @@ def embedding_loss(
         if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
             notices.without_positive()
         return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
-    chunk_size = settings.chunk_size and min(settings.chunk_size, max(1, len(embeddings)))  # to fit in an int64
-    settings = settings._replace(chunk_size=chunk_size, method=method)
+    if settings.chunk_size is not None or settings.method != method:
+        chunk_size = settings.chunk_size and min(settings.chunk_size, max(1, len(embeddings)))  # to fit in an int64
+        settings = settings._replace(chunk_size=chunk_size, method=method)
     counts = ops.count_pairs(pairs, len(embeddings), columns)
     if pairs.queries is not None:
         counts = counts.masked_fill(~pairs.queries[:, None], -1)
@@ -256,11 +257,11 @@ def sweep(
         # The products that follow read the gradient in the dtype of the vectors; where that is not the scores', it does
         # not go over these.
         narrow = product_dtype != dtype and want
-        with chunk(others.vectors, min(step, rows), columns, dtype) as buffer:
+        with Chunk(others.vectors, min(step, rows), columns, dtype) as buffer:
             gradients = buffer.new_empty(buffer.shape, dtype=product_dtype) if narrow else buffer
             for begin in range(0, rows, step):
                 part = slice(begin, min(begin + step, rows))
-                vectors, of_part = queries.vectors[part], every_pair.rows(part)
+                vectors, of_part = queries.vectors[part], every_pair if step >= rows else every_pair.rows(part)
                 scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
                 _multiply(vectors, others.vectors.T, scores, first=True)
                 torch.ops.roadmap_ext.objective_rows_(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, ranking
-from .chunks import chunk, rows_of_a_chunk, rows_that_fit
+from .chunks import Chunk, rows_of_a_chunk, rows_that_fit
 from .decomposability import (
     DecomposabilityGap,
     DecomposabilityGaps,
@@ -209,7 +209,7 @@ def _by_kernel(
     pairs = items.pairs(ignore_label=ignore_label)
     values = queries.new_empty((rows, 4), dtype=torch.float64)
     step = rows_of_a_chunk(rows, rows_that_fit(columns, queries.element_size(), "cpu"), chunk_size)
-    with chunk(references, min(step, rows), columns, references.dtype) as buffer:
+    with Chunk(references, min(step, rows), columns, references.dtype) as buffer:
         for begin in range(0, rows, step):
             part = slice(begin, min(begin + step, rows))
             scores = torch.mm(queries[part], references.T, out=buffer[: part.stop - begin])

@@ -42,7 +42,10 @@ class _Loss(nn.Module):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The settings as keywords of the function behind this module; to change one, set the attribute."""
-        return MappingProxyType(self._fixed | {name: getattr(self, name) for name in self._names})
+        return MappingProxyType(self._keywords())
+
+    def _keywords(self) -> dict[str, Any]:
+        return self._fixed | {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         """The settings, as they were given."""
@@ -71,7 +74,7 @@ class APLoss(_Loss):
 
     def forward(self, scores: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:
         """The loss of scores [B, N]: see :func:`roadmap_ext.ap_loss`."""
-        return ap_loss(scores, target, ignore=ignore, **self.settings)
+        return ap_loss(scores, target, ignore=ignore, **self._keywords())
 
     def extra_repr(self) -> str:
         """The settings that have an effect, as they were given."""
@@ -109,7 +112,7 @@ class _EmbeddingLoss(_Loss):
 
         if indices_tuple is not None:
             agreed("a loss", refuse) if self.settings["gather_across_devices"] and several() else refuse()
-        return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self.settings)
+        return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self._keywords())
 
 
 class RoadmapLoss(_EmbeddingLoss):

@@ -36,6 +36,10 @@ class Lists(NamedTuple):
         return mask
 
 
+def _lists(span: Tensor | None, column: Tensor | None) -> Lists | None:
+    return None if span is None or column is None else Lists(span, column)
+
+
 class Pairs(NamedTuple):
     """What each pair of a query and a reference is. A pair that is left out is that, whatever else it is."""
 
@@ -55,20 +59,19 @@ class Pairs(NamedTuple):
     @staticmethod
     def of(flat: Sequence[Tensor | None], first_own: int) -> Pairs:
         """The inverse of flat()."""
-        lists = [
-            None if span is None or column is None else Lists(span, column)
-            for span, column in zip(flat[::2], flat[1::2], strict=True)
-        ]
-        positive, left_out, negative = lists
-        return Pairs(cast(Lists, positive), left_out, negative, first_own)
+        span, column, left_span, left_column, negative_span, negative_column = flat
+        positive = cast(Lists, _lists(span, column))
+        return Pairs(positive, _lists(left_span, left_column), _lists(negative_span, negative_column), first_own)
 
     def rows(self, part: slice) -> Pairs:
         """The same of some of the queries."""
-        every = self.positive, self.left_out, self.negative
-        lists = [None if each is None else Lists(each.span[part], each.column) for each in every]
-        positive, left_out, negative = lists
-        own = self.first_own + part.start if self.first_own >= 0 else -1
-        return Pairs(cast(Lists, positive), left_out, negative, own)
+        positive, left_out, negative = self.positive, self.left_out, self.negative
+        return Pairs(
+            Lists(positive.span[part], positive.column),
+            left_out and Lists(left_out.span[part], left_out.column),
+            negative and Lists(negative.span[part], negative.column),
+            self.first_own + part.start if self.first_own >= 0 else -1,
+        )
 
     def masks(self, columns: int) -> tuple[Tensor, Tensor]:
         """target and ignore, [B, columns] bool."""

@@ -263,15 +263,17 @@ def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS) ->
 
     Raises TypeError for an unknown name and for what has the wrong type, ValueError for what is out of range.
     """
-    for name in given:
-        if name not in accepted:
-            raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
-    values = {**DEFAULTS, **given}
     # With dynamic=True torch.compile takes defaults for variables, too: it has to meet them before autograd Functions.
     compiling = torch.compiler.is_compiling()
-    for name in DEFAULTS if compiling else given:
-        if compiling or values[name] is not DEFAULTS[name]:
-            values[name] = _CHECKS[name](name, values[name])
+    changed = {}
+    for name, value in ({**accepted, **given} if compiling else given).items():
+        if name not in accepted:
+            raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
+        if compiling or value is not DEFAULTS[name]:
+            changed[name] = _CHECKS[name](name, value)
+    if not changed:
+        return Settings()
+    values = {**DEFAULTS, **changed}
     if values["rho"] * values["tau"] > _LARGEST:
         raise ValueError(
             f"rho * tau must be at most {_LARGEST:g} so that sums stay finite in float32, got {values['rho']} * "

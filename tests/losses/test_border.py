@@ -146,7 +146,7 @@ def test_settings_of_others_are_refused(function, name):
 
 def test_pairs_come_back_as_they_were():
     assert all(a is b for a, b in zip(Pairs.of(PAIRS.flat(), -1).flat(), PAIRS.flat(), strict=True))
-    with pytest.raises(ValueError, match=r"zip|unpack"):
+    with pytest.raises(ValueError, match="unpack"):
         Pairs.of(PAIRS.flat()[:5], -1)
     own = PAIRS._replace(first_own=1)
     for begin in (0, 1):

@@ -61,7 +61,7 @@ def test_a_chunk_is_used_again():
     from roadmap_ext import chunks
 
     def memory(rows, dtype):
-        return chunks.chunk(torch.empty(0), rows, 1000, dtype)
+        return chunks.Chunk(torch.empty(0), rows, 1000, dtype)
 
     chunks._idle.clear()
     with memory(100, torch.float32) as first:
