@@ -148,7 +148,8 @@ def _check_index(name: str, value: object, device: torch.device) -> None:
         raise ValueError(f"{name} must be 1-D, got shape {tuple(index.shape)}")
     if index.device != device:
         raise ValueError(
-            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use {_to(name, index, device)}"
+            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use "
+            f"{_to(name, index, device)}"
         )
 
 
