@@ -28,7 +28,7 @@ def spelled(name: str, value: object) -> str:
 
 def _looking(advise: Callable[Concatenate[str, Any, _P], str]) -> Callable[Concatenate[str, Any, _P], str]:
     @wraps(advise)
-    def end(name: str, value: object, *arguments: _P.args, **keywords: _P.kwargs) -> str:
+    def end(name: str, value: Any, /, *arguments: _P.args, **keywords: _P.kwargs) -> str:
         if torch.compiler.is_compiling():
             return ""
         try:

@@ -410,7 +410,9 @@ class TestWeights:
         classifier = {"fc.weight": torch.ones(4, 6), "fc.bias": torch.ones(4)}
         return Body().state_dict() | classifier
 
-    @pytest.mark.parametrize("kind", ["torch", "legacy", "safetensors", "SAFETENSORS", "state_dict", "ema", "module", "timm"])
+    @pytest.mark.parametrize(
+        "kind", ["torch", "legacy", "safetensors", "SAFETENSORS", "state_dict", "ema", "module", "timm"]
+    )
     def test_kinds_of_files(self, timm, tmp_path, whole, kind):
         named = kind.lower() == "safetensors"
         path = tmp_path / (f"w.{kind}" if named else "w.pth")
@@ -636,7 +638,6 @@ class TestLength:
         assert program(*given, "--steps", 12, "--resume") == 0
         assert [row["mAP@R"] for row in outcome(tmp_path / "run")[1][0]] == ["0.1", "0.5", "0.6", "0.7"]
         assert load_trained(tmp_path / "run").evaluation["step"] == 8
-
 
     def test_the_best_that_was_removed(self, tmp_path, monkeypatch, capsys):
         values = iter([0.9, 0.5, 0.6, 0.7])
