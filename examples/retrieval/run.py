@@ -200,7 +200,10 @@ class Run:
 
         Of the metrics the rows of the steps stay that are to be kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(self.folder, f"cannot be made ({error.strerror})", "name another --out") from error
         self._take()
         written = json.dumps({"settings": self._settings, "about": self._about}, indent=2, default=str)
         checkpoint.replace(self.folder / "settings.json", written.encode())
