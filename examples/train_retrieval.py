@@ -158,6 +158,8 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
                     board.add(run.metrics.rows[-1], "retrieval")
                     progress.write(line(run.metrics.rows[-1]))
                 if step >= options.steps:
+                    if run.best is None:  # it was removed when nothing was left to evaluate
+                        run.save_best(run.metrics.rows[-1], trained.contents(training))
                     break
                 if step and step % options.checkpoint_every == 0:
                     run.save(step=step, **training.state())
@@ -365,8 +367,11 @@ def carry_out(training: Training, test: Images | Photos, run: Run | Onlooker, bo
             print(f"\nStopped. {run.folder} has a checkpoint: the same command with --resume goes on from it.")
             draw_curves(training, run)
             return 128 + (interrupt.signal or 0)
-    best, last = run.best or max(run.metrics.rows, key=lambda row: row["mAP@R"]), run.metrics.rows[-1]
+    last, kept = run.metrics.rows[-1], run.best
+    best = max(kept, *run.metrics.rows, key=lambda row: row["mAP@R"])  # a longer run has no row of its earlier end
     print(f"\nmAP@R {last['mAP@R']:.4f} at the end; the best was {best['mAP@R']:.4f}, after {best['step']:,} steps.")
+    if best is not kept:
+        print(f"best.pt was removed since; it is now of step {kept['step']:,}, of mAP@R {kept['mAP@R']:.4f}.")
     print(f"Wrote {run.folder}: {', '.join(name for name in WRITTEN if (run.folder / name).exists())}")
     print("To embed images with the best network, in Python (docs/training.md):")
     print(f"    import sys; sys.path.append({str(Path(__file__).resolve().parent)!r})")

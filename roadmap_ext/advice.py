@@ -7,9 +7,12 @@ it. The value is looked at once an error is certain; where it cannot be, in a gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
-from typing import Any, ParamSpec
+from numbers import Integral, Real
+from typing import Any, Concatenate, ParamSpec
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -18,13 +21,18 @@ _P = ParamSpec("_P")
 _VECTORS = ("sentence_embedding", "image_embeds", "text_embeds", "pooler_output")
 
 
-def _looking(advise: Callable[_P, str]) -> Callable[_P, str]:
+def spelled(name: str, value: object) -> str:
+    """Code for a tensor that the user gave, or that as_tensor() in validation.py made of an array of theirs."""
+    return f"torch.as_tensor({name})" if getattr(value, "of_array", False) else name
+
+
+def _looking(advise: Callable[Concatenate[str, Any, _P], str]) -> Callable[Concatenate[str, Any, _P], str]:
     @wraps(advise)
-    def end(*arguments: _P.args, **keywords: _P.kwargs) -> str:
+    def end(name: str, value: Any, /, *arguments: _P.args, **keywords: _P.kwargs) -> str:
         if torch.compiler.is_compiling():
             return ""
         try:
-            remedy = advise(*arguments, **keywords)
+            remedy = advise(spelled(name, value), value, *arguments, **keywords)
         except Exception:  # the error that is being raised matters more
             return ""
         return remedy and f": {remedy}"
@@ -118,11 +126,11 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
             f"{name}[{key!r}]" for key, each in value.items() if isinstance(each, Tensor) and each.shape == (rows,)
         ]
         return f"pass its class numbers, {' or '.join(codes)}" if codes else ""
-    if not isinstance(value, Tensor) and len(value) and all(isinstance(each, str) for each in value):
-        return (
-            f"number the names, once for the whole data set: classes = sorted(set({name})), then "
-            f"torch.tensor([classes.index(each) for each in {name}])"
-        )
+    if numpy.ma.is_masked(value):
+        code = f"torch.as_tensor({name}.astype(int).filled(-1))"
+        return f"use {code}, and ignore_label=-1 for the items that are masked"
+    if not isinstance(value, Tensor) and _made(name, value) is None:
+        return _numbered(name, value)
     if remedy := _plain(name, value, lambda code, made: _labels(code, made, rows), "torch.cat({}.unbind())"):
         return remedy
     rows = len(value) if rows is None else rows
@@ -137,6 +145,9 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
         return ""
     if value.dtype == torch.bool:
         code += ".long()"
+    elif value.is_complex():
+        pairs = f"torch.view_as_real({code})"
+        return f"use {pairs}.unique(dim=0, return_inverse=True)[1] to number the distinct ones"
     elif value.is_floating_point():
         numbers = value[~value.isnan()]
         if (numbers.isinf() | (numbers != numbers.round())).any():
@@ -145,6 +156,19 @@ def _labels(name: str, value: Any, rows: int | None) -> str:
             return f"use {code}.nan_to_num(nan=-1).long(), and ignore_label=-1 for the items that have none"
         code += ".long()"
     return "" if code == name else f"use {code}"
+
+
+def _numbered(name: str, value: Any) -> str:
+    """For labels that are no numbers, but names, dates and such; None where there is none."""
+    known, number, ignored = f"set({name})", "classes.index(each)", ""
+    if None in (distinct := set(value)):
+        known, number = f"{known} - {{None}}", f"-1 if each is None else {number}"
+        ignored = ", and ignore_label=-1 for the items that have none"
+    sorted(distinct - {None})  # raises where they have no order
+    return (
+        f"number the classes, once for the whole data set: classes = sorted({known}), then "
+        f"torch.tensor([{number} for each in {name}]){ignored}"
+    )
 
 
 def _rows_of_labels(name: str, value: Tensor) -> str:
@@ -194,10 +218,10 @@ def _mask(name: str, value: Any, scores: Tensor) -> str:
 def _plain(name: str, value: Any, further: Callable[[str, Tensor], str], nested: str) -> str:
     """For a value that is not a plain dense tensor: the code that makes it one, and what ``further`` says of that."""
     if not isinstance(value, Tensor):
-        try:
-            code, made = f"torch.as_tensor({name})", torch.as_tensor(value)
-        except (TypeError, ValueError):  # of NumPy's: another order of bytes, a step backwards, a type of its own
-            code, made = f"torch.tensor({name}.tolist())", torch.tensor(value.tolist())
+        found = _made(name, value)
+        if found is None:
+            return ""
+        code, made = found
     elif hasattr(value, "full_tensor"):  # only all ranks together could look at it
         return f"use {name}.full_tensor(), or {name}.to_local() and gather_across_devices=True"
     elif value.is_nested:
@@ -209,3 +233,20 @@ def _plain(name: str, value: Any, further: Callable[[str, Tensor], str], nested:
     else:
         return ""
     return further(code, made) or f"use {code}"
+
+
+def _made(name: str, value: Any) -> tuple[str, Tensor] | None:
+    """Code for a tensor with the numbers of a list or an array as they are, and that tensor; None if there is none."""
+    if numpy.ma.is_masked(value):
+        return None
+    ways: dict[str, Callable[[], Any]] = {"{0}": lambda: value}
+    if isinstance(value, numpy.ndarray):
+        ways["{0}.copy()"] = value.copy  # forwards in memory
+        ways["{0}.astype({0}.dtype.newbyteorder('='))"] = lambda: value.astype(value.dtype.newbyteorder("="))
+        if value.dtype.kind in "fO" and all(isinstance(each, Real) for each in value.flat):
+            kind = int if all(isinstance(each, Integral) for each in value.flat) else float
+            ways[f"{{0}}.astype({kind.__name__})"] = lambda: value.astype(kind)
+    for code, way in ways.items():
+        with suppress(TypeError, ValueError, RuntimeError):
+            return f"torch.as_tensor({code.format(name)})", torch.as_tensor(way())
+    return None

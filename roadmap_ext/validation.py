@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .advice import for_labels, for_mask, for_scores, for_vectors
+from .advice import for_labels, for_mask, for_scores, for_vectors, spelled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,13 +24,20 @@ def one_of(name: str, value: object, accepted: tuple[str, ...]) -> str:
 
 
 def as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
-    """A tensor on the same memory. An array that torch does not take is returned as it is: a check will refuse it."""
+    """A tensor on the same memory. An array that torch does not take is returned as it is: a check will refuse it.
+
+    So is one with masked items, which torch would take with whatever lies under the mask.
+    """
+    if numpy.ma.is_masked(array):
+        return array
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nobody does
-            return torch.as_tensor(array)
+            made: Any = torch.as_tensor(array)
     except (TypeError, ValueError):
         return array
+    made.of_array = True  # for advice.py: what the user has is no tensor
+    return made
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -141,7 +148,8 @@ def _check_index(name: str, value: object, device: torch.device) -> None:
         raise ValueError(f"{name} must be 1-D, got shape {tuple(index.shape)}")
     if index.device != device:
         raise ValueError(
-            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use {_to(name, device)}"
+            f"{name} must be on the device of what is ranked, {device}, got {index.device}: use "
+            f"{_to(name, index, device)}"
         )
 
 
@@ -200,7 +208,7 @@ def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     if ref_emb.device != embeddings.device:
         raise ValueError(
             f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: use "
-            f"{_to('ref_emb', embeddings.device)}"
+            f"{_to('ref_emb', ref_emb, embeddings.device)}"
         )
 
 
@@ -252,8 +260,8 @@ def check_plain(name: str, wanted: str, value: object, advice: Callable[[], str]
         raise TypeError(f"{name} must be a plain dense tensor, got {kind}{advice()}")
 
 
-def _to(name: str, device: torch.device) -> str:
-    return f"{name}.to({str(device)!r})"
+def _to(name: str, value: Tensor, device: torch.device) -> str:
+    return f"{spelled(name, value)}.to({str(device)!r})"
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
@@ -281,7 +289,7 @@ def _check_integers(name: str, value: Tensor, owner: str, matrix: Tensor) -> Non
     if value.device != matrix.device:
         raise ValueError(
             f"{name} must be on the device of {owner}, {matrix.device}, got {value.device}: use "
-            f"{_to(name, matrix.device)}"
+            f"{_to(name, value, matrix.device)}"
         )
 
 
@@ -312,5 +320,6 @@ def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
         )
     if mask.device != scores.device:
         raise ValueError(
-            f"{name} must be on the device of scores, {scores.device}, got {mask.device}: use {name}.to(scores.device)"
+            f"{name} must be on the device of scores, {scores.device}, got {mask.device}: use "
+            f"{spelled(name, mask)}.to({spelled('scores', scores)}.device)"
         )

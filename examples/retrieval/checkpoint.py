@@ -113,7 +113,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         FileError: it cannot be read, or holds no tensors by name.
     """
     remedy = "name a file of tensors by name, that torch.save or safetensors wrote"
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             from safetensors.torch import load_file
 
@@ -128,7 +128,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = next((found[name] for name in _ELSEWHERE if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise FileError(path, "does not hold tensors by name", remedy)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in found.items()}
+    named: dict[str, Tensor] = {}
+    for given, value in found.items():
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", str(given))
+        if name in named:
+            raise FileError(path, f"holds {name!r} twice, with and without a wrapper's name before it", remedy)
+        named[name] = value
+    return named
 
 
 def _unpickle(path: Path, source: Path | io.BytesIO, remedy: str) -> Any:

@@ -140,6 +140,12 @@ class Run:
 
     def _look(self, resume: bool) -> None:
         """What is in the folder already."""
+        for path in (self.folder / (name + end) for name in WRITTEN for end in ("", ".partial")):
+            if os.path.lexists(path) and not path.is_file():
+                dangling = path.is_symlink() and not path.exists()
+                what = "links to nothing" if dangling else "is a folder" if path.is_dir() else "is not a plain file"
+                remedy = "put the file in its place, or remove it, or name another --out"
+                raise FileError(path, f"{what}, where the run writes a file", remedy)
         if resume and self.folder.is_dir():
             self._take()
         begun = [name for name in WRITTEN if (self.folder / name).exists()]
@@ -148,14 +154,17 @@ class Run:
                 f"{self.folder} holds a run already ({', '.join(begun)}): go on with it by --resume, or name another "
                 "--out"
             )
-        if begun and not (self.folder / "settings.json").exists():
-            raise InputError(f"{self.folder} holds {', '.join(begun)}, and not of a run: name another --out")
+        if begun and not {"checkpoint.pt", "settings.json"} & {*begun}:
+            raise InputError(
+                f"{self.folder} holds {', '.join(begun)}, and not of a run, which has checkpoint.pt or settings.json: "
+                "name another --out"
+            )
         if self._checkpoint.exists():
             self.state = checkpoint.read(self._checkpoint, _HOLDS, _BEGIN_AGAIN)
             if self.state["step"] < 0 or not _plain([self.state["settings"], self.state["about"]]):
                 raise self.damaged("holds a step or settings that no run has")
             if self._best.exists():
-                remedy = "restore it, or remove it and the next evaluation writes another"
+                remedy = "restore it, or remove it: another is written of the evaluations to come, or of the last step"
                 self.best = checkpoint.read(self._best, {"evaluation": dict}, remedy)["evaluation"]
                 checkpoint.check_fields(self._best, self.best, {"step": int, "mAP@R": float}, remedy)
 
@@ -191,7 +200,10 @@ class Run:
 
         Of the metrics the rows of the steps stay that are to be kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(self.folder, f"cannot be made ({error.strerror})", "name another --out") from error
         self._take()
         written = json.dumps({"settings": self._settings, "about": self._about}, indent=2, default=str)
         checkpoint.replace(self.folder / "settings.json", written.encode())

@@ -38,6 +38,7 @@ _MADE_OF = {
 }  # fmt: skip
 _HOLDS = {"network": dict, "made_of": dict, "classes": list, "evaluation": dict}
 _REMEDY = "restore it, or train again"
+_DEEP = "more than 8 bits, where the network was trained on 8: nothing says which value is white; save it with 8"
 
 
 def contents(training: Training) -> dict[str, Any]:
@@ -70,8 +71,11 @@ class Trained:
         """[n, D] float32 of n image files, of norm 1 unless the network was trained to rank by plain products.
 
         Raises:
-            InputError: one of them is not there, or damaged.
+            TypeError: ``files`` is one file.
+            InputError: one of them is not there, or damaged, or has more than 8 bits where those trained on had 8.
         """
+        if isinstance(files, str | bytes | os.PathLike):
+            raise TypeError(f"files must be a list of image files, got {files!r}: use embed([{files!r}])")
         device, out = self.network.mean.device, [torch.empty(0, self.made_of["dim"])]
         for begin in range(0, len(files), _AT_A_TIME):
             pixels = torch.stack(list(in_threads(self.pixels, files[begin : begin + _AT_A_TIME])))
@@ -86,8 +90,12 @@ class Trained:
         try:
             if resized is None:
                 square = decode.square(io.BytesIO(Path(file).read_bytes()), channels, size)
+                if square.dtype == np.float32 and self.made_of["values"] is None:
+                    raise ValueError(_DEEP)
                 return torch.from_numpy(decode.pixels(square, channels, self.made_of["values"]))
-            with Image.open(file) as opened:
+            with Image.open(file, formats=decode.FORMATS) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(_DEEP)
                 picture = Transform(size, None, (1, 1), (1, 1), tuple(resized)).test(opened.convert("RGB"))
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             raise InputError(f"{os.fspath(file)} cannot be read as an image ({reason(error)}): replace it") from error
@@ -99,7 +107,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Tra
 
     Raises:
         FileError: it is not there or damaged, or not the best.pt of a run.
-        InputError: the network is one of timm's, and timm is not installed.
+        InputError: the network is one of timm's, and timm is not installed; or there is no such device.
     """
     path = Path(run)
     path = path / "best.pt" if path.is_dir() else path
@@ -112,4 +120,8 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Tra
     if wrong:
         raise FileError(path, f"does not hold what it says: {wrong}", _REMEDY)
     network.load_state_dict(found["network"])
-    return Trained(network.to(device).eval().requires_grad_(False), made_of, found["classes"], found["evaluation"])
+    try:
+        network.to(device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used ({reason(error)}): name another") from error
+    return Trained(network.eval().requires_grad_(False), made_of, found["classes"], found["evaluation"])

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections import OrderedDict, UserDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.host
 ROWS, DIM, COLUMNS = 6, 4, 8
 NAN = float("nan")
 X = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(0))
+DOUBLE = X.double() / 3
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 IDS = torch.arange(ROWS)
 S = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
@@ -80,6 +82,7 @@ CALLS = {
     "reference": (reference.roadmap_loss, batch),
     "metrics": (metrics.retrieval_metrics, batch),
     "scores": (ap_loss, scored),
+    "precision": (metrics.average_precision, scored),
     "gap": (metrics.decomposability_gap, lambda: batch() | {"batches": IDS % 2}),
     "enqueue": (enqueue, lambda: batch() | {"ids": IDS}),
 }
@@ -100,8 +103,8 @@ def ragged(x, lengths, layout=torch.strided):
 VECTORS = [
     (X.numpy(), "torch.as_tensor(embeddings)"),
     (X.tolist(), "torch.as_tensor(embeddings)"),
-    (X.numpy()[::-1], "torch.tensor(embeddings.tolist())"),
-    (X.numpy().astype(">f4"), "torch.tensor(embeddings.tolist())"),
+    (X.numpy()[::-1], "torch.as_tensor(embeddings.copy())"),
+    (X.numpy().astype(">f4"), "torch.as_tensor(embeddings.astype(embeddings.dtype.newbyteorder('=')))"),
     ((10 * X).int().tolist(), "torch.as_tensor(embeddings).float()"),
     (list(X), "torch.stack(embeddings)"),
     ((X, ONE_HOT), "embeddings[0]"),
@@ -125,14 +128,25 @@ VECTORS = [
     (X[:, :, None, None].repeat(1, 1, 2, 3), "embeddings.flatten(2).mean(2)"),
     (X[:, :, None, None].repeat(1, 1, 2, 3), "embeddings.flatten(1)"),
 ]  # fmt: skip
+NUMBERED = "torch.tensor([classes.index(each) for each in labels])"
+NUMBERED_BUT_NONE = "torch.tensor([-1 if each is None else classes.index(each) for each in labels])"
 CLASSES = [
     (LABELS.tolist(), "torch.as_tensor(labels)"),
     (tuple(LABELS.tolist()), "torch.as_tensor(labels)"),
     (LABELS.numpy(), "torch.as_tensor(labels)"),
-    (LABELS.numpy()[::-1], "torch.tensor(labels.tolist())"),
+    (LABELS.numpy()[::-1], "torch.as_tensor(labels.copy())"),
     (LABELS.double().numpy(), "torch.as_tensor(labels).long()"),
-    ([f"class {x}" for x in LABELS.tolist()], "torch.tensor([classes.index(each) for each in labels])"),
-    (numpy.array([f"class {x}" for x in LABELS]), "torch.tensor([classes.index(each) for each in labels])"),
+    (LABELS.numpy().astype(numpy.longdouble), "torch.as_tensor(labels.astype(float)).long()"),
+    (LABELS.numpy().astype(object), "torch.as_tensor(labels.astype(int))"),
+    ([f"class {x}" for x in LABELS.tolist()], NUMBERED),
+    (numpy.array([f"class {x}" for x in LABELS]), NUMBERED),
+    (numpy.array([b"a", b"a", b"b", b"b", b"c", b"c"]), NUMBERED),
+    ([b"a", b"a", b"b", b"b", b"c", b"c"], NUMBERED),
+    (LABELS.numpy().astype("datetime64[D]"), NUMBERED),
+    ([0, 0, 1, 1, None, 2], NUMBERED_BUT_NONE),
+    (numpy.array(["a", "a", None, "b", "b", None], dtype=object), NUMBERED_BUT_NONE),
+    (numpy.ma.masked_array(LABELS.numpy(), LABELS == 1), "torch.as_tensor(labels.astype(int).filled(-1))"),
+    (LABELS.to(torch.complex64), "torch.view_as_real(labels).unique(dim=0, return_inverse=True)[1]"),
     ({"pixels": X, "labels": LABELS}, "labels['labels']"),
     (ONE_HOT, "labels.argmax(1)"),
     (ONE_HOT.float(), "labels.argmax(1)"),
@@ -199,8 +213,12 @@ CASES = [
     ("gallery", "ref_ids", IDS.double(), "ref_ids.long()"),
     ("reference", "labels", ONE_HOT.bool(), "labels.int().argmax(1)"),
     ("metrics", "embeddings", X.tolist(), "torch.as_tensor(embeddings)"),
-    ("metrics", "embeddings", X.numpy().astype(">f8"), "torch.tensor(embeddings.tolist())"),
-    ("metrics", "labels", ONE_HOT.numpy(), "labels.argmax(1)"),
+    ("metrics", "embeddings", (10 * X).int().numpy(), "torch.as_tensor(embeddings).float()"),
+    ("metrics", "labels", ONE_HOT.numpy(), "torch.as_tensor(labels).argmax(1)"),
+    ("metrics", "labels", LABELS.double().numpy(), "torch.as_tensor(labels).long()"),
+    ("metrics", "labels", (LABELS > 0).numpy(), "torch.as_tensor(labels).long()"),
+    ("metrics", "labels", numpy.array([0, 0, 1, 1, NAN, 2]), "torch.as_tensor(labels).nan_to_num(nan=-1).long()"),
+    ("precision", "target", T.float().numpy(), "torch.as_tensor(target).bool()"),
     ("gap", "batches", (IDS % 2).float(), "batches.long()"),
     ("enqueue", "embeddings", {"pooler_output": X}, "embeddings['pooler_output']"),
     ("enqueue", "labels", ONE_HOT, "labels.argmax(1)"),
@@ -268,6 +286,11 @@ OTHERS = [
         lambda: metrics.decomposability_gap(X, LABELS, TWO, X[:4], LABELS[:4]),
     ),
     (lambda: on_meta(labels=LABELS), "use labels.to('meta')", lambda: on_meta(labels=LABELS.to("meta"))),
+    (
+        lambda: metrics.retrieval_metrics(X.to("meta"), LABELS.numpy()),
+        "use torch.as_tensor(labels).to('meta')",
+        lambda: on_meta(labels=torch.as_tensor(LABELS.numpy()).to("meta")),
+    ),
     (lambda: on_meta(ref_emb=X), "use ref_emb.to('meta')", lambda: on_meta(ref_emb=X.to("meta"))),
     (
         lambda: validation.check_batches(IDS, ROWS, torch.device("meta")),
@@ -412,8 +435,10 @@ ELSEWHERE = {
 
 def names(value, argument):
     """What the code of a message may use."""
-    named = isinstance(value, list | numpy.ndarray) and isinstance(value[0], str)
-    return {"torch": torch, "math": math, "scores": S, "classes": named and sorted(set(value)), argument: value}
+    classes = None
+    with suppress(TypeError, RuntimeError):  # what is no list of labels
+        classes = sorted(set(value) - {None})
+    return {"torch": torch, "math": math, "scores": S, "classes": classes, argument: value}
 
 
 def error_of(call):
@@ -440,7 +465,7 @@ def test_the_code_in_a_message_is_taken(call, argument, value, code):
     else:
         function, right = CALLS[call]
         result = function(**right() | {argument: eval(code, names(value, argument))})
-    assert not isinstance(result, torch.Tensor) or result.isfinite()
+    assert not isinstance(result, torch.Tensor) or result.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -456,7 +481,8 @@ def test_the_code_in_a_message_is_taken(call, argument, value, code):
         ("loss", "labels", LABELS[:4], r"got shape \(4,\)"),
         ("loss", "labels", torch.randn(ROWS, 3), r"got shape \(6, 3\)"),
         ("loss", "labels", ONE_HOT[None], r"got shape \(1, 6, 3\)"),
-        ("loss", "labels", LABELS.to(torch.complex64), "got torch.complex64"),
+        ("loss", "labels", [0, 0, "a", "a", 1, 1], "got list"),
+        ("metrics", "embeddings", numpy.ma.masked_array(X.numpy(), X > 0), "got MaskedArray"),
         ("loss", "labels", ONE_HOT.to("meta"), r"got shape \(6, 3\)"),  # there is nothing to look at
         ("scores", "scores", {"a": 1}, "got dict"),
         ("scores", "scores", S.to(torch.complex64), "got torch.complex64"),
@@ -466,6 +492,25 @@ def test_the_code_in_a_message_is_taken(call, argument, value, code):
 )
 def test_where_nothing_is_known_to_help_nothing_is_said(call, argument, value, end):
     assert re.search(f"{end}$", error_of_case(call, argument, value))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        DOUBLE.flip(0).numpy()[::-1],
+        DOUBLE.numpy().astype(">f8"),
+        DOUBLE.flip(0).numpy().astype(">f8")[::-1],
+        DOUBLE.numpy().astype(object),
+        DOUBLE.numpy().astype(numpy.longdouble),
+    ],
+    ids=["reversed", "bytes", "both", "objects", "long"],
+)
+def test_an_array_keeps_its_values(array):
+    """float64 is not rounded on the way."""
+    code = error_of_case("metrics", "embeddings", array).split(": use ")[1]
+    made = eval(code, names(array, "embeddings"))
+    assert made.dtype == torch.float64
+    assert torch.equal(made, DOUBLE)
 
 
 @pytest.mark.parametrize(("wrong", "words", "right"), OTHERS, ids=[words for _, words, _ in OTHERS])

@@ -108,10 +108,32 @@ class TestDamage:
             checkpoint.write(run / "checkpoint.pt", state)
         assert "is of format 12, and this version of the program reads format 4: go on with" in resumed(capsys, run)
 
-    def test_a_file_that_cannot_be_read(self, run, capsys):
-        (run / "checkpoint.pt").unlink()
-        (run / "checkpoint.pt").mkdir()
-        assert f"{run / 'checkpoint.pt'} cannot be read (Is a directory): restore it" in resumed(capsys, run)
+    @pytest.mark.parametrize(
+        ("name", "make", "what"),
+        [
+            ("checkpoint.pt", os.mkdir, "is a folder"),
+            ("checkpoint.pt.partial", os.mkdir, "is a folder"),
+            ("settings.json", os.mkdir, "is a folder"),
+            ("curves.png", os.mkdir, "is a folder"),
+            ("steps.csv", os.mkfifo, "is not a plain file"),
+            ("checkpoint.pt", lambda path: os.symlink("elsewhere.pt", path), "links to nothing"),
+        ],
+    )
+    def test_where_its_files_cannot_be(self, run, capsys, name, make, what):
+        (run / name).unlink(missing_ok=True)
+        make(run / name)
+        tables = outcome_of_tables(run, name)
+        assert f"{run / name} {what}, where the run writes a file: put the file" in resumed(capsys, run)
+        assert outcome_of_tables(run, name) == tables
+        with pytest.raises(FileError, match=what):
+            Run(run, resume=False)
+
+    def test_without_settings(self, run):
+        """Nothing reads them, and the checkpoint has them."""
+        written = (run / "settings.json").read_text()
+        (run / "settings.json").unlink()
+        assert program(*RUN, "--out", run, "--resume") == 0
+        assert (run / "settings.json").read_text() == written
 
     def test_torch_reads_it(self, run):
         state = torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)
@@ -127,10 +149,17 @@ class TestDamage:
         with pytest.raises(FileError, match=r"best\.pt is damaged or cut: .*: restore it, or train again"):
             load_trained(run)
         assert f"{best} is damaged or cut" in (message := resumed(capsys, run))
-        assert "remove it and the next evaluation writes another" in message
+        assert "or remove it: another is written of the evaluations to come, or of the last step" in message
+        best.unlink()
+        assert program(*RUN, "--out", run, "--resume") == 0
+        assert load_trained(run).evaluation["step"] == 8
         best.unlink()
         assert program(*RUN, "--out", run, "--resume", "--steps", 12) == 0
         assert load_trained(run).evaluation["step"] == 12
+
+
+def outcome_of_tables(folder, but):
+    return {path.name: path.read_text() for path in folder.glob("*.csv") if path.name != but}
 
 
 def edit(state, path, value):
@@ -381,10 +410,13 @@ class TestWeights:
         classifier = {"fc.weight": torch.ones(4, 6), "fc.bias": torch.ones(4)}
         return Body().state_dict() | classifier
 
-    @pytest.mark.parametrize("kind", ["torch", "legacy", "safetensors", "state_dict", "ema", "module", "timm"])
+    @pytest.mark.parametrize(
+        "kind", ["torch", "legacy", "safetensors", "SAFETENSORS", "state_dict", "ema", "module", "timm"]
+    )
     def test_kinds_of_files(self, timm, tmp_path, whole, kind):
-        path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-        if kind == "safetensors":
+        named = kind.lower() == "safetensors"
+        path = tmp_path / (f"w.{kind}" if named else "w.pth")
+        if named:
             pytest.importorskip("safetensors.torch").save_file(dict(whole), path)
         elif kind == "legacy":
             torch.save(whole, path, _use_new_zipfile_serialization=False)
@@ -413,10 +445,11 @@ class TestWeights:
             (lambda w: w.pop("conv.bias"), 'is not of --backbone resnet50 (Missing key(s) in state_dict: "conv.bias"'),
             (lambda w: w.update({"layer9.weight": torch.ones(1)}), 'Unexpected key(s) in state_dict: "layer9.weight"'),
             (lambda w: w.update({"conv.bias": torch.ones(7)}), "size mismatch for conv.bias"),
+            (lambda w: w.update({"module.conv.bias": torch.ones(6)}), "holds 'conv.bias' twice, with and without"),
             (lambda w: w.update({"conv.bias": 3}), "does not hold tensors by name"),
             (lambda w: w.clear(), "does not hold tensors by name"),
         ],
-        ids=["missing", "unknown", "shape", "type", "empty"],
+        ids=["missing", "unknown", "shape", "twice", "type", "empty"],
     )
     def test_weights_of_something_else(self, timm, tmp_path, capsys, whole, change, message):
         whole = dict(whole)
@@ -426,6 +459,15 @@ class TestWeights:
         said = refused(capsys, *given)
         assert f"error: {tmp_path / 'w.pth'} " in said
         assert message in said
+
+
+def refuses_foreign_images(model, folder):
+    """Those of more than 8 bits, and those that Pillow hands to another program."""
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(folder / "deep.png")
+    Image.new("L", (9, 9)).save(folder / "eps.png", "EPS")
+    for name, why in (("deep", "nothing says which value is white; save it with 8"), ("eps", "cannot identify")):
+        with pytest.raises(InputError, match=rf"{name}\.png cannot be read as an image \(.*{why}"):
+            model.embed([folder / f"{name}.png"])
 
 
 # --- best.pt ---------------------------------------------------------------------------------------------------------
@@ -477,6 +519,7 @@ class TestTheTrainedNetwork:
         model = load_trained(tmp_path / "run")
         pixels = torch.stack([model.pixels(root / name) for name in test.names])
         assert torch.equal(pixels, test.pixels(torch.arange(len(test))))
+        refuses_foreign_images(model, tmp_path)
 
     def test_a_network_of_timm(self, timm, tmp_path):
         given = [*TINY, "--steps", 1, "--backbone", "resnet50", "--head", "norm-linear", "--freeze-batch-norm"]
@@ -502,8 +545,19 @@ class TestTheTrainedNetwork:
         for name in ("text.png", "nowhere.png"):
             with pytest.raises(InputError, match=rf"{name} cannot be read as an image \(.*\): replace it"):
                 model.embed([tmp_path / name])
+        refuses_foreign_images(model, tmp_path)
+        for one in (str(tmp_path / "a.png"), tmp_path / "a.png"):
+            with pytest.raises(TypeError, match=r"files must be a list of image files, got .*a\.png.*: use embed\(\["):
+                model.embed(one)
         with pytest.raises(FileError, match=r"none/best\.pt cannot be read|none cannot be read"):
             load_trained(tmp_path / "none")
+
+    @pytest.mark.parametrize(
+        "device", ["gpu", pytest.param("cuda:99", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="slow"))]
+    )
+    def test_devices_that_are_not_there(self, finished, device):
+        with pytest.raises(InputError, match=rf"device '{device}' cannot be used \(.*\): name another"):
+            load_trained(finished, device)
 
     @pytest.mark.parametrize(
         ("path", "value", "message"),
@@ -584,6 +638,20 @@ class TestLength:
         assert program(*given, "--steps", 12, "--resume") == 0
         assert [row["mAP@R"] for row in outcome(tmp_path / "run")[1][0]] == ["0.1", "0.5", "0.6", "0.7"]
         assert load_trained(tmp_path / "run").evaluation["step"] == 8
+
+    def test_the_best_that_was_removed(self, tmp_path, monkeypatch, capsys):
+        values = iter([0.9, 0.5, 0.6, 0.7])
+        measure = train_retrieval.measure
+        monkeypatch.setattr(train_retrieval, "measure", lambda *given: measure(*given) | {"mAP@R": next(values)})
+        given = [*TINY, "--schedule", "constant", "--evaluate-every", 8, "--out", tmp_path / "run"]
+        assert program(*given) == 0
+        assert "was removed" not in capsys.readouterr().out
+        (tmp_path / "run/best.pt").unlink()
+        assert program(*given, "--steps", 16, "--resume") == 0
+        said = capsys.readouterr().out
+        assert "mAP@R 0.6000 at the end; the best was 0.9000, after 0 steps." in said
+        assert "best.pt was removed since; it is now of step 16, of mAP@R 0.6000." in said
+        assert load_trained(tmp_path / "run").evaluation["step"] == 16
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -886,8 +887,10 @@ class TestBadInput:
 
     def test_a_folder_that_cannot_be(self, tmp_path, capsys):
         (tmp_path / "file").write_bytes(b"")
-        assert "file" in refused(capsys, *TINY, "--out", tmp_path / "file")
-        assert "file" in refused(capsys, *TINY, "--out", tmp_path / "file" / "below")
+        (tmp_path / "link").symlink_to("nowhere")
+        for name in ("file", "file/below", "link"):
+            message = refused(capsys, *TINY, "--out", tmp_path / name)
+            assert re.search(rf"error: {tmp_path / name} cannot be made \(.*\): name another --out", message)
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "curves.png").write_bytes(b"of someone's")
         assert "holds a run already (curves.png)" in refused(capsys, *TINY, "--out", tmp_path / "mine")
