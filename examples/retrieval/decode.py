@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from .sources import ONE_AT_A_TIME
+from .sources import ONE_AT_A_TIME, SUFFIXES
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 27  # Pillow's own limit, beyond which it warns of bombs
 LARGE_PIXELS = 1 << 25
+FORMATS = sorted({kind for end, kind in Image.registered_extensions().items() if end in SUFFIXES})
+"""What Pillow may take a file for, whatever its suffix: some other formats it hands to other programs."""
 GRAY = ("1", "L", "LA", "I")  # and what begins with I;16
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -98,7 +100,7 @@ def pixels(square: np.ndarray, channels: int, values: tuple[int, int] | None) ->
 
 @contextmanager
 def _opened(file: io.BytesIO) -> Iterator[Image.Image]:
-    with Image.open(file) as opened:
+    with Image.open(file, formats=FORMATS) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width:,} x {height:,} pixels: more than the {MAX_PIXELS:,} that are decoded")

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .datasets import Listing
+from .decode import FORMATS
 from .errors import InputError, reason, some
 from .images import digest_of, in_threads
 
@@ -128,7 +129,7 @@ class Photos:
         from PIL import Image
 
         try:
-            with Image.open(self._root / name) as opened:
+            with Image.open(self._root / name, formats=FORMATS) as opened:
                 if opened.mode.startswith(("I", "F")):
                     raise ValueError(
                         f"its mode {opened.mode} has more than 8 bits, of which nothing says what is white"

@@ -191,8 +191,8 @@ class TestSplit:
         assert not set(train.classes) & set(test.classes)
         assert (len(train.classes), len(test.classes)) == (3, 3)
         assert train.labels.bincount().tolist() == [4] * 3
-        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 1
-        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 1
+        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 2
+        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 2
         others = {tuple(load(options("--data-root", root, "--seed", seed))[0].classes) for seed in range(9)}
         assert len(others) > 3
 
@@ -218,8 +218,9 @@ class TestSplit:
         with pytest.raises(InputError, match=r"nothing is left to test on; .* add --split images"):
             load(options("--data-root", second, "--test-root", first))
         # Names are those below the roots: of other folders they are others.
-        alone = write(tmp_path / "d", {f"kind9/class7/{i}.png": png(900 + i) for i in range(3)})
-        assert load(options("--data-root", first, "--test-root", alone))[1].classes == ["kind9/class7"]
+        others = {f"kind9/class{c}/{i}.png": png(900 + 9 * c + i) for c in (7, 8) for i in range(3)}
+        test = load(options("--data-root", first, "--test-root", write(tmp_path / "d", others)))[1]
+        assert test.classes == ["kind9/class7", "kind9/class8"]
 
     def test_a_class_of_one_image(self, tmp_path, capsys):
         root = write(tmp_path, some_classes(4) | {"alone/1.png": png(1)})
@@ -233,7 +234,7 @@ class TestSplit:
 
     def test_too_little_to_split(self, tmp_path):
         root = write(tmp_path, {"a/1.png": png(1), "a/2.png": png(2), "a/3.png": png(3)})
-        with pytest.raises(InputError, match="only the class 'a'"):
+        with pytest.raises(InputError, match=r"1 class \(a\): .* takes two at least for each: .* --split images"):
             load(options("--data-root", root))
         with pytest.raises(InputError, match=r"class 'a' has 3 images.*--split classes"):
             load(options("--data-root", root, "--split", "images"))
