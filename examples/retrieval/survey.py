@@ -104,7 +104,7 @@ def look_at_all(root: Path, source: Folder | Zip, channels: int | None, size: in
         except (ImportError, MemoryError):
             raise
         except UnidentifiedImageError:
-            return "no image of a kind that Pillow knows"
+            return "no image of a kind that is read"
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             return reason(error)
 

@@ -599,3 +599,122 @@ def test_a_data_set(tmp_path, check, name):
     assert status == 1
     assert "an image is damaged or unreadable" in text
     assert len(listed(tmp_path / "run" / "report" / "damaged.txt")) == 1
+
+
+class TestNames:
+    """Classes whose names look the same."""
+
+    @pytest.mark.parametrize(
+        "names",
+        [("Cat", "cat"), ("dog ", "dog"), ("caf\u00e9", "cafe\u0301"), ("Stra\u00dfe", "STRASSE"), ("x/ A", "x/a")],
+        ids=ascii,
+    )
+    @pytest.mark.parametrize("by", ["path", "last"])
+    def test_alike(self, tmp_path, check, names, by):
+        """In a root, or in two, where the test has what is trained on."""
+        more = tree(["p", "q", "r"], seed=5000)
+        one = write(tmp_path / "one", more | tree(names))
+        first, second = (write(tmp_path / name[::-1], more | tree([name])) for name in names)
+        for given in (["--data-root", one], ["--data-root", first, "--test-root", second, "--split", "images"]):
+            given += ["--class-by", by, "--duplicates", "keep"]
+            parts = [name.rpartition("/")[2] if by == "last" else name for name in names]
+            offer = f"Unicode form: {' and '.join(map(repr, sorted(parts)))}: rename"
+            assert offer in stopped(*given)
+            text, status = check(*given)
+            assert (offer in text, status) == (True, 1)
+            train, test = loaded(*given, "--keep-alike")
+            assert len({*train.classes, *test.classes}) == 5
+
+    def test_not_alike(self, tmp_path):
+        folders = ["a", "b", "e", "\u00e9", "x y", "xy", "2", "\u00b2"]
+        train, test = loaded("--data-root", write(tmp_path, tree(folders)))
+        assert len(train.classes) + len(test.classes) == len(folders)
+
+
+class TestOneScale:
+    """A range of values that makes images of other depths black."""
+
+    @pytest.mark.parametrize(
+        ("deep", "shallow", "why"),
+        [
+            (4, 0, "16 of the 17 images are blank"),
+            (1, 4, "every one of the images of mode I;16 is blank"),
+        ],
+        ids=["most of all", "few of all"],
+    )
+    def test_an_image_of_32_bits(self, tmp_path, check, deep, shallow, why):
+        files = {f"{c}/{i}.png": png16(10 * n + i, 0, 4095) for n, c in enumerate("abcd") for i in range(deep)}
+        files |= {f"{c}/l{i}.png": png(500 + 10 * n + i) for n, c in enumerate("abcd") for i in range(shallow)}
+        files["a/wide.tif"] = encoded(Image.fromarray(np.array([[0, 2**31 - 1]] * 2, dtype=np.int32)), "TIFF")
+        root = write(tmp_path / "data", files)
+        message = stopped("--data-root", root)
+        assert f"{why}, or nearly: values at most 0 of 255 apart: say by --value-range" in message
+        assert check("--data-root", root)[1] == 1
+        assert loaded("--data-root", root, "--value-range", 0, 4095)[0].pixels(torch.arange(4)).max() > 200
+        loaded("--data-root", root, "--keep-blank")
+
+    def test_depths_of_one_range(self, tmp_path):
+        """A PGM of 16 bits and a PNG of 16 bits have other modes, and the same values."""
+        files = {f"{c}/{i}.png": png16(10 * n + i, 0, 4095) for n, c in enumerate("abcd") for i in range(2)}
+        values = np.arange(4096, dtype=np.int32).reshape(64, 64)
+        files |= {f"{c}/0.tif": encoded(Image.fromarray(values + n), "TIFF") for n, c in enumerate("abcd")}
+        loaded("--data-root", write(tmp_path, files))
+
+
+RUN_OF_OURS = ("settings.json", "metrics.csv", "steps.csv", "curves.png", "neighbours.png")
+
+
+class TestWhatIsNoData:
+    """Files that are skipped, and roots that hold nothing else."""
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("where", ["runs/data-roadmap", "a/run"])
+    def test_the_pictures_of_a_run(self, tmp_path, check, packed, where):
+        made = {f"{where}/{name}": png(800 + n) for n, name in enumerate(RUN_OF_OURS)}
+        # A folder that has but some of these is not one of a run.
+        files = tree("abcd") | made | {f"e/{name}": png(900 + n) for n, name in enumerate(RUN_OF_OURS[1:])}
+        root = pack(tmp_path / "data.zip", files) if packed else write(tmp_path / "data", files)
+        train, test = loaded("--data-root", root)
+        assert sorted(train.classes + test.classes) == ["a", "b", "c", "d", "e"]
+        assert "5 of a run of this program (2 .csv, 2 .png, 1 .json)" in check("--data-root", root)[0]
+
+    def test_a_root_of_other_files(self, tmp_path):
+        root = write(tmp_path / "phone", {f"a/{i}.heic": b"x" for i in range(5)} | {"a/.b.png": b""})
+        assert "; skipped: 1 hidden (1 .png); 5 of another kind (5 .heic)" in stopped("--data-root", root)
+        outside = pack(tmp_path / "dots.zip", {f"../a/{i}.png": png(i) for i in range(3)})
+        assert "; skipped: 3 of a path with .. in it (3 .png)" in stopped("--data-root", outside)
+
+    def test_a_zip_in_a_zip(self, tmp_path):
+        inner = pack(tmp_path / "inner.zip", tree("abcd")).read_bytes()
+        outer = pack(tmp_path / "outer.zip", {"below/inner.zip": inner})
+        assert "there are zips in it, which have to be unpacked: below/inner.zip" in stopped("--data-root", outer)
+        for below in ("", "/a"):
+            message = stopped("--data-root", f"{outer}/below/inner.zip{below}")
+            assert f"{outer}/below/inner.zip is a file in a zip: unpack {outer}, and name the file" in message
+
+    def test_what_is_no_image_under_the_name_of_one(self, tmp_path):
+        """Pillow hands EPS to Ghostscript."""
+        eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+        message = stopped("--data-root", write(tmp_path, tree("abcd") | {"a/eps.png": eps}))
+        assert "a/eps.png (no image of a kind that is read)" in message
+
+    @pytest.mark.parametrize("name", ["tab\there", "carriage\rreturn", "new\nline"], ids=ascii)
+    def test_names_that_break_lines(self, tmp_path, check, name):
+        root = write(tmp_path / "data", tree("abcd") | {f"a/{name}.png": b""})
+        check("--data-root", root)
+        text = (tmp_path / "run" / "report" / "damaged.txt").read_bytes().decode()
+        assert (text.count("\t"), text.count("\n"), text.count("\r")) == (1, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("where", "error"),
+        [("in_threads", RuntimeError("can't start new thread")), ("decode.look", MemoryError())],
+        ids=["threads", "memory"],
+    )
+    def test_no_more_memory(self, tmp_path, monkeypatch, capsys, where, error):
+        def fail(*given):
+            raise error
+
+        monkeypatch.setattr(f"retrieval.survey.{where}", fail)
+        root = write(tmp_path / "data", tree("abcd"))
+        assert train_retrieval.main(["--data-root", str(root), "--out", str(tmp_path / "run")]) == 2
+        assert "error: the system gives no more memory or threads" in capsys.readouterr().err
