@@ -135,6 +135,8 @@ class Photos:
                         f"its mode {opened.mode} has more than 8 bits, of which nothing says what is white"
                     )
                 image = opened.convert("RGB")
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             raise InputError(f"{self._root / name} is damaged or unreadable ({reason(error)}): restore it") from error
         image = self._transform.test(image) if draw is None else self._transform.train(image, draw)

@@ -7,7 +7,7 @@ import os
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -168,8 +168,7 @@ def kinds(skipped: Sequence[tuple[str, str]]) -> str:
 def _sort(files: Iterable[tuple[str, str | None]]) -> tuple[list[str], list[tuple[str, str]]]:
     """The images, and what is skipped and why, of files that may have a reason to be skipped already."""
     files = list(files)
-    names = {name for name, _ in files}
-    runs = {folder for name in names for folder in [PurePosixPath(name).parent] if _is_run(folder, names)}
+    runs = _runs([name for name, _ in files])
     images, skipped = list[str](), list[tuple[str, str]]()
     for name, reason in files:
         parts = PurePosixPath(name).parts
@@ -179,7 +178,7 @@ def _sort(files: Iterable[tuple[str, str | None]]) -> tuple[list[str], list[tupl
             reason = "of a path with .. in it"
         elif reason is None and any(part.startswith(".") for part in parts):
             reason = "hidden"
-        elif reason is None and runs.intersection(PurePosixPath(name).parents):
+        elif reason is None and name[: name.rfind("/") + 1] in runs:
             reason = "of a run of this program"
         elif reason is None and suffix(name) not in SUFFIXES:
             reason = "of another kind"
@@ -190,9 +189,12 @@ def _sort(files: Iterable[tuple[str, str | None]]) -> tuple[list[str], list[tupl
     return images, skipped
 
 
-def _is_run(folder: PurePosixPath, names: Container[str]) -> bool:
-    """Whether it holds what a run has from its first step on."""
-    return all(str(folder / name) in names for name in ("metrics.csv", "steps.csv", "settings.json"))
+def _runs(names: Sequence[str]) -> set[str]:
+    """The folders, each with a / unless it is the root, that hold what a run has from its first step on."""
+    tables = ("metrics.csv", "steps.csv", "settings.json")
+    return set.intersection(
+        *({name[: -len(file)] for name in names if f"/{name}".endswith(f"/{file}")} for file in tables)
+    )
 
 
 def _wrapper(images: Sequence[str]) -> str:

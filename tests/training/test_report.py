@@ -668,9 +668,9 @@ class TestWhatIsNoData:
     """Files that are skipped, and roots that hold nothing else."""
 
     @pytest.mark.parametrize("packed", [False, True])
-    @pytest.mark.parametrize("where", ["runs/data-roadmap", "a/run"])
+    @pytest.mark.parametrize("where", ["runs/data-roadmap/", "a/run/", ""])
     def test_the_pictures_of_a_run(self, tmp_path, check, packed, where):
-        made = {f"{where}/{name}": png(800 + n) for n, name in enumerate(RUN_OF_OURS)}
+        made = {f"{where}{name}": png(800 + n) for n, name in enumerate(RUN_OF_OURS)}
         # A folder that has but some of these is not one of a run.
         files = tree("abcd") | made | {f"e/{name}": png(900 + n) for n, name in enumerate(RUN_OF_OURS[1:])}
         root = pack(tmp_path / "data.zip", files) if packed else write(tmp_path / "data", files)
