@@ -39,13 +39,17 @@ def lies_in(folder: str, name: str, by: str | None) -> bool:
     return bool(folder)
 
 
-def alike(classes: Iterable[str]) -> list[list[str]]:
-    """Groups of classes whose names differ only in case, in Unicode form or in space around their parts."""
+def alike(classes: Iterable[str]) -> list[str]:
+    """The names, quoted, that differ from each other only in case, in Unicode form or in space around their parts."""
     groups: dict[str, list[str]] = {}
     for name in sorted(set(classes)):
         key = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
         groups.setdefault("/".join(part.strip() for part in key.split("/")), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    said = []
+    for group in groups.values():
+        same = len({unicodedata.normalize("NFC", name) for name in group}) < len(group)  # on the screen, too
+        said += [" and ".join(map(ascii if same else repr, group))] if len(group) > 1 else []
+    return said
 
 
 def in_doubt(roots: Sequence[tuple[Path, Sequence[str]]]) -> str | None:

@@ -22,7 +22,7 @@ def doubt(found: Sequence[Survey], options: argparse.Namespace, findings: Findin
     if alike and not options.keep_alike:
         findings.stops.append(
             f"{' and '.join(str(one.root) for one in found)}: the names of classes differ only in case, in space or in "
-            f"Unicode form: {some([' and '.join(map(repr, group)) for group in alike])}: rename the folders of those "
+            f"Unicode form: {some(alike)}: rename the folders of those "
             "that are the same, or take them as different by --keep-alike"
         )
     if options.class_by is None:

@@ -617,8 +617,9 @@ class TestNames:
         first, second = (write(tmp_path / name[::-1], more | tree([name])) for name in names)
         for given in (["--data-root", one], ["--data-root", first, "--test-root", second, "--split", "images"]):
             given += ["--class-by", by, "--duplicates", "keep"]
+            quoted = ascii if "caf\u00e9" in names else repr  # where both look the same
             parts = [name.rpartition("/")[2] if by == "last" else name for name in names]
-            offer = f"Unicode form: {' and '.join(map(repr, sorted(parts)))}: rename"
+            offer = f"Unicode form: {' and '.join(map(quoted, sorted(parts)))}: rename"
             assert offer in stopped(*given)
             text, status = check(*given)
             assert (offer in text, status) == (True, 1)
