@@ -31,7 +31,7 @@ import torch
 from retrieval import losses, pictures, trained
 from retrieval.batches import generator
 from retrieval.data import check, load
-from retrieval.errors import InputError, reason
+from retrieval.errors import InputError, out_of_memory, reason
 from retrieval.images import Images
 from retrieval.options import complete, folder_of, parse
 from retrieval.photos import Photos
@@ -39,7 +39,6 @@ from retrieval.progress import Progress
 from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Board, Onlooker, Run
 from retrieval.training import Training, make_sampler
-from retrieval.unlabelled import leave_out
 from torch import Tensor
 
 import roadmap_ext
@@ -242,6 +241,7 @@ def settings(
     """All that the bits of a run depend on."""
     of_the_data = {"data_root", "test_root", "split", "test_fraction", "image_size", "channels", "check", "class_by"}
     of_the_data |= {"value_range", "duplicates", "skip_small_classes", "skip_damaged", "skip_astray", "keep_blank"}
+    of_the_data |= {"keep_alike", "ignore_label"}
     free = {"hold_mib", "out", "resume", "epochs", "epoch", "checkpoint_every", "tensorboard", "notes"}
     given = {
         name: value for name, value in vars(options).items() if name not in of_the_data | free | losses.setting_names()
@@ -253,6 +253,7 @@ def settings(
         "per_class": training.per_class,
         "training images": train_on.digest,  # which hold all that the options of the data say
         "test images": test.digest,
+        "--ignore-label": options.ignore_label,
         "value range": train_on.values and list(train_on.values),
         "device": training.device.type,
         "weights": options.weights and options.weights.name,
@@ -297,7 +298,7 @@ def prepare(
     """All that can go wrong before training starts."""
     device = usable(options.device, ranks)
     folder = folder_of(options)
-    train_on, test = leave_out(options, *load(options, folder))
+    train_on, test = load(options, folder)
     ranks.check(options.batch_size)
     epoch = make_sampler(options, train_on).epoch
     ranks.join(device)
@@ -403,6 +404,12 @@ def main(arguments: list[str] | None = None) -> int:
             return carry_out(*ready)
     except (InputError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        return status
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "end other programs, raise the limit (ulimit -v, ulimit -u), or lower --hold-mib or --batch-size"
+        print(f"{name}: error: the system gives no more memory or threads ({reason(error)}): {remedy}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print("\nStopped before training began.", file=sys.stderr)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .errors import some
@@ -29,6 +30,26 @@ def class_of(folder: str, by: str | None) -> str:
     """The class of the images in a folder, named by one of BY; None for the path."""
     parts = folder.split("/")
     return parts[0] if by == "first" else parts[-1] if by == "last" else folder
+
+
+def lies_in(folder: str, name: str, by: str | None) -> bool:
+    """Whether a folder is of the class of that name, or lies somewhere below one that is."""
+    while folder and class_of(folder, by) != name:
+        folder = folder_of(folder)
+    return bool(folder)
+
+
+def alike(classes: Iterable[str]) -> list[str]:
+    """The names, quoted, that differ from each other only in case, in Unicode form or in space around their parts."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(classes)):
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+        groups.setdefault("/".join(part.strip() for part in key.split("/")), []).append(name)
+    said = []
+    for group in groups.values():
+        same = len({unicodedata.normalize("NFC", name) for name in group}) < len(group)  # on the screen, too
+        said += [" and ".join(map(ascii if same else repr, group))] if len(group) > 1 else []
+    return said
 
 
 def in_doubt(roots: Sequence[tuple[Path, Sequence[str]]]) -> str | None:

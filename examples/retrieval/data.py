@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import classes, datasets, duplicates, images, stops, survey
 from .classes import class_of, folder_of
-from .errors import InputError, some
+from .errors import InputError, counted, some
 from .images import Images
 from .photos import Photos, Transform
 from .report import Findings, rows
@@ -61,20 +61,26 @@ def _examine(options: argparse.Namespace, findings: Findings) -> tuple[Images, I
         raise InputError("--test-root says what the test is: --split classes and --test-fraction do not apply")
     size = options.image_size or 64
     held = None if options.check else size
-    found = [survey.read(options.data_root, options.channels, held, options.hold_mib)]
+    name, by = options.ignore_label, options.class_by
+
+    def ignored(folder: str) -> bool:
+        return name is not None and classes.lies_in(folder, name, by)
+
+    found = [survey.read(options.data_root, options.channels, held, options.hold_mib, ignored)]
     channels = options.channels or (1 if found[0].gray else 3)
     if options.test_root is not None:
-        found.append(survey.read(options.test_root, channels, held, options.hold_mib))
+        found.append(survey.read(options.test_root, channels, held, options.hold_mib, ignored))
+    stops.ignored(found, options, findings)
     stops.doubt(found, options, findings)
     values = next((one.values for one in found if one.values), None)
     if options.value_range and values is None:
         findings.note("--value-range has no effect: no image has more than 8 bits")
     elif options.value_range:
         values = tuple(options.value_range)
-    named_by = f"{classes.BY[options.class_by or 'path']} (--class-by {options.class_by or 'path'})"
+    named_by = f"{classes.BY[by or 'path']} (--class-by {by or 'path'})"
     parts = []
     for one in found:
-        named = [class_of(folder_of(name), options.class_by) for name in one.names]
+        named = [class_of(folder_of(image), by) for image in one.names]
         parts.append(images.of(one, named, channels, size, options.hold_mib, values))
         findings.table(f"{one.root}", rows(one, parts[-1], named_by))
         stops.files(one, options, findings)
@@ -101,7 +107,10 @@ def _parts(every: Sequence[Images], options: argparse.Namespace, findings: Findi
         raise
     train, test = stops.copies(parts, options, findings)
     # Classes may have a single image now.
-    return stops.small_classes(train, options, findings), stops.small_classes(test, options, findings)
+    train, test = stops.small_classes(train, options, findings), stops.small_classes(test, options, findings)
+    stops.single_class(train, "train", findings)
+    stops.single_class(test, "test", findings)
+    return train, test
 
 
 # --- training and test -----------------------------------------------------------------------------------------------
@@ -117,11 +126,14 @@ def _split(every: Images, options: argparse.Namespace) -> tuple[Images, Images]:
 def _split_classes(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """Training and test images that have no class in common; ``fraction`` of the classes is for the test."""
     count = len(images.classes)
-    if count < 2:
-        raise InputError(f"there is only the class {images.classes[0]!r}: to test on unseen classes takes another")
+    if count < 4:
+        raise InputError(
+            f"{counted(count, 'class', 'es')} ({some(images.classes)}): to train on some and to test on others takes "
+            "two at least for each: add classes, or test on other images of the same classes by --split images"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     tested = torch.zeros(count, dtype=torch.bool)
-    tested[order[: min(max(round(fraction * count), 1), count - 1)]] = True
+    tested[order[: min(max(round(fraction * count), 2), count - 2)]] = True
     return _parted(images, tested[images.labels])
 
 

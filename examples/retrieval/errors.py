@@ -24,12 +24,19 @@ def reason(error: BaseException) -> str:
     return said if " " in said else f"{type(error).__name__} {said}".strip()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the system gave no more memory, or no thread, for which it takes some."""
+    return isinstance(error, MemoryError) or any(
+        said in str(error) for said in ("can't start new thread", "can't allocate memory", "not enough memory")
+    )
+
+
 def some(names: Sequence[str], shown: int = 10) -> str:
     """The first few of some names, and how many more there are."""
     first = ", ".join(names[:shown])
     return first if len(names) <= shown else f"{first} and {len(names) - shown:,} more"
 
 
-def counted(count: int, thing: str) -> str:
-    """How many of a thing there are, which takes an s."""
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+def counted(count: int, thing: str, plural: str = "s") -> str:
+    """How many of a thing there are; ``plural`` is what its name takes."""
+    return f"{count:,} {thing}" + ("" if count == 1 else plural)

@@ -20,7 +20,9 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPOCHS = 15
 LEAST_STEPS = 300  # unless it is said how many: an epoch of few images is a step or two
 EVALUATIONS = 50  # at the most, unless it is said how often
-_OF_FILES = ("class_by", "value_range", "skip_damaged", "skip_astray", "keep_blank", "duplicates")  # digits have none
+_OF_FILES = (  # which the digits have none of
+    "class_by", "value_range", "skip_damaged", "skip_astray", "keep_blank", "keep_alike", "duplicates", "ignore_label",
+)  # fmt: skip
 _OF_FOLDERS = ("test_root", "split", "test_fraction", "channels", "skip_small_classes", *_OF_FILES)  # data sets say it
 _OF_DATA_SETS = ("train_resize", "crop_scale", "crop_ratio", "test_resize")
 
@@ -105,7 +107,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--skip-small-classes", action="store_true", help="leave out classes of a single image")
     add("--skip-damaged", action="store_true", help="leave out images that cannot be decoded")
     add("--skip-astray", action="store_true", help="leave out images that lie in no class's folder")
-    add("--keep-blank", action="store_true", help="train though every image is blank, or nearly")
+    add("--keep-blank", action="store_true", help="train though most images are blank, or nearly")
+    add(
+        "--keep-alike",
+        action="store_true",
+        help="take classes as different whose names differ only in case, in space or in Unicode form",
+    )
     add(
         "--duplicates",
         choices=("skip", "keep"),
@@ -137,7 +144,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--ignore-label",
         metavar="NAME",
-        help="a class whose images are in no ranking, such as a folder of unlabelled ones",
+        help="a class whose images, and those in folders below it, are in no ranking, such as a folder of unlabelled "
+        "ones",
     )
 
     network = parser.add_argument_group("network")

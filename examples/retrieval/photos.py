@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .datasets import Listing
+from .decode import FORMATS
 from .errors import InputError, reason, some
 from .images import digest_of, in_threads
 
@@ -128,12 +129,14 @@ class Photos:
         from PIL import Image
 
         try:
-            with Image.open(self._root / name) as opened:
+            with Image.open(self._root / name, formats=FORMATS) as opened:
                 if opened.mode.startswith(("I", "F")):
                     raise ValueError(
                         f"its mode {opened.mode} has more than 8 bits, of which nothing says what is white"
                     )
                 image = opened.convert("RGB")
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             raise InputError(f"{self._root / name} is damaged or unreadable ({reason(error)}): restore it") from error
         image = self._transform.test(image) if draw is None else self._transform.train(image, draw)

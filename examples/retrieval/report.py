@@ -9,11 +9,12 @@ from pathlib import Path
 
 from .errors import counted, some
 from .images import Images
-from .sources import suffix
+from .sources import kinds
 from .survey import Survey
 
 LISTS = ("damaged.txt", "astray.txt", "blank.txt", "duplicates.txt", "small-classes.txt", "skipped.txt")
 Row = tuple[str, str]
+_IN_A_LINE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # names of files may hold them
 
 
 class Findings:
@@ -53,7 +54,7 @@ class Findings:
         for name, rows in self._lists.items():
             if rows:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                lines = ["\t".join(part.replace("\n", "\\n") for part in row) + "\n" for row in rows]
+                lines = ["\t".join(part.translate(_IN_A_LINE) for part in row) + "\n" for row in rows]
                 (self._folder / name).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             else:
                 (self._folder / name).unlink(missing_ok=True)
@@ -85,7 +86,7 @@ def rows(found: Survey, images: Images, named_by: str) -> list[Row]:
     said.append(("damaged", f"{len(found.damaged):,}" if found.damaged else "none"))
     if found.astray:
         said.append(("astray", f"{counted(len(found.astray), 'image')} in no class's folder"))
-    said.append(("skipped", _skipped(found.source.skipped)))
+    said.append(("skipped", kinds(found.source.skipped)))
     lacking = _without_images(found)
     said += [("", f"no image is left in {some(lacking, 5)}")] if lacking else []
     return said
@@ -118,22 +119,6 @@ def _modes(found: Survey, values: tuple[int, int] | None) -> list[str]:
             text += ", the upper 8 of 16 bits a channel: Pillow reads no more in colour"
         said.append(text)
     return said
-
-
-def _skipped(skipped: Sequence[tuple[str, str]]) -> str:
-    """How many files, by reason and suffix."""
-    if not skipped:
-        return "none"
-    by_reason: dict[str, Counter[str]] = {}
-    for name, reason in skipped:
-        by_reason.setdefault(reason, Counter())[suffix(name)] += 1
-    said = []
-    for reason, suffixes in sorted(by_reason.items()):
-        kinds = ", ".join(
-            f"{count:,} {kind}" for kind, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
-        )
-        said.append(f"{suffixes.total():,} {reason} ({kinds})")
-    return "; ".join(said)
 
 
 def _without_images(found: Survey) -> list[str]:

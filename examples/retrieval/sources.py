@@ -6,7 +6,8 @@ import io
 import os
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -34,27 +35,29 @@ class Folder:
     """
 
     def __init__(self, root: Path, names: Sequence[str] | None = None) -> None:
-        self.root, self.images, self.skipped = root, list(names or []), list[tuple[str, str]]()
-        for name, reason in self._walk() if names is None else ():
-            _sort(name, reason, self.images, self.skipped)
+        self.root = root
+        self.images, self.skipped = _sort(self._walk()) if names is None else (list(names), [])
 
     def _walk(self) -> Iterator[tuple[str, str | None]]:
         """Every file, and the reason for which it is skipped whatever its name is."""
-        above = {str(self.root): {os.path.realpath(self.root)}}  # the real paths that lead to each folder
+        top = os.path.realpath(self.root)
+        above, seen = {str(self.root): ({top}, False)}, {top}  # the real paths that lead to each, and whether a link is
         for folder, folders, files in os.walk(self.root, onerror=_unreadable, followlinks=True):
-            real = above.pop(folder)
+            holders, linked = above.pop(folder)
             for name in sorted(folders):
                 path = os.path.join(folder, name)
-                if os.path.realpath(path) in real:
+                real, link = os.path.realpath(path), os.path.islink(path)
+                if real in holders or (link and linked and real in seen):
                     folders.remove(name)
-                    yield self._within(path), "a link to a folder that holds it"
+                    held = real in holders
+                    yield self._within(path), f"a link to a folder that {'holds it' if held else 'is there already'}"
                 else:
-                    above[path] = real | {os.path.realpath(path)}
+                    above[path] = holders | {real}, linked or link
+                    seen.add(real)
             folders.sort()
             for name in files:
                 path = os.path.join(folder, name)
-                there = os.path.isfile(path) or os.path.islink(path)  # a pipe would be waited for
-                yield self._within(path), None if there else "neither a file nor a folder"
+                yield self._within(path), "neither a file nor a folder" if _is_other(path) else None
 
     def _within(self, path: str) -> str:
         return Path(path).relative_to(self.root).as_posix()
@@ -65,6 +68,8 @@ class Folder:
 
     def read(self, name: str) -> io.BytesIO:
         """A file's bytes. Raises ValueError where there are more than MAX_BYTES."""
+        if _is_other(self.root / name):
+            raise ValueError("neither a file nor a folder")
         with (self.root / name).open("rb") as file:
             return _within_limit(file, os.fstat(file.fileno()).st_size)
 
@@ -81,23 +86,27 @@ class Zip:
     """
 
     def __init__(self, path: Path, below: str = "") -> None:
-        self.images, self.skipped = list[str](), list[tuple[str, str]]()
         self._entries: dict[str, zipfile.ZipInfo] = {}
         try:
             self._zip = zipfile.ZipFile(path)
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is no folder, and cannot be read as a zip: {error}") from error
+        files: list[tuple[str, str | None]] = []
         for entry in self._zip.infolist():
             if entry.is_dir():
                 continue
             name = str(PurePosixPath(entry.filename.replace("\\", "/").lstrip("/")))
             if below and not name.startswith(below + "/"):
                 continue
-            if name in self._entries:  # of several entries of a name the last counts, as for other programs
-                self.skipped.append((name, "replaced by a later entry of the same name"))
-            else:
-                _sort(name, None, self.images, self.skipped)
+            # Of several entries of a name the last counts, as for other programs.
+            files.append((name, "replaced by a later entry of the same name" if name in self._entries else None))
             self._entries[name] = entry
+        inner = [name for name in self._zip.namelist() if f"{below}/".startswith(f"{name}/")]
+        if inner and not files:
+            raise InputError(
+                f"{path / inner[0]} is a file in a zip: unpack {path}, and name the file where it lies then"
+            )
+        self.images, self.skipped = _sort(files)
         top = below or _wrapper(self.images)
         self.root = path / top
         if top:
@@ -140,19 +149,52 @@ def suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower() or "no suffix"
 
 
-def _sort(name: str, reason: str | None, images: list[str], skipped: list[tuple[str, str]]) -> None:
-    """Puts a file with the images, or with those skipped and why."""
-    parts = PurePosixPath(name).parts
-    if reason is None and "__MACOSX" in parts:
-        reason = "in __MACOSX"
-    elif reason is None and any(part.startswith(".") for part in parts):
-        reason = "hidden"
-    elif reason is None and suffix(name) not in SUFFIXES:
-        reason = "of another kind"
-    if reason is None:
-        images.append(name)
-    else:
-        skipped.append((name, reason))
+def kinds(skipped: Sequence[tuple[str, str]]) -> str:
+    """How many files, by reason and suffix."""
+    if not skipped:
+        return "none"
+    by_reason: dict[str, Counter[str]] = {}
+    for name, reason in skipped:
+        by_reason.setdefault(reason, Counter())[suffix(name)] += 1
+    said = []
+    for reason, suffixes in sorted(by_reason.items()):
+        each = ", ".join(
+            f"{count:,} {kind}" for kind, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+        )
+        said.append(f"{suffixes.total():,} {reason} ({each})")
+    return "; ".join(said)
+
+
+def _sort(files: Iterable[tuple[str, str | None]]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The images, and what is skipped and why, of files that may have a reason to be skipped already."""
+    files = list(files)
+    runs = _runs([name for name, _ in files])
+    images, skipped = list[str](), list[tuple[str, str]]()
+    for name, reason in files:
+        parts = PurePosixPath(name).parts
+        if reason is None and "__MACOSX" in parts:
+            reason = "in __MACOSX"
+        elif reason is None and ".." in parts:
+            reason = "of a path with .. in it"
+        elif reason is None and any(part.startswith(".") for part in parts):
+            reason = "hidden"
+        elif reason is None and name[: name.rfind("/") + 1] in runs:
+            reason = "of a run of this program"
+        elif reason is None and suffix(name) not in SUFFIXES:
+            reason = "of another kind"
+        if reason is None:
+            images.append(name)
+        else:
+            skipped.append((name, reason))
+    return images, skipped
+
+
+def _runs(names: Sequence[str]) -> set[str]:
+    """The folders, each with a / unless it is the root, that hold what a run has from its first step on."""
+    tables = ("metrics.csv", "steps.csv", "settings.json")
+    return set.intersection(
+        *({name[: -len(file)] for name in names if f"/{name}".endswith(f"/{file}")} for file in tables)
+    )
 
 
 def _wrapper(images: Sequence[str]) -> str:
@@ -173,6 +215,11 @@ def _within_limit(file: IO[bytes], stated: int) -> io.BytesIO:
             raise ValueError(f"more than the {MAX_BYTES / MIB:.0f} MiB that are read of a file")
     read.seek(0)
     return read
+
+
+def _is_other(path: str | Path) -> bool:
+    """Whether it is there and no file, such as a pipe, which would be waited for; a broken link is not there."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _unreadable(error: OSError) -> None:

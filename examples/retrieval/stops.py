@@ -6,21 +6,40 @@ import argparse
 from collections.abc import Sequence
 
 from . import classes, duplicates
-from .classes import folder_of
+from .classes import class_of, folder_of
 from .duplicates import Copies
 from .errors import InputError, counted, some
 from .images import Images
 from .report import Findings
-from .survey import Survey
+from .survey import IGNORED, Survey
 
-_LEAST_SPREAD = 16  # of 255: images whose values all lie closer say nothing
+_LEAST_SPREAD = 16  # of 255: an image whose values all lie closer says nothing
 
 
 def doubt(found: Sequence[Survey], options: argparse.Namespace, findings: Findings) -> None:
-    """Folders that may be meant as something else than a class."""
+    """Folders that may be meant as something else than a class, and classes that may be meant as one."""
+    alike = classes.alike(class_of(folder_of(name), options.class_by) for one in found for name in one.names)
+    if alike and not options.keep_alike:
+        findings.stops.append(
+            f"{' and '.join(str(one.root) for one in found)}: the names of classes differ only in case, in space or in "
+            f"Unicode form: {some(alike)}: rename the folders of those "
+            "that are the same, or take them as different by --keep-alike"
+        )
     if options.class_by is None:
         why = classes.in_doubt([(one.source.root, [folder_of(name) for name in one.names]) for one in found])
         findings.stops += [why] if why else []
+
+
+def ignored(found: Sequence[Survey], options: argparse.Namespace, findings: Findings) -> None:
+    """The class that is in no ranking: it has to be there."""
+    if options.ignore_label is None:
+        return
+    count = sum(reason == IGNORED for one in found for _, reason in one.source.skipped)
+    if count:
+        findings.note(f"Ignored: {counted(count, 'image')} of {options.ignore_label!r}, which are in no ranking")
+        return
+    there = sorted({class_of(folder_of(name), options.class_by) for one in found for name in one.names})
+    findings.stops.append(f"--ignore-label: there is no class {options.ignore_label!r}; there are {some(there)}")
 
 
 def files(found: Survey, options: argparse.Namespace, findings: Findings) -> None:
@@ -47,17 +66,45 @@ def files(found: Survey, options: argparse.Namespace, findings: Findings) -> Non
 
 
 def blanks(found: Survey, values: tuple[int, int] | None, options: argparse.Namespace, findings: Findings) -> None:
-    """Images that show nothing."""
+    """Images that show nothing as they are, or as ``values`` make them."""
     blank = [name for name, facts in zip(found.names, found.facts, strict=True) if facts.spread == 0]
     findings.list("blank.txt", [(found.source.root / name, "of a single value") for name in blank])
+    if options.keep_blank:
+        return
     scale = 255 / max(1, values[1] - values[0]) if values else 1
-    spread = max((facts.spread * (scale if facts.deep else 1) for facts in found.facts), default=255)
-    if spread < _LEAST_SPREAD and not options.keep_blank:
-        cut = any(facts.mode.endswith(";16") and not facts.deep for facts in found.facts)
+    groups = {"images": found.facts}
+    for mode in sorted({facts.mode for facts in found.facts if facts.deep}):
+        # One image of 32 bits would make those of 16 black, which may be few among the others.
+        groups[f"images of mode {mode}"] = [f for f in found.facts if f.mode == mode and f.spread >= _LEAST_SPREAD]
+    for what, those in groups.items():
+        spreads = [facts.spread * (scale if facts.deep else 1) for facts in those]
+        shown = [spread for spread in spreads if spread >= _LEAST_SPREAD]
+        most = max((spread for spread in spreads if spread < _LEAST_SPREAD), default=0)
+        if 2 * len(shown) >= len(spreads):
+            continue
+        many = (
+            f"{len(spreads) - len(shown):,} of the {len(spreads):,} {what} are"
+            if shown
+            else f"every one of the {what} is"
+        )
+        cut = any(facts.mode.endswith(";16") and not facts.deep for facts in those)
         why = " (Pillow reads the upper 8 of 16 bits a channel in colour: save them with 8, or in gray)" if cut else ""
+        scaled = (
+            f"say by --value-range what is black and white (now {values[0]:,} and {values[1]:,}), " if values else ""
+        )
         findings.stops.append(
-            f"{found.root}: every image is blank, or nearly: its values are at most {spread:.0f} of 255 apart{why}: "
-            "replace them, or train on them all the same by --keep-blank"
+            f"{found.root}: {many} blank, or nearly: values at most {most:.0f} of 255 apart{why}: {scaled}replace "
+            "them, or train on them all the same by --keep-blank"
+        )
+        return
+
+
+def single_class(part: Images, what: str, findings: Findings) -> None:
+    """A ranking of a single class is perfect whatever the network does."""
+    if len(part.classes) == 1:
+        findings.stops.append(
+            f"{part.root}: only the class {part.classes[0]!r} is left to {what} on, of which every ranking is perfect: "
+            "add classes, or choose another --test-fraction or --split"
         )
 
 

@@ -18,6 +18,7 @@ from .decode import Facts
 from .errors import InputError, reason, some
 from .sources import MIB, SUFFIXES, Folder, Zip
 
+IGNORED = "of the class that is ignored"
 _AT_A_TIME = 256  # images that are decoded ahead of where they are wanted
 
 
@@ -55,10 +56,17 @@ class Survey:
         return (min(f.low for f in deep), max(f.high for f in deep)) if deep else None
 
 
-def read(root: Path, channels: int | None, size: int | None, hold_mib: int) -> Survey:
+def read(
+    root: Path,
+    channels: int | None,
+    size: int | None,
+    hold_mib: int,
+    ignored: Callable[[str], bool] = lambda folder: False,
+) -> Survey:
     """A folder or zip that has a folder of images for each class.
 
     Args:
+        ignored: says of a folder whether its images are to be left alone.
         channels: 1 to make all images gray.
         size: of the squares, in pixels a side; None for no squares.
         hold_mib: how many MiB the squares may take; if they take more, none is held.
@@ -67,11 +75,16 @@ def read(root: Path, channels: int | None, size: int | None, hold_mib: int) -> S
         InputError: there is no such root, or no image in it.
     """
     source = sources.find(root)
+    source.skipped += [(name, IGNORED) for name in source.images if ignored(folder_of(name))]
+    source.images = [name for name in source.images if not ignored(folder_of(name))]
     if not source.images:
         zips = [name for name, _ in source.skipped if name.lower().endswith(".zip")]
+        use = "which have to be unpacked" if isinstance(source, Zip) else "name one of them"
         raise InputError(
             f"{root} holds no images ({', '.join(sorted(SUFFIXES))}): it has to be a folder or a zip with a folder of "
-            "images for each class" + (f"; there are zips in it, name one of them: {some(zips)}" if zips else "")
+            "images for each class"
+            + (f"; skipped: {sources.kinds(source.skipped)}" if source.skipped else "")
+            + (f"; there are zips in it, {use}: {some(zips)}" if zips else "")
         )
     return look_at_all(root, source, channels, size, hold_mib)
 
@@ -91,7 +104,7 @@ def look_at_all(root: Path, source: Folder | Zip, channels: int | None, size: in
         except (ImportError, MemoryError):
             raise
         except UnidentifiedImageError:
-            return "no image of a kind that Pillow knows"
+            return "no image of a kind that is read"
         except Exception as error:  # Pillow raises whatever a file's format leads it into
             return reason(error)
 

@@ -1,6 +1,7 @@
 """What the training program makes of a folder or zip of images: classes, pixels, training and test, and the report."""
 
 import io
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -121,13 +122,20 @@ class TestImages:
         assert first.contents == [found.contents[found.names.index(f"kind0/class0/{i}.png")] for i in (0, 9)]
 
     def test_what_is_no_file(self, tmp_path):
-        root = write(tmp_path, some_classes())
+        root = write(tmp_path / "data", some_classes())
         os.mkfifo(root / "kind0" / "class0" / "pipe.png")
         (root / "kind0" / "class0" / "folder.png").mkdir()
+        os.mkfifo(tmp_path / "pipe")
+        (root / "kind1" / "class1" / "linked.png").symlink_to(tmp_path / "pipe")
+        (root / "kind1" / "class1" / "null.png").symlink_to("/dev/null")
         (root / "kind0" / "class0" / "gone.png").symlink_to(root / "nowhere")
         found = survey.read(root, None, 8, 0)
         assert len(found.names) == 24
-        assert found.source.skipped == [("kind0/class0/pipe.png", "neither a file nor a folder")]
+        names = ("kind0/class0/pipe.png", "kind1/class1/linked.png", "kind1/class1/null.png")
+        assert sorted(found.source.skipped) == [(name, "neither a file nor a folder") for name in names]
+        for name in names:  # which a data set may list
+            with pytest.raises(ValueError, match="neither a file nor a folder"):
+                found.source.read(name)
         assert [name for name, _ in found.damaged] == ["kind0/class0/gone.png"]
 
     def test_links_in_a_circle(self, tmp_path):
@@ -136,6 +144,24 @@ class TestImages:
         (tmp_path / "data" / "linked").symlink_to(write(tmp_path / "elsewhere", {"1.png": png(1), "2.png": png(2)}))
         found = read(tmp_path / "data", 8)
         assert found.classes == [f"kind{c % 2}/class{c}" for c in (0, 2, 4, 1, 3, 5)] + ["linked"]
+
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_folders_that_are_linked_to_each_other(self, tmp_path, outside):
+        """Each link is followed from where it lies, and not on from link to link: that has no end."""
+        folders = [f"d{d}" for d in range(7)]
+        root = write(tmp_path / "data", {f"{name}/0.png": png(d) for d, name in enumerate(folders)})
+        for one, other in itertools.permutations(folders, 2):
+            (root / one / other).symlink_to(root / other)
+        if outside:  # all of them by one link
+            root = tmp_path / "top"
+            root.mkdir()
+            (root / "data").symlink_to(tmp_path / "data")
+        found = survey.read(root, None, None, 0)
+        pairs = itertools.permutations(folders, 2)
+        expected = [*folders, *("/".join(pair) for pair in pairs if not outside)]
+        top = "data/" if outside else ""
+        assert found.names == sorted(f"{top}{name}/0.png" for name in expected)
+        assert ("d0/d1/d2", "a link to a folder that is there already") in found.source.skipped or outside
 
     def test_digits(self):
         found = images.digits()
@@ -154,9 +180,7 @@ class TestImages:
         damaged = dict(survey.read(write(tmp_path, files), None, 8, 4096).damaged)
         assert damaged.pop("kind0/class2/1.png")
         assert damaged.pop("kind1/class5/1.tiff").startswith("floating-point numbers")
-        assert damaged == dict.fromkeys(
-            ("kind1/class3/0.png", "kind1/class5/0.png"), "no image of a kind that Pillow knows"
-        )
+        assert damaged == dict.fromkeys(("kind1/class3/0.png", "kind1/class5/0.png"), "no image of a kind that is read")
 
     def test_a_damaged_entry_of_a_zip(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -191,8 +215,8 @@ class TestSplit:
         assert not set(train.classes) & set(test.classes)
         assert (len(train.classes), len(test.classes)) == (3, 3)
         assert train.labels.bincount().tolist() == [4] * 3
-        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 1
-        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 1
+        assert len(load(options("--data-root", root, "--test-fraction", 0.99))[0].classes) == 2
+        assert len(load(options("--data-root", root, "--test-fraction", 0.01))[1].classes) == 2
         others = {tuple(load(options("--data-root", root, "--seed", seed))[0].classes) for seed in range(9)}
         assert len(others) > 3
 
@@ -218,8 +242,9 @@ class TestSplit:
         with pytest.raises(InputError, match=r"nothing is left to test on; .* add --split images"):
             load(options("--data-root", second, "--test-root", first))
         # Names are those below the roots: of other folders they are others.
-        alone = write(tmp_path / "d", {f"kind9/class7/{i}.png": png(900 + i) for i in range(3)})
-        assert load(options("--data-root", first, "--test-root", alone))[1].classes == ["kind9/class7"]
+        others = {f"kind9/class{c}/{i}.png": png(900 + 9 * c + i) for c in (7, 8) for i in range(3)}
+        test = load(options("--data-root", first, "--test-root", write(tmp_path / "d", others)))[1]
+        assert test.classes == ["kind9/class7", "kind9/class8"]
 
     def test_a_class_of_one_image(self, tmp_path, capsys):
         root = write(tmp_path, some_classes(4) | {"alone/1.png": png(1)})
@@ -233,7 +258,7 @@ class TestSplit:
 
     def test_too_little_to_split(self, tmp_path):
         root = write(tmp_path, {"a/1.png": png(1), "a/2.png": png(2), "a/3.png": png(3)})
-        with pytest.raises(InputError, match="only the class 'a'"):
+        with pytest.raises(InputError, match=r"1 class \(a\): .* takes two at least for each: .* --split images"):
             load(options("--data-root", root))
         with pytest.raises(InputError, match=r"class 'a' has 3 images.*--split classes"):
             load(options("--data-root", root, "--split", "images"))

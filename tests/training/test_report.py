@@ -120,19 +120,19 @@ class TestClasses:
         assert (train.classes, test.classes) == (["cat0", "cat1"], ["cat2", "cat3"])
 
     def test_parts_of_a_split_without_classes(self, tmp_path):
-        root = write(tmp_path, tree(["train", "test"]))
+        root = write(tmp_path, tree(["train", "test"], 4))
         (given,) = offered(stopped("--data-root", root))
-        assert sum(map(len, loaded("--data-root", root, *given))) == 6
+        assert sum(map(len, loaded("--data-root", root, *given, "--split", "images"))) == 8
 
     def test_one_part_of_a_split(self, tmp_path):
         """Its name would make the same class another one in a --test-root."""
-        root = write(tmp_path, tree(["train/cat0", "train/cat1"]))
+        root = write(tmp_path, tree([f"train/cat{c}" for c in range(4)]))
         (given, *_) = offered(stopped("--data-root", root))
-        assert loaded(*given)[0].classes[0] in ("cat0", "cat1")
+        assert loaded(*given)[0].classes[0].startswith("cat")
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_names_that_repeat(self, tmp_path, packed):
-        files = tree(["cat0/2020", "cat0/2021", "cat1/2020", "cat1/2021", "cat2/2021"])
+        files = tree(["cat0/2020", "cat0/2021", "cat1/2020", "cat1/2021", "cat2/2021"], 4)
         root = pack(tmp_path / "a.zip", files) if packed else write(tmp_path / "a", files)
         message = stopped("--data-root", root)
         assert "2020 (in cat0, cat1)" in message
@@ -140,22 +140,21 @@ class TestClasses:
         assert "--class-by last for 2 classes (2020, 2021)" in message
         assert "--class-by path for 5 classes (cat0/2020, cat0/2021, cat1/2020 and 2 more)" in message
         for by, classes in (("first", 3), ("last", 2), ("path", 5)):
-            train, test = loaded("--data-root", root, "--class-by", by)
-            assert len(train.classes) + len(test.classes) == classes
+            train, _ = loaded("--data-root", root, "--class-by", by, "--split", "images")
+            assert len(train.classes) == classes
 
     def test_names_that_repeat_in_the_test(self, tmp_path):
         """No class of one root has the name of one of the other, and yet they may be the same."""
         first, second = (
             write(tmp_path / "a", tree(["x/cat0", "x/cat1"])),
-            write(tmp_path / "b", tree(["y/cat1"], 3, 900)),
+            write(tmp_path / "b", tree(["y/cat1", "y/cat2"], 3, 900)),
         )
         message = stopped("--data-root", first, "--test-root", second)
         assert "cat1 (in x, y)" in message
         train, test = loaded("--data-root", first, "--test-root", second, "--class-by", "path")
-        assert (train.classes, test.classes) == (["x/cat0", "x/cat1"], ["y/cat1"])
-        assert "nothing is left to test on" in stopped(
-            "--data-root", first, "--test-root", second, "--class-by", "last"
-        )
+        assert (train.classes, test.classes) == (["x/cat0", "x/cat1"], ["y/cat1", "y/cat2"])
+        message = stopped("--data-root", first, "--test-root", second, "--class-by", "last")
+        assert "only the class 'cat2' is left to test on" in message
 
     @pytest.mark.parametrize(
         "folders",
@@ -170,14 +169,14 @@ class TestClasses:
         ids=str,
     )
     def test_folders_that_are_classes(self, tmp_path, folders):
-        train, test = loaded("--data-root", write(tmp_path, tree(folders)))
-        assert sorted(train.classes + test.classes) == sorted(folders)
+        train, _ = loaded("--data-root", write(tmp_path, tree(folders, 4)), "--split", "images")
+        assert sorted(train.classes) == sorted(folders)
 
 
 class TestValues:
     """What becomes black and white of images of 16 bits."""
 
-    def files(self, low, high, folders=("a", "b"), seed=0):
+    def files(self, low, high, folders="abgh", seed=0):
         return {
             f"{folder}/{i}.png": png16(seed + 10 * n + i, low, high, (10, 10))
             for n, folder in enumerate(folders)
@@ -193,23 +192,23 @@ class TestValues:
         assert len(pixels.unique()) > 100
         text, status = check("--data-root", root)
         assert status == 0
-        said = f"I;16: 6 images, values {low:,} to {high:,}, of which {low:,} becomes black and {high:,} white"
+        said = f"I;16: 12 images, values {low:,} to {high:,}, of which {low:,} becomes black and {high:,} white"
         assert said in text
 
     def test_values_are_scaled_before_they_are_rounded(self, tmp_path):
         values = np.full((20, 20), 1000, dtype=np.uint16)
         values[:, 10:] = 1100
         files = {f"a/{i}.png": encoded(Image.fromarray(values + i)) for i in range(2)}
-        root = write(tmp_path, files | self.files(0, 4000, "bc"))
-        given = ["--data-root", root, "--image-size", 20, "--test-fraction", 0.1]
-        train, _ = loaded(*given, "--value-range", 1000, 1200)
-        first = train.pixels(torch.tensor([train.names.index("a/0.png")]))[0, 0]
+        root = write(tmp_path, files | self.files(0, 4000, "bcd"))
+        given = ["--data-root", root, "--image-size", 20]
+        (part,) = (part for part in loaded(*given, "--value-range", 1000, 1200) if "a/0.png" in part.names)
+        first = part.pixels(torch.tensor([part.names.index("a/0.png")]))[0, 0]
         assert (first[:, 0] == 0).all()
         assert (first[:, -1] == 128).all()
 
     def test_the_test_has_the_scale_of_training(self, tmp_path, check):
         first = write(tmp_path / "train", self.files(100, 1100))
-        second = write(tmp_path / "other", self.files(0, 600, "cd", 500))
+        second = write(tmp_path / "other", self.files(0, 600, "cdef", 500))
         given = ["--data-root", first, "--test-root", second, "--image-size", 10]
         train, test = loaded(*given)
         assert train.pixels(torch.arange(6)).max() == 255
@@ -246,14 +245,14 @@ class TestValues:
         ids=["16 bits", "8 bits", "a mask", "12 of 16 bits in colour"],
     )
     def test_a_set_that_shows_nothing(self, tmp_path, made, why):
-        files = {f"{folder}/{i}.png": made(3 * n + i) for n, folder in enumerate("ab") for i in range(3)}
+        files = {f"{folder}/{i}.png": made(3 * n + i) for n, folder in enumerate("abcd") for i in range(3)}
         root = write(tmp_path, files)
         message = stopped("--data-root", root)
-        assert re.search(f"every image is blank, or nearly: .*{why}", message), message
-        assert len(loaded("--data-root", root, "--keep-blank")[0]) == 3
+        assert re.search(f"every one of the images is blank, or nearly: .*{why}", message), message
+        assert len(loaded("--data-root", root, "--keep-blank")[0]) == 6
 
     def test_some_that_show_nothing_are_listed(self, tmp_path, check):
-        root = write(tmp_path / "data", some_classes(2) | {"kind0/class0/9.png": encoded(Image.new("L", (9, 9), 70))})
+        root = write(tmp_path / "data", some_classes(4) | {"kind0/class0/9.png": encoded(Image.new("L", (9, 9), 70))})
         text, status = check("--data-root", root)
         assert "blank       1 image of a single value" in text
         assert status == 0
@@ -309,7 +308,7 @@ class TestDuplicates:
 
     def test_copies_within_a_class(self, tmp_path, check):
         """They do not stop a split by classes, but one by images."""
-        files = tree(["cat0", "cat1"], 8)
+        files = tree(["cat0", "cat1", "cat2", "cat3"], 8)
         root = write(tmp_path / "data", files | {f"cat0/copy{i}.png": files[f"cat0/{i}.png"] for i in range(8)})
         text, status = check("--data-root", root)
         assert "within a class: 16 images of 8 pictures" in text
@@ -318,22 +317,22 @@ class TestDuplicates:
         assert re.search(r"several places: \d in training and test \(\d in cat0\)", message)
         train, test = loaded("--data-root", root, "--split", "images", "--duplicates", "skip")
         assert not set(train.contents) & set(test.contents)
-        assert len(train) == 16  # of 24; what is left out is of the test
+        assert len(train) == 26  # of 40; what is left out is of the test
 
     def test_a_class_that_copies_leave_alone(self, tmp_path):
-        files = tree(["cat0", "cat1", "cat2", "cat3"], 2)
+        files = tree([f"cat{c}" for c in range(6)], 2)
         root = write(tmp_path, files | {"cat1/copy.png": files["cat0/0.png"]})
         given = ["--data-root", root, "--duplicates", "skip"]
         assert "a class has a single image, which nothing can be retrieved for: cat0" in stopped(*given)
         train, test = loaded(*given, "--skip-small-classes")
-        assert sorted(train.classes + test.classes) == ["cat1", "cat2", "cat3"]
+        assert sorted(train.classes + test.classes) == [f"cat{c}" for c in range(1, 6)]
 
 
 class TestFiles:
     """Damaged, skipped and stray ones."""
 
     def test_every_damaged_image_is_listed(self, tmp_path, capsys):
-        files = tree(["cat0", "cat1", "cat2"])
+        files = tree(["cat0", "cat1", "cat2", "cat3"])
         files |= {f"cat{i % 3}/bad{i:02}.jpg": b"" for i in range(60)}
         root, run = write(tmp_path / "data", files), tmp_path / "run"
         assert train_retrieval.main(["--data-root", str(root), "--out", str(run)]) == 2
@@ -346,7 +345,7 @@ class TestFiles:
         bad = {str(root / name) for name, data in files.items() if not data}
         assert set(listed(run / "report" / "damaged.txt")) == bad
         train, test = loaded("--data-root", root, "--skip-damaged")
-        assert len(train) + len(test) == 9
+        assert len(train) + len(test) == 12
         assert "Left out: 60 damaged images" in capsys.readouterr().out
         # When they are mended the list goes.
         for path in bad:
@@ -357,7 +356,7 @@ class TestFiles:
     def test_skipped_files_are_counted_by_reason_and_suffix(self, tmp_path, check):
         root = write(
             tmp_path / "data",
-            tree(["cat0", "cat1"])
+            tree(["cat0", "cat1", "cat2", "cat3"])
             | dict.fromkeys(["cat0/a.heic", "cat0/b.HEIC", "cat1/notes.txt", "cat1/README", "phone/c.heic"], b"")
             | dict.fromkeys(["cat0/.DS_Store", ".cache/x.png", "__MACOSX/cat0/._0.png"], b""),
         )
@@ -397,13 +396,13 @@ class TestFiles:
         assert listed(tmp_path / "run" / "report" / "small-classes.txt") == [f"{root}/alone/1.png"]
 
     def test_all_that_stops_is_told_at_once(self, tmp_path):
-        files = tree(["cat0/x", "cat1/x"]) | {"cat0/x/bad.png": b"", "astray.png": png(9)}
+        files = tree([f"cat{c}/x" for c in range(4)]) | {"cat0/x/bad.png": b"", "astray.png": png(9)}
         root = write(tmp_path, files | {"cat1/x/copy.png": files["cat0/x/0.png"]})
         message = stopped("--data-root", root)
         for offer in ("--class-by first", "--skip-damaged", "--skip-astray", "--duplicates skip"):
             assert offer in message
         given = ["--class-by", "first", "--skip-damaged", "--skip-astray", "--duplicates", "skip"]
-        assert sum(map(len, loaded("--data-root", root, *given))) == 5
+        assert sum(map(len, loaded("--data-root", root, *given))) == 11
 
     def test_nothing_is_left(self, tmp_path):
         root = write(tmp_path, {"a/1.png": b"", "b/1.png": b""})
@@ -575,9 +574,14 @@ class TestRealTrees:
         given += ["--duplicates", "skip"]
         message = stopped(*given)
         assert "a class has a single image, which nothing can be retrieved for: copy" in message
-        train, test = loaded(*given, "--skip-small-classes")
-        assert (train.classes, len(train)) == (["cat"], 12)
-        assert test.names == ["cat/2020/0.png", "cat/2020/2.png"]
+        given += ["--skip-small-classes"]
+        message = stopped(*given)
+        assert all(f"only the class 'cat' is left to {what} on" in message for what in ("train", "test"))
+        more = tree(["train/fox/2020", "val/fox/2020"], seed=900)
+        root = pack(root, files | linked | more) if packed else write(root, more)
+        train, test = loaded(*given)
+        assert (train.classes, len(train)) == (["cat", "fox"], 15)
+        assert test.names == ["cat/2020/0.png", "cat/2020/2.png", *(f"fox/2020/{i}.png" for i in range(3))]
 
 
 @pytest.mark.parametrize("name", tiny_datasets.MAKE)
@@ -595,3 +599,123 @@ def test_a_data_set(tmp_path, check, name):
     assert status == 1
     assert "an image is damaged or unreadable" in text
     assert len(listed(tmp_path / "run" / "report" / "damaged.txt")) == 1
+
+
+class TestNames:
+    """Classes whose names look the same."""
+
+    @pytest.mark.parametrize(
+        "names",
+        [("Cat", "cat"), ("dog ", "dog"), ("caf\u00e9", "cafe\u0301"), ("Stra\u00dfe", "STRASSE"), ("x/ A", "x/a")],
+        ids=ascii,
+    )
+    @pytest.mark.parametrize("by", ["path", "last"])
+    def test_alike(self, tmp_path, check, names, by):
+        """In a root, or in two, where the test has what is trained on."""
+        more = tree(["p", "q", "r"], seed=5000)
+        one = write(tmp_path / "one", more | tree(names))
+        first, second = (write(tmp_path / name[::-1], more | tree([name])) for name in names)
+        for given in (["--data-root", one], ["--data-root", first, "--test-root", second, "--split", "images"]):
+            given += ["--class-by", by, "--duplicates", "keep"]
+            quoted = ascii if "caf\u00e9" in names else repr  # where both look the same
+            parts = [name.rpartition("/")[2] if by == "last" else name for name in names]
+            offer = f"Unicode form: {' and '.join(map(quoted, sorted(parts)))}: rename"
+            assert offer in stopped(*given)
+            text, status = check(*given)
+            assert (offer in text, status) == (True, 1)
+            train, test = loaded(*given, "--keep-alike")
+            assert len({*train.classes, *test.classes}) == 5
+
+    def test_not_alike(self, tmp_path):
+        folders = ["a", "b", "e", "\u00e9", "x y", "xy", "2", "\u00b2"]
+        train, test = loaded("--data-root", write(tmp_path, tree(folders)))
+        assert len(train.classes) + len(test.classes) == len(folders)
+
+
+class TestOneScale:
+    """A range of values that makes images of other depths black."""
+
+    @pytest.mark.parametrize(
+        ("deep", "shallow", "why"),
+        [
+            (4, 0, "16 of the 17 images are blank"),
+            (1, 4, "every one of the images of mode I;16 is blank"),
+        ],
+        ids=["most of all", "few of all"],
+    )
+    def test_an_image_of_32_bits(self, tmp_path, check, deep, shallow, why):
+        files = {f"{c}/{i}.png": png16(10 * n + i, 0, 4095) for n, c in enumerate("abcd") for i in range(deep)}
+        files |= {f"{c}/l{i}.png": png(500 + 10 * n + i) for n, c in enumerate("abcd") for i in range(shallow)}
+        files["a/wide.tif"] = encoded(Image.fromarray(np.array([[0, 2**31 - 1]] * 2, dtype=np.int32)), "TIFF")
+        root = write(tmp_path / "data", files)
+        message = stopped("--data-root", root)
+        assert f"{why}, or nearly: values at most 0 of 255 apart: say by --value-range" in message
+        assert check("--data-root", root)[1] == 1
+        assert loaded("--data-root", root, "--value-range", 0, 4095)[0].pixels(torch.arange(4)).max() > 200
+        loaded("--data-root", root, "--keep-blank")
+
+    def test_depths_of_one_range(self, tmp_path):
+        """A PGM of 16 bits and a PNG of 16 bits have other modes, and the same values."""
+        files = {f"{c}/{i}.png": png16(10 * n + i, 0, 4095) for n, c in enumerate("abcd") for i in range(2)}
+        values = np.arange(4096, dtype=np.int32).reshape(64, 64)
+        files |= {f"{c}/0.tif": encoded(Image.fromarray(values + n), "TIFF") for n, c in enumerate("abcd")}
+        loaded("--data-root", write(tmp_path, files))
+
+
+RUN_OF_OURS = ("settings.json", "metrics.csv", "steps.csv", "curves.png", "neighbours.png")
+
+
+class TestWhatIsNoData:
+    """Files that are skipped, and roots that hold nothing else."""
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("where", ["runs/data-roadmap/", "a/run/", ""])
+    def test_the_pictures_of_a_run(self, tmp_path, check, packed, where):
+        made = {f"{where}{name}": png(800 + n) for n, name in enumerate(RUN_OF_OURS)}
+        # A folder that has but some of these is not one of a run.
+        files = tree("abcd") | made | {f"e/{name}": png(900 + n) for n, name in enumerate(RUN_OF_OURS[1:])}
+        root = pack(tmp_path / "data.zip", files) if packed else write(tmp_path / "data", files)
+        train, test = loaded("--data-root", root)
+        assert sorted(train.classes + test.classes) == ["a", "b", "c", "d", "e"]
+        assert "5 of a run of this program (2 .csv, 2 .png, 1 .json)" in check("--data-root", root)[0]
+
+    def test_a_root_of_other_files(self, tmp_path):
+        root = write(tmp_path / "phone", {f"a/{i}.heic": b"x" for i in range(5)} | {"a/.b.png": b""})
+        assert "; skipped: 1 hidden (1 .png); 5 of another kind (5 .heic)" in stopped("--data-root", root)
+        outside = pack(tmp_path / "dots.zip", {f"../a/{i}.png": png(i) for i in range(3)})
+        assert "; skipped: 3 of a path with .. in it (3 .png)" in stopped("--data-root", outside)
+
+    def test_a_zip_in_a_zip(self, tmp_path):
+        inner = pack(tmp_path / "inner.zip", tree("abcd")).read_bytes()
+        outer = pack(tmp_path / "outer.zip", {"below/inner.zip": inner})
+        assert "there are zips in it, which have to be unpacked: below/inner.zip" in stopped("--data-root", outer)
+        for below in ("", "/a"):
+            message = stopped("--data-root", f"{outer}/below/inner.zip{below}")
+            assert f"{outer}/below/inner.zip is a file in a zip: unpack {outer}, and name the file" in message
+
+    def test_what_is_no_image_under_the_name_of_one(self, tmp_path):
+        """Pillow hands EPS to Ghostscript."""
+        eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+        message = stopped("--data-root", write(tmp_path, tree("abcd") | {"a/eps.png": eps}))
+        assert "a/eps.png (no image of a kind that is read)" in message
+
+    @pytest.mark.parametrize("name", ["tab\there", "carriage\rreturn", "new\nline"], ids=ascii)
+    def test_names_that_break_lines(self, tmp_path, check, name):
+        root = write(tmp_path / "data", tree("abcd") | {f"a/{name}.png": b""})
+        check("--data-root", root)
+        text = (tmp_path / "run" / "report" / "damaged.txt").read_bytes().decode()
+        assert (text.count("\t"), text.count("\n"), text.count("\r")) == (1, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("where", "error"),
+        [("in_threads", RuntimeError("can't start new thread")), ("decode.look", MemoryError())],
+        ids=["threads", "memory"],
+    )
+    def test_no_more_memory(self, tmp_path, monkeypatch, capsys, where, error):
+        def fail(*given):
+            raise error
+
+        monkeypatch.setattr(f"retrieval.survey.{where}", fail)
+        root = write(tmp_path / "data", tree("abcd"))
+        assert train_retrieval.main(["--data-root", str(root), "--out", str(tmp_path / "run")]) == 2
+        assert "error: the system gives no more memory or threads" in capsys.readouterr().err
