@@ -1,6 +1,5 @@
-"""What is ranked, and which pairs are positive, negative or left out: lists of columns for each query.
-
-Labels, ids and named pairs become such lists.
+"""What ranks what, and which pairs are positive, negative or left out: labels, ids and named pairs become lists of
+columns for each query.
 
 A list costs its length where a mask costs [B, N]. The lists of all queries lie in one tensor of columns; a span
 [begin, end) says which part of it is a query's, and queries of one class share theirs.

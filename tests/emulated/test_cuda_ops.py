@@ -78,8 +78,8 @@ def test_objective_of_lists(kind, device, dtype, emulated):
             narrow = torch.full_like(scores, float("nan"), dtype=torch.bfloat16)
             _, narrow = objective(scores, lists_of(target), gradient=narrow, **extra)
             assert torch.equal(narrow, gradient.bfloat16())
-        own = {"first_own": extra.pop("own")} if "own" in extra else {}
-        counts = ops.count_pairs(Pairs(lists_of(target), **extra, **own), 6, 200)
+        pairs = Pairs(lists_of(target), extra.get("left_out"), extra.get("negative"), extra.get("own", -1))
+        counts = ops.count_pairs(pairs, 6, 200)
         assert torch.equal(counts[:, 0], (target & ~ignore).sum(1))
         assert torch.equal(counts[:, 1], (~target & ~ignore).sum(1))
 
