@@ -1,6 +1,6 @@
 """What all exact metrics share: NumPy arrays in, vectors, the ranks of positives, and how far one is.
 
-On the CPU a kernel counts ranks (csrc/cpu/ranking.h); on other devices, and where there are no kernels, plain PyTorch
+On the CPU a kernel counts ranks (csrc/cpu/metrics.h); on other devices, and where there are no kernels, plain PyTorch
 sorts. Both give the same.
 """
 

@@ -1,4 +1,4 @@
-// Pairwise or by the scan: the rule by which method="auto" takes the faster for a row.
+// Pairwise or by the scan, on the CPU: the rule by which method="auto" takes the faster for a row.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// How work is divided among threads.
+// How work is divided among threads. A task writes only what no other task of the same run() reads or writes: its own
+// span of columns, its own positives, its own thread's scratch. What tasks leave is added up afterwards, in their order.
 #pragma once
 
 #include <cstdint>
