@@ -860,7 +860,7 @@ class TestBadInput:
         self.raises(ValueError, r"labels must be 1-D.*40, got shape \(39,\)", x, labels[1:])
         self.raises(ValueError, r"labels must be 1-D", x, labels[:, None])
         self.raises(ValueError, "labels must be on the device of embeddings, cpu, got meta", x, labels.to("meta"))
-        self.raises(TypeError, "labels must have an integer dtype, got torch.complex64$", x, labels.to(torch.complex64))
+        self.raises(TypeError, "labels must have an integer dtype, got torch.complex64", x, labels.to(torch.complex64))
         for dtype in (torch.float32, torch.float16, torch.bool):
             self.raises(TypeError, r"labels must have an integer dtype, got .*labels.long\(\)", x, labels.to(dtype))
         self.raises(TypeError, "labels must be a torch.Tensor of integers", x, labels.tolist())
