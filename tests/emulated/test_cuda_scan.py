@@ -214,7 +214,7 @@ def test_infinities_and_nan(surrogate, device, emulated):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("surrogate", [0, 1])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_objective(surrogate, device, emulated):
     """The gradient over the scores: what one kernel has done the other must not do once more."""
     emulated.emulate_device(*device, 3, 3)
@@ -232,7 +232,7 @@ def test_objective(surrogate, device, emulated):
             values, gradient = objective(
                 scores, lists_of(target), lists_of(ignore), scale=scales, gradient=out, surrogate=surrogate, **options
             )
-            truth, right = expected(finite, target, ignore, scales, surrogate=("sup", "smooth")[surrogate], **options)
+            truth, right = expected(finite, target, ignore, scales, surrogate=surrogate, **options)
             torch.testing.assert_close(values[kept, :3], truth[kept], rtol=1e-5, atol=1e-6)
             tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is None else {"rtol": 2**-8, "atol": 1e-5}
             torch.testing.assert_close(gradient[kept].double(), right[kept], **tolerance)
@@ -311,7 +311,7 @@ def test_slopes_that_are_not_finite(value, device, emulated):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("surrogate", [0, 1])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_between_the_kernels(surrogate, parts, emulated):
     """Rows of a piece, longer ones that are not scanned, and ones that just are: each is done once."""
     emulated.emulate_device(2, 64 << 20, 64, parts, 1, 40, 3, 3)
@@ -319,13 +319,13 @@ def test_between_the_kernels(surrogate, parts, emulated):
     for row, positives in enumerate((0, 31, 32, 33, 36, 40, 41, 130)):
         target[row, torch.randperm(130)[:positives]] = True
     values, gradient = objective(scores, lists_of(target), surrogate=surrogate)
-    truth, right = expected(scores, target, torch.zeros_like(target), surrogate=("sup", "smooth")[surrogate])
+    truth, right = expected(scores, target, torch.zeros_like(target), surrogate=surrogate)
     torch.testing.assert_close(values[:, :3], truth, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("surrogate", [0, 1])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_far_below(surrogate, device, emulated):
     """Negatives too far below all positives get their hinges alone, and not even the least share of a rank."""
     emulated.emulate_device(*device, 3, 3)
@@ -339,7 +339,7 @@ def test_far_below(surrogate, device, emulated):
     assert (gradient[:2, :, 1:] == 0).all()
     assert (gradient[2] == torch.tensor([0.125, 0.125, 0.125, 0])).all()
     leaf = torch.cat([positives, scores[:, 50:] - 0.01], 1).requires_grad_()  # nothing is within reach
-    loss = ap_loss(leaf, target, surrogate=("sup", "smooth")[surrogate], reduction="sum")
+    loss = ap_loss(leaf, target, surrogate=surrogate, reduction="sum")
     loss.backward()
     assert loss == 0
     assert (leaf.grad == 0).all()
