@@ -41,7 +41,7 @@ TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_quality := scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
 TOOLS_bench := matplotlib
-TOOLS_lint := ruff mypy clang-format
+TOOLS_lint := ruff mypy clang-format numpy
 
 # This tree comes first, whatever roadmap_ext the environment may hold.
 export PYTHONPATH := $(CURDIR)
