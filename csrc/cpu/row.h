@@ -149,6 +149,8 @@ struct Workspace {
   Row<T> row;
   Scan scan;
   std::vector<typename RowInput<T>::Found> found;  // of each span
+  std::vector<int64_t> pieces;                     // see split_groups()
+  std::vector<char> nan;                           // of each span and piece: whether it has met one
 
   size_t bytes() const { return scan.bytes() + 90 * row.p.score.capacity(); }
 };
@@ -159,7 +161,12 @@ template <typename T>
 class RowSteps {
  public:
   RowSteps(const Pass<T>& pass, const Parallel& parallel, Workspace<T>& space)
-      : pass_(pass), parallel_(parallel), columns_(pass.input.columns()), space_(space), row_(space.row) {}
+      : pass_(pass),
+        parallel_(parallel),
+        columns_(pass.input.columns()),
+        space_(space),
+        row_(space.row),
+        pieces_(space.pieces) {}
 
   // weigh(row) sees ranks and hinges and sets the weights.
   template <typename Weigh>
@@ -310,7 +317,8 @@ class RowSteps {
     std::fill(row_.slope.begin(), row_.slope.end(), 0.0);
     row_.partial.assign(spans > 1 ? spans * 2 * size : 0, 0.0);
     row_.hinges.assign(pass_.objective.calibration ? spans : 0, {});
-    std::vector<char> nan(spans * count, 0);
+    std::vector<char>& nan = space_.nan;
+    nan.assign(spans * count, 0);
     parallel_.run(spans * count, [&](int64_t task, int) { nan[task] = rank_span(task / count, spans, task % count); });
     row_.nan = std::any_of(nan.begin(), nan.end(), [](char c) { return c != 0; });
     for (int64_t span = 0; spans > 1 && span < spans; ++span) {
@@ -332,7 +340,7 @@ class RowSteps {
   void split_groups() {
     constexpr int64_t kPiece = 512;
     const std::vector<Group<T>>& groups = row_.p.groups;
-    pieces_ = {0};
+    pieces_.assign(1, 0);
     for (size_t g = 0; pass_.ranks && g < groups.size(); ++g) {
       if (g + 1 == groups.size() || groups[g].end - groups[pieces_.back()].begin >= kPiece) {
         pieces_.push_back(static_cast<int64_t>(g) + 1);
@@ -528,7 +536,7 @@ class RowSteps {
   const int64_t columns_;
   Workspace<T>& space_;
   Row<T>& row_;
-  std::vector<int64_t> pieces_;
+  std::vector<int64_t>& pieces_;
   bool saves_ = false;
 };
 
