@@ -179,6 +179,7 @@ def accepts(keywords: type) -> Callable[[_F], _F]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
             for name, default in defaults_of(keywords).items()
         ]
+        # inspect reads it from any function, but typeshed does not declare it.
         function.__signature__ = signature.replace(parameters=[*named, *shown])  # type: ignore[attr-defined]
         return function
 

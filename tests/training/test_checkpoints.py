@@ -334,10 +334,9 @@ KINDS = {
 class Body(torch.nn.Module):
     """A stand-in for a network of timm's, without its classifier."""
 
-    pretrained_cfg = {"classifier": "fc"}  # noqa: RUF012
-
     def __init__(self, channels=3):
         super().__init__()
+        self.pretrained_cfg = {"classifier": "fc"}
         self.conv, self.norm = torch.nn.Conv2d(channels, 6, 3), torch.nn.BatchNorm2d(6)
 
     def forward(self, images):
@@ -581,7 +580,7 @@ class TestTheTrainedNetwork:
 
 
 class TestLength:
-    SHORT = [*TINY[: TINY.index("--steps")], "--per-class", "4", "--schedule", "constant", "--k", "1", "5"]  # noqa: RUF012
+    SHORT = (*TINY[: TINY.index("--steps")], "--per-class", "4", "--schedule", "constant", "--k", "1", "5")
 
     def test_a_longer_run_keeps_what_its_length_chose(self, tmp_path):
         """The warm-up, that of the memory, and how often it evaluates."""
