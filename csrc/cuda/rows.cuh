@@ -1104,7 +1104,7 @@ class RowKernel {
   ROADMAP_DEVICE void add_gradient(int n, uint32_t bits, const T (&x)[kColumns], T top, T (&g)[kColumns]) const {
     constexpr int kTogether = 16;  // summed before they are added to the others: sums of a thousand would drift
     T a[kColumns];
-    T before = 0;
+    T before = not_a_number();  // the centre of a[]: no centre equals it yet
     for (int first = 0; first < n; first += kTogether) {
       T sum[kColumns];
 #pragma unroll
@@ -1121,7 +1121,7 @@ class RowKernel {
           continue;
         }
         const T f = factor_[i], c = centre_[i];
-        if (sizeof(T) == 8 || i == 0 || c != before) {
+        if (sizeof(T) == 8 || !(c == before)) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
           before = c;

@@ -1,6 +1,7 @@
 """What the CUDA ops promise beyond the CPU's, under the emulator."""
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -292,6 +293,18 @@ def test_nan_is_seen_whichever_thread_reads_it(column, device, emulated):
         assert loss.isnan().tolist() == [False, True, False]
         assert leaf.grad.isnan().all(1).tolist() == [False, True, False]
         assert not leaf.grad[::2].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_infinite_positive_before_one_of_zero(device, emulated):
+    """What the first finite positive finds is not what a variable happens to hold."""
+    emulated.emulate_device(*device, 3, 3)
+    scores, target = torch.rand(2, 300) * 0.1 - 0.09, torch.zeros(2, 300, dtype=torch.bool)
+    scores[:, :2], target[:, :2] = torch.tensor([-math.inf, 0.0]), True
+    leaf, exact = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    ap_loss(leaf, target).backward()
+    reference.ap_loss(exact, target).backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", DEVICES)
