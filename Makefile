@@ -40,6 +40,7 @@ TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
 TOOLS_quality := scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow
+TOOLS_mechanism := scipy matplotlib
 TOOLS_bench := matplotlib
 TOOLS_lint := ruff mypy clang-format numpy
 
@@ -50,13 +51,14 @@ FAIL = { echo "$(1)" >&2; exit 1; }
 # Of a build's log on a terminal: how many of its steps are done.
 STEPS = if [ -t 1 ]; then awk '/^\[[0-9]+\/[0-9]+\]/ { printf "\r%s ", $$1; fflush() } END { print "" }'; else cat >/dev/null; fi
 
-.PHONY: help build test test-deep demo train quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
+.PHONY: help build test test-deep demo train mechanism quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make demo        train an embedding with the loss and draw what comes of it"
 	@echo "make train       train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
+	@echo "make mechanism   what the paper's two ideas do, each by itself: two experiments, about a minute, nothing to download"
 	@echo "make quality     the paper's losses side by side on digits; ARGS='--data-root ...' for Omniglot, ARGS=--help"
 	@echo "make test        a verdict in five minutes: every behaviour once"
 	@echo "make test-deep   all the rest: every size, instruction set, emulated kernel; CELLS='...' for some of it"
@@ -73,7 +75,7 @@ help:
 	@echo "VENV=path             use this environment and its torch, 2.11 or newer, instead of .venv"
 	@echo "CUDA_VENV=path        use this environment and its CUDA build of torch for cuda-build instead of .venv-cuda"
 	@echo "TORCH_ARGS='...'      options for pip when it installs torch into .venv, such as --index-url"
-	@echo "ARGS='...'            options for what demo, train, quality, test and bench run"
+	@echo "ARGS='...'            options for what demo, train, mechanism, quality, test and bench run"
 	@echo "FORCE_CUDA=1 or 0     demand the CUDA kernels, or leave them out"
 
 build: $(BUILT)
@@ -92,6 +94,9 @@ demo: $(BUILT) $(MADE)/demo
 
 train: $(BUILT) $(MADE)/train
 	@$(PY) examples/train_retrieval.py $(ARGS)
+
+mechanism: $(BUILT) $(MADE)/mechanism
+	@$(PY) -m benchmarks.mechanism $(ARGS)
 
 quality: $(BUILT) $(MADE)/quality
 	@$(PY) -m benchmarks.quality $(ARGS)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from scipy.stats import t as student
 
+from ..intervals import Interval
 from ..report import markdown_head, markdown_row
 from .losses import LOSSES
 from .plan import Comparison
@@ -23,30 +21,6 @@ from .runs import CURVE, EVALUATIONS, Results, Run
 # The paper's claims: the linear part against the sigmoid, calibration against none; and both against pairs.
 DIFFERENCES = (("sup-ap", "smooth-ap"), ("roadmap", "sup-ap"), ("roadmap", "smooth-ap"), ("roadmap", "contrastive"))
 COLOURS = dict(zip(LOSSES, pyplot.get_cmap("tab10").colors, strict=False))
-
-
-class Interval(NamedTuple):
-    """A mean and half the width of its 95 % interval."""
-
-    mean: float
-    half: float  # NaN for a single value
-    values: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Student's t of independent values; of paired differences, if these are what is given."""
-        count = len(values)
-        if count < 2:
-            return cls(values[0] if values else math.nan, math.nan, count)
-        quantile = float(student.ppf(0.975, count - 1))
-        return cls(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
-
-    def show(self, sign: bool = False) -> str:
-        """In points of 100."""
-        if not self.values:
-            return "-"
-        half = "" if math.isnan(self.half) else f" ± {100 * self.half:.1f}"
-        return f"{100 * self.mean:{'+' if sign else ''}.1f}{half}"
 
 
 class Findings:
