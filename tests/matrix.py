@@ -81,7 +81,7 @@ CELLS = [
         )
     ),
     Cell("emulated-ops", f"{OPS} and not long", 720, plugin="emulated_ops"),
-    Cell("emulated", "deep and emulated", 366),
+    Cell("emulated", "deep and emulated", 367),
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),
     Cell("packaging", "deep and package", 10),

@@ -1055,7 +1055,7 @@ class RowKernel {
     const int count = weighs() ? pieces() : 0;
     if (count == 1) load_weighted(0);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const T by = static_cast<T>(outcome(kUnit) / k_.tau * outcome(kScale) * weight * row);
     T hinge = 0;
     if (p_.calibration && outcome(kHinges) > 0) hinge = static_cast<T>(p_.weight[3 * row_ + 2] * row);
@@ -1199,7 +1199,7 @@ class RowKernel {
     const bool nan = outcome(kNan) != 0;
     const double scale = outcome(kScale);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const T margin = static_cast<T>(p_.positive_margin);
     for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
       if (!in_shared()) load(piece);

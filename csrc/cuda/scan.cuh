@@ -619,7 +619,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     int begin, end;
     this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const double by = this->outcome(Base::kUnit) / k_.tau * this->outcome(Base::kScale) * weight * row;
     float hinge = 0;
     if (p_.calibration && this->outcome(Base::kHinges) > 0) hinge = static_cast<float>(p_.weight[3 * row_ + 2] * row);
