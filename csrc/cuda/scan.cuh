@@ -20,8 +20,8 @@ namespace roadmap::cuda {
 
 // float32 scores, or half ones. kCapacity as in rows.cuh.
 template <typename S, int kCapacity>
-class ScanKernel : public RowKernel<S, kCapacity, true> {
-  using Base = RowKernel<S, kCapacity, true>;
+class ScanKernel : public RowKernel<S, kCapacity, false, true> {
+  using Base = RowKernel<S, kCapacity, false, true>;
   using T = float;
   using Params = RowParams<S>;
   using Base::k_, Base::p_, Base::block_, Base::row_, Base::scanned_, Base::size_, Base::slot_, Base::warps_;

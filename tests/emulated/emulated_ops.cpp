@@ -42,29 +42,22 @@ void poison(void* begin, int64_t bytes) {
   std::memset(begin, 0xFF, static_cast<size_t>(bytes));
 }
 
+template <typename S, int kCapacity>
+int emulate_rows(const RowParams<S>& p) {
+  const Schedule& s = p.schedule;
+  const int bytes = shared_bytes<Accumulation<S>>(kCapacity, s.threads, s.scan);
+  return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
+    if (s.in_shared) return RowKernel<S, kCapacity, true>(p, shared).run();
+    if constexpr (!std::is_same_v<S, double>) {
+      if (s.scan) return ScanKernel<S, kCapacity>(p, shared).run();
+    }
+    RowKernel<S, kCapacity, false>(p, shared).run();
+  });
+}
+
 template <typename S>
 int launch_rows(const RowParams<S>& p, void*) {
-  const Schedule& s = p.schedule;
-  using T = Accumulation<S>;
-  const bool small = emulated.capacity == kShortPiece, scan = s.scan;
-  const int bytes = shared_bytes<T>(emulated.capacity, s.threads, scan);
-  return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
-    if constexpr (!std::is_same_v<S, double>) {
-      if (scan) {
-        if (small) {
-          ScanKernel<S, kShortPiece>(p, shared).run();
-        } else {
-          ScanKernel<S, kPiece>(p, shared).run();
-        }
-        return;
-      }
-    }
-    if (small) {
-      RowKernel<S, kShortPiece>(p, shared).run();
-    } else {
-      RowKernel<S, kPiece>(p, shared).run();
-    }
-  });
+  return emulated.capacity == kShortPiece ? emulate_rows<S, kShortPiece>(p) : emulate_rows<S, kPiece>(p);
 }
 
 template <typename T>
