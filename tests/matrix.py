@@ -69,8 +69,8 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 1927),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 1127),
+    Cell("quick", "not deep and not gpu and not timm", 1965),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 1137),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(
         cell
