@@ -29,6 +29,7 @@ constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 bool on_device(const Tensor& t) { return t.is_cpu(); }
 struct Device {
   explicit Device(const Tensor&) {}
+  ~Device() { end_op(); }
   void* stream = nullptr;
 };
 // Whoever reads what nobody wrote shall notice.
@@ -234,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
   Tensor reduced = each ? loss : allocate(scores, {}, type);
   Tensor gradient = allocate(scores, want_gradient ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0, 0},
                              scores.scalar_type());
-  Tensor factor = allocate(scores, {!want_gradient ? 0 : half ? rows : 1}, type);
   const bool nothing = !scores.numel();
+  const std::vector<int64_t> factors = {!want_gradient ? 0 : half ? rows : 1};
+  Tensor factor = nothing || !half ? empty(scores, factors, type) : allocate(scores, factors, type);
   if (nothing) torch::stable::zero_(loss);
   // A mean over all rows is in the gradient already, but for half types, which keep it in a scale of its own: where
   // every row has a positive, backward finds nothing left to multiply by.
