@@ -133,19 +133,6 @@ Parallel torch_threads(int64_t elements) {
   return parallel;
 }
 
-// The reductions, in row order and in double. The mean is over queries with a positive; the others have loss 0.
-template <typename T>
-double reduce(int64_t reduction, const T* loss, const int64_t* positives, int64_t rows, double& weight) {
-  double sum = 0;
-  int64_t count = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    sum += static_cast<double>(loss[row]);
-    count += positives[row] > 0;
-  }
-  weight = reduction == kMean ? 1.0 / static_cast<double>(std::max<int64_t>(count, 1)) : 1.0;
-  return sum * weight;
-}
-
 std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
                                                      std::vector<double> surrogate, int64_t reduction,
                                                      bool want_gradient, int64_t method) {
@@ -161,18 +148,22 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
   Tensor gradient = want_gradient ? empty(scores, {m.rows, m.columns}, scores.scalar_type())
                                   : empty(scores, {0, 0}, scores.scalar_type());
   Tensor factor = empty(scores, {!want_gradient ? 0 : half ? m.rows : 1}, type);
-  std::vector<int64_t> positives(m.rows);
+  const auto parallel = torch_threads(m.rows * m.columns);
+  // The mean is over queries with a positive; the others have loss 0.
+  const int64_t count =
+      reduction == kMean ? roadmap::count_rows_with_positive(m.relation, m.rows, m.columns, parallel) : 1;
+  const double share = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
   dispatch(scores, [&](auto zero) {
     using T = decltype(zero);
     T* const factors = data<T>(factor);
     std::fill(factors, factors + factor.numel(), T(1));
     void* const out = data<void>(gradient);
-    roadmap::average_precision_rows<T>(m, settings, torch_threads(m.rows * m.columns),
-                                       {data<T>(loss), positives.data(), out, out && half ? factors : nullptr});
+    roadmap::average_precision_rows<T>(m, settings, parallel,
+                                       {data<T>(loss), out, out && half ? factors : nullptr, share});
     if (each) return;
-    double weight = 1;
-    *data<T>(reduced) = static_cast<T>(reduce(reduction, data<T>(loss), positives.data(), m.rows, weight));
-    for (int64_t i = 0; i < factor.numel(); ++i) factors[i] = static_cast<T>(factors[i] * weight);
+    double sum = 0;  // in row order
+    for (int64_t row = 0; row < m.rows; ++row) sum += static_cast<double>(data<T>(loss)[row]);
+    *data<T>(reduced) = static_cast<T>(sum * share);
   });
   return {reduced, gradient, factor};
 }
@@ -201,6 +192,8 @@ void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor&
       by[row] = static_cast<double>(w[weights.numel() == 1 ? 0 : row]) *
                 static_cast<double>(f[factors.numel() == 1 ? 0 : row]);
     }
+    const bool same = std::all_of(by.begin(), by.end(), [](double factor) { return factor == 1; });
+    if (same && out.const_data_ptr() == gradient.const_data_ptr()) return;
     roadmap::scale_rows<T>(gradient.const_data_ptr(), type, rows, columns, by.data(), torch_threads(rows * columns),
                            out.mutable_data_ptr());
   });

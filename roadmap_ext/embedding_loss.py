@@ -323,6 +323,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=0 if first else 1, out=out)
     elif out.device.type == "cuda":  # which fake tensors do not know; `sweep` is opaque to them
+        # float32 to be added to is accepted from torch 2.11 on, the oldest that this works with; 2.8 refused it.
         torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, beta=0 if first else 1, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=0 if first else 1, out=out)

@@ -34,6 +34,7 @@ MARKERS = {
     "package": "in tests/package: how the package is built, and this matrix",
     "documentation": "in tests/documentation: code and commands on the pages",
     "emulated": "in tests/emulated: the emulator, and what the CUDA ops promise beyond the CPU's",
+    "ptx": "in tests/ptx: the machine that runs what nvcc makes of the kernels",
     "sanitizers": "in tests/sanitizers: memory safety of the CPU kernels",
     "cuda": "in tests/cuda: what nvcc makes of the kernels, and the kernels on a GPU",
     "deep": "for `make test-deep` alone: what costs much and seldom finds what the quick tests do not",
@@ -69,7 +70,7 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 1934),
+    Cell("quick", "not deep and not gpu and not timm", 1937),
     Cell("kernels", "deep and (kernels or losses or metrics)", 1127),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(
@@ -81,7 +82,12 @@ CELLS = [
         )
     ),
     Cell("emulated-ops", f"{OPS} and not long", 720, plugin="emulated_ops"),
-    Cell("emulated", "deep and emulated", 366),
+    *(
+        Cell(f"ptx-{arch}", f"{OPS} and not long or deep and emulated", 1087, {"ROADMAP_PTX": arch}, "emulated_ops")
+        for arch in ("80", "90")
+    ),
+    Cell("ptx", "deep and ptx", 70),
+    Cell("emulated", "deep and emulated", 367),
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),
     Cell("packaging", "deep and package", 10),

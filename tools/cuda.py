@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX")
 """Turing to Blackwell, for builds that see no GPU and are told no TORCH_CUDA_ARCH_LIST."""
 
 
@@ -66,8 +66,11 @@ def choose_archs(environ: Mapping[str, str], capabilities: Sequence[tuple[int, i
         return listed
     if capabilities:
         return ";".join(sorted({f"{major}.{minor}" for major, minor in capabilities}))
-    if tuple(map(int, version.split("."))) >= (12, 8):
+    known = tuple(map(int, version.split(".")))
+    if known >= (13, 0):
         return ";".join(DEFAULT_ARCHS)
+    if known >= (12, 8):
+        return ";".join(arch for arch in DEFAULT_ARCHS if arch != "11.0")  # which had another number
     return "7.5;8.0;9.0+PTX"  # Blackwell came with 12.8
 
 

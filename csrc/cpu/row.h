@@ -403,8 +403,9 @@ class RowSteps {
     }
     if (direct) return;
     if (pass_.unscale) {
+      const double share = row_.scale;
       row_.scale = row_.nan ? 1 : half_scale();
-      pass_.unscale[row_.index] = static_cast<T>(1 / row_.scale);
+      pass_.unscale[row_.index] = static_cast<T>(share / row_.scale);
     }
     row_.place(columns_);
     parallel_.run(divide_up(columns_, kBlock), [&](int64_t block, int) { block_gradient(block * kBlock); });

@@ -86,8 +86,8 @@ void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, 
                             const ApOutput<T>& out) {
   const Pass<T> pass(m, settings, kApAlone, true, out.gradient, out.gradient, out.unscale);
   run_rows(pass, parallel, [&](Row<T>& row) {
+    row.scale = out.share;
     out.loss[row.index] = static_cast<T>(ap_weights(row, pass));
-    out.positives[row.index] = row.size();
   });
 }
 
@@ -156,6 +156,20 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
     }
     row.set_weights(pass.smooth, largest);
   });
+}
+
+int64_t count_rows_with_positive(const Relation& relation, int64_t rows, int64_t columns, const Parallel& parallel) {
+  const PairMasks masks(relation, instruction_set().conversions);
+  std::vector<char> has(rows);
+  parallel.run(rows, [&](int64_t row, int) {
+    BlockMasks bits;
+    for (int64_t at = 0; at < columns && !has[row]; at += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, columns - at));
+      masks.fill(row, at, count, bits);
+      has[row] = std::any_of(bits.positive, bits.positive + divide_up(count, 64), [](uint64_t word) { return word; });
+    }
+  });
+  return std::count(has.begin(), has.end(), 1);
 }
 
 void count_pairs(const Relation& relation, int64_t rows, int64_t columns, const Parallel& parallel, int64_t* counts) {

@@ -56,10 +56,11 @@ struct SurrogateSettings {
 // Outputs of the average-precision op. T is double for double scores, float for all others.
 template <typename T>
 struct ApOutput {
-  T* loss;             // [rows]
-  int64_t* positives;  // [rows]
-  void* gradient;      // [rows, columns] in the type of the scores, contiguous; null when not wanted
-  T* unscale;          // [rows]  half types: gradient times this is the true one; null otherwise
+  T* loss;  // [rows]
+  void*
+      gradient;  // [rows, columns]  of `share` times the losses, in the type of the scores, contiguous; null: not wanted
+  T* unscale;    // [rows]  half types: gradient times this is the true one; null otherwise
+  double share = 1;
 };
 
 // The ROADMAP objective of a row: which parts are wanted, and the margins of the calibration loss.
@@ -103,6 +104,9 @@ template <typename T>
 void smooth_rank_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&);
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const RankGradient<T>&);
+
+// How many rows have a positive.
+int64_t count_rows_with_positive(const Relation&, int64_t rows, int64_t columns, const Parallel&);
 
 // Positives and negatives of each row, [rows, 2].
 void count_pairs(const Relation&, int64_t rows, int64_t columns, const Parallel&, int64_t* counts);

@@ -1,4 +1,6 @@
 // The kernels around the row kernel, their launches, and what the host asks of the CUDA runtime.
+#include <algorithm>
+
 #include "elements.cuh"
 #include "launch.h"
 
@@ -50,7 +52,10 @@ int launch_starts(const StartParams& p, void* stream) {
 
 template <typename S>
 int launch_scale(const ScaleParams<S>& p, void* stream) {
-  scale_kernel<S><<<static_cast<unsigned>(p.rows * p.segments), p.threads, 0, as_stream(stream)>>>(p);
+  // As many as run at a time: most calls find that nothing is to be done.
+  const int64_t resident = int64_t(device_resources().multiprocessors) * (2048 / kElementThreads);
+  const auto blocks = static_cast<unsigned>(std::min(resident, p.rows * p.segments));
+  scale_kernel<S><<<blocks, p.threads, 0, as_stream(stream)>>>(p);
   return cudaGetLastError();
 }
 

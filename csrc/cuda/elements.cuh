@@ -31,10 +31,10 @@ ROADMAP_DEVICE void reduce_losses(const ReduceParams<T>& p, char* shared) {
   }
   loss = block_sum(loss, scratch);
   ranked = block_sum(ranked, scratch);
-  const double weight = p.mean ? 1 / larger(ranked, 1.0) : 1.0;
-  if (simt::thread() == 0) p.reduced[0] = static_cast<T>(loss * weight);
+  const double by = p.mean ? larger(ranked, 1.0) : 1.0;
+  if (simt::thread() == 0) p.reduced[0] = static_cast<T>(loss / by);
   for (int64_t i = simt::thread(); i < p.factors; i += simt::threads()) {
-    p.factor[i] = static_cast<T>(static_cast<double>(p.factor[i]) * weight);
+    p.factor[i] = static_cast<T>(static_cast<double>(p.factor[i]) / by);
   }
 }
 
@@ -86,34 +86,43 @@ ROADMAP_DEVICE double factor_as(double by, double) { return by; }
 ROADMAP_DEVICE SplitFactor factor_as(double by, Half) { return SplitFactor(by); }
 ROADMAP_DEVICE SplitFactor factor_as(double by, BFloat) { return SplitFactor(by); }
 
+// Blocks take segments of rows in turn. Where nothing changes in place, nothing is read.
 template <typename S>
 ROADMAP_DEVICE void scale_rows(const ScaleParams<S>& p) {
   constexpr int kEach = 16 / sizeof(S);
-  const int64_t row = simt::block() / p.segments, segment = simt::block() % p.segments;
-  const int64_t from = row * p.columns;
-  const auto by = factor_as(
-      static_cast<double>(p.weight[p.one_weight ? 0 : row]) * static_cast<double>(p.factor[p.one_factor ? 0 : row]),
-      S{});
-  // Whole vectors where the row is aligned; the rest one by one.
-  const bool aligned = simt::address(p.gradient + from) % 16 == 0 && simt::address(p.out + from) % 16 == 0;
-  const int64_t whole = aligned ? p.columns / kEach : 0;
-  const int64_t stride = int64_t(simt::threads()) * p.segments;
-  for (int64_t v = segment * simt::threads() + simt::thread(); v < whole; v += kScaleVectors * stride) {
-    Vector<S> x[kScaleVectors];  // all on their way before the first is written: a store holds back loads that follow
-#pragma unroll
-    for (int k = 0; k < kScaleVectors; ++k) {
-      if (v + k * stride < whole) x[k] = simt::load_as<Vector<S>>(p.gradient, from + (v + k * stride) * kEach);
+  for (int64_t task = simt::block(); task < p.rows * p.segments; task += simt::blocks()) {
+    const int64_t row = task / p.segments, segment = task % p.segments, from = row * p.columns;
+    const double product =
+        static_cast<double>(p.weight[p.one_weight ? 0 : row]) * static_cast<double>(p.factor[p.one_factor ? 0 : row]);
+    if (product == 1 && p.in_place) {
+      if (p.one_weight && p.one_factor) return;
+      continue;
     }
+    const auto by = factor_as(product, S{});
+    // Whole vectors from the first address that is a multiple of 16 in both; the rest one by one.
+    const uint64_t past = simt::address(p.gradient + from) % 16;
+    const bool alike = simt::address(p.out + from) % 16 == past;
+    const int64_t head = smaller<int64_t>((16 - past) % 16 / sizeof(S), p.columns);
+    const int64_t whole = alike ? (p.columns - head) / kEach : 0;
+    const int64_t stride = int64_t(simt::threads()) * p.segments, first = segment * simt::threads() + simt::thread();
+    for (int64_t v = first; v < whole; v += kScaleVectors * stride) {
+      Vector<S> x[kScaleVectors];  // all on their way before the first is written: a store holds back later loads
 #pragma unroll
-    for (int k = 0; k < kScaleVectors; ++k) {
+      for (int k = 0; k < kScaleVectors; ++k) {
+        if (v + k * stride < whole) x[k] = simt::load_as<Vector<S>>(p.gradient, from + head + (v + k * stride) * kEach);
+      }
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) x[k].at[j] = scaled(x[k].at[j], by);
-      if (v + k * stride < whole) simt::store_as(p.out, from + (v + k * stride) * kEach, x[k]);
+      for (int k = 0; k < kScaleVectors; ++k) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) x[k].at[j] = scaled(x[k].at[j], by);
+        if (v + k * stride < whole) simt::store_as(p.out, from + head + (v + k * stride) * kEach, x[k]);
+      }
     }
-  }
-  for (int64_t j = whole * kEach + segment * simt::threads() + simt::thread(); j < p.columns; j += stride) {
-    const S x = p.gradient[from + j];
-    p.out[from + j] = scaled(x, by);
+    for (int64_t i = first; i < p.columns - whole * kEach; i += stride) {
+      const int64_t j = i < head ? i : i + whole * kEach;
+      const S x = p.gradient[from + j];
+      p.out[from + j] = scaled(x, by);
+    }
   }
 }
 

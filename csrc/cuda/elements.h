@@ -18,7 +18,7 @@ struct ReduceParams {
   Global<const T> loss{};         // [rows]
   Global<const int32_t> count{};  // [rows]  positives
   Global<T> reduced{};            // [1]
-  Global<T> factor{};             // [factors]  multiplied by the weight of a row in the reduced loss
+  Global<T> factor{};             // [factors]  multiplied by the weight of a row's loss in the reduced one
   int64_t factors = 0;
 };
 
@@ -29,9 +29,9 @@ struct ScaleParams {
   Global<const S> gradient{};              // [rows, columns]
   Global<const Accumulation<S>> weight{};  // [rows], or [1] for all
   Global<const Accumulation<S>> factor{};  // [rows], or [1] for all
-  bool one_weight = false, one_factor = false;
+  bool one_weight = false, one_factor = false, in_place = false;
   Global<S> out{};       // [rows, columns]
-  int64_t segments = 1;  // of a row, a block each
+  int64_t segments = 1;  // of a row
   int threads = kElementThreads;
 };
 

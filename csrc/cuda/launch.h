@@ -28,6 +28,7 @@ Resources device_resources();  // of the current device
 const char* error_text(int error);
 #if defined(ROADMAP_EMULATED)
 void poison(void* begin, int64_t bytes);  // new memory
+void end_op();                            // all memory is the caller's again
 #endif
 
 }  // namespace roadmap::cuda

@@ -29,6 +29,7 @@ constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 bool on_device(const Tensor& t) { return t.is_cpu(); }
 struct Device {
   explicit Device(const Tensor&) {}
+  ~Device() { end_op(); }
   void* stream = nullptr;
 };
 // Whoever reads what nobody wrote shall notice.
@@ -234,10 +235,14 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
   Tensor reduced = each ? loss : allocate(scores, {}, type);
   Tensor gradient = allocate(scores, want_gradient ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0, 0},
                              scores.scalar_type());
-  Tensor factor = allocate(scores, {!want_gradient ? 0 : half ? rows : 1}, type);
   const bool nothing = !scores.numel();
+  const std::vector<int64_t> factors = {!want_gradient ? 0 : half ? rows : 1};
+  Tensor factor = nothing || !half ? empty(scores, factors, type) : allocate(scores, factors, type);
   if (nothing) torch::stable::zero_(loss);
-  if (factor.numel() && (nothing || !half)) torch::stable::fill_(factor, 1.0);
+  // A mean over all rows is in the gradient already, but for half types, which keep it in a scale of its own: where
+  // every row has a positive, backward finds nothing left to multiply by.
+  const double all = reduction == kMean && rows ? static_cast<double>(rows) : 1.0;
+  if (factor.numel() && (nothing || !half)) torch::stable::fill_(factor, nothing ? 1.0 : all);
   dispatch_elements(scores, [&](auto zero) {
     using S = decltype(zero);
     using T = Accumulation<S>;
@@ -249,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
       p.loss = global_of<T>(loss);
       if (want_gradient) set_gradient(p, gradient);
       if (want_gradient && half) p.unscale = global_of<T>(factor);
+      if (!half) p.row_weight = 1 / all;
       workspace = run_rows(p, scores, steps_of(p), settings.method, device.stream);
     }
     if (each) return;
@@ -298,7 +304,7 @@ void scale_rows_into(const Tensor& gradient, const Tensor& weight, const Tensor&
     const int64_t vectors = (columns + kEach - 1) / kEach;
     p.threads = static_cast<int>(std::min<int64_t>(kElementThreads, (vectors + 31) / 32 * 32));
     p.segments = std::max<int64_t>(1, vectors / (kScaleVectors * kElementThreads));
-    STD_TORCH_CHECK(rows * p.segments <= kMostBlocks, "gradient has too many rows");
+    p.in_place = gradient.const_data_ptr() == out.const_data_ptr();
     check(launch_scale(p, device.stream), "scaling the gradient");
   });
 }

@@ -27,8 +27,9 @@ namespace roadmap::cuda {
 constexpr int kWord = 32;   // columns of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
-// kScan: rows may be scanned, by the class in scan.cuh.
-template <typename S, int kCapacity, bool kScan = false>
+// kShared: rows of one piece, which stays in shared memory; else any row, by way of the workspace. kScan: rows may be
+// scanned, by the class in scan.cuh.
+template <typename S, int kCapacity, bool kShared, bool kScan = false>
 class RowKernel {
  protected:
   using T = Accumulation<S>;
@@ -126,7 +127,6 @@ class RowKernel {
     return false;
   }
 
-  ROADMAP_DEVICE bool in_shared() const { return p_.schedule.in_shared; }
   // Whether ranks are computed, and whether they weigh in a gradient.
   ROADMAP_DEVICE bool ranks() const { return p_.op != Op::kRankGradient && weighs(); }
   ROADMAP_DEVICE bool weighs() const { return p_.op != Op::kObjective || p_.ap; }
@@ -224,7 +224,7 @@ class RowKernel {
     }
     size_ = static_cast<int>(found);
     if (simt::thread() != 0) return;
-    if (!in_shared()) {
+    if (!kShared) {
       p_.workspace.block_positives[block_at(block_)] = size_;
     } else {
       p_.workspace.count[row_] = size_;
@@ -328,7 +328,7 @@ class RowKernel {
   // another launch has to take this row.
   ROADMAP_DEVICE bool collect() {
     int at = 0;
-    if (in_shared()) {
+    if (kShared) {
       if (size_ > p_.schedule.most) return false;
     } else {
       simt::barrier();  // the count has been written
@@ -348,7 +348,7 @@ class RowKernel {
       }
       for (int j = 0; bits; ++j, bits >>= 1) {
         if (!(bits & 1)) continue;
-        if (in_shared()) {
+        if (kShared) {
           column_[to] = w * kWord + j;
         } else {
           p_.workspace.column[place(to)] = w * kWord + j;
@@ -358,7 +358,7 @@ class RowKernel {
       at += total;
     }
     simt::barrier();
-    if (in_shared()) load(0);
+    if (kShared) load(0);
     return true;
   }
 
@@ -371,9 +371,9 @@ class RowKernel {
   // other threads may still read the piece before.
   ROADMAP_DEVICE void load(int piece) {
     const int n = piece_size(piece);
-    if (!in_shared()) simt::barrier();
+    if (!kShared) simt::barrier();
     for (int i = simt::thread(); i < n; i += simt::threads()) {
-      if (!in_shared()) column_[i] = p_.workspace.column[place(piece_begin(piece) + i)];
+      if (!kShared) column_[i] = p_.workspace.column[place(piece_begin(piece) + i)];
       const int32_t column = column_[i];
       score_[i] = score_of(column);
     }
@@ -383,7 +383,7 @@ class RowKernel {
   // Pieces sorted by score, ties by column. float64 has no use for an order.
   ROADMAP_DEVICE void sort() {
     for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
-      if (!in_shared()) load(piece);
+      if (!kShared) load(piece);
       const int n = piece_size(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -410,7 +410,7 @@ class RowKernel {
         const int32_t column = order_[i];
         score_[i] = u;
         column_[i] = column;
-        if (!in_shared()) p_.workspace.column[place(piece_begin(piece) + i)] = column;
+        if (!kShared) p_.workspace.column[place(piece_begin(piece) + i)] = column;
       }
       simt::barrier();
     }
@@ -432,12 +432,12 @@ class RowKernel {
 
   // Score of positive j of the row, whichever piece it is in.
   ROADMAP_DEVICE T any_score(int j) const {
-    return in_shared() ? static_cast<T>(score_[j]) : score_of(p_.workspace.column[place(j)]);
+    return kShared ? static_cast<T>(score_[j]) : score_of(p_.workspace.column[place(j)]);
   }
 
   ROADMAP_DEVICE void rank_positives() {
     for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
-      if (!in_shared()) load(piece);
+      if (!kShared) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -451,7 +451,7 @@ class RowKernel {
           for (int j = 0; j < size_; ++j) count += any_score(j) >= u;
           rank = count;  // itself included
         }
-        if (in_shared()) {
+        if (kShared) {
           above_[i] = rank;
         } else {
           p_.workspace.above[place(begin + i)] = rank;
@@ -574,7 +574,7 @@ class RowKernel {
       int begin, end;
       share_columns(span, spans, begin, end);
       if (n) {
-        if (!in_shared()) load(piece);
+        if (!kShared) load(piece);
         centre(n);
       }
       bool nan = false;
@@ -593,7 +593,7 @@ class RowKernel {
       }
       simt::barrier();  // sums are read by others than have written them
       if (piece == 0) save_seen(span, nan);
-      if (in_shared()) break;
+      if (kShared) break;
       const int64_t to = block_at(task) * 2 * kCapacity;
       for (int i = simt::thread(); i < n; i += simt::threads()) {  // that this thread may not have written itself
         const double rank = below_[i], slope = slope_[i];
@@ -615,7 +615,7 @@ class RowKernel {
     const double sum = p_.calibration ? sum_over_block(hinge_) : 0;
     const double hinges = p_.calibration ? sum_over_block(hinges_) : 0;
     if (simt::thread() != 0) return;
-    if (in_shared()) {
+    if (kShared) {
       outcome_[kNan] = nan;
       outcome_[kHingeSum] = sum;
       outcome_[kHinges] = hinges;
@@ -768,7 +768,7 @@ class RowKernel {
     double above, below, slope;
   };
   ROADMAP_DEVICE Ranks ranks_of(int piece, int i) const {
-    if (in_shared()) return {above_[i], below_[i], slope_[i]};
+    if (kShared) return {above_[i], below_[i], slope_[i]};
     const int64_t at = place(piece_begin(piece) + i);
     return {p_.workspace.above[at], p_.workspace.below[at], p_.workspace.slope[at]};
   }
@@ -823,13 +823,13 @@ class RowKernel {
   ROADMAP_DEVICE void weights() {
     if (block_ != 0) return;
     Seen seen = look_back();
-    if (!in_shared() && ranks() && size_ > 0) sum_spans();
+    if (!kShared && ranks() && size_ > 0) sum_spans();
     const bool ranked = p_.op == Op::kRankGradient || ranks();
     const int count = ranked ? pieces() : 0;
     double loss = 0, unit = 0, total = 0, largest = 0;
     bool nan = false;
     for (int piece = 0; piece < count; ++piece) {
-      if (!in_shared()) load(piece);
+      if (!kShared) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         const T u = score_[i];
         nan |= u != u;
@@ -849,7 +849,7 @@ class RowKernel {
     }
     if (!ranked) {  // calibration alone: NaN still shows
       for (int piece = 0; piece < pieces(); ++piece) {
-        if (!in_shared()) load(piece);
+        if (!kShared) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
           const T u = score_[i];
           nan |= u != u;
@@ -880,7 +880,7 @@ class RowKernel {
       const double all[] = {unit, scale, static_cast<double>(seen.nan), seen.hinges};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (in_shared()) {
+        if (kShared) {
           outcome_[i] = all[i];
         } else {
           p_.workspace.outcome[slot_ * kOutcome + i] = all[i];
@@ -894,7 +894,7 @@ class RowKernel {
   // of negatives are not 0, and their sum.
   enum { kUnit, kScale, kNan, kHinges, kHingeSum };
   ROADMAP_DEVICE double outcome(int i) const {
-    return in_shared() ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
+    return kShared ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
   }
 
   struct Seen {
@@ -905,7 +905,7 @@ class RowKernel {
   ROADMAP_DEVICE Seen look_back() const {
     Seen seen;
     if (p_.op == Op::kRankGradient) return seen;
-    if (in_shared()) {
+    if (kShared) {
       seen.nan = outcome_[kNan] != 0;
       seen.hinges = outcome_[kHinges];
       seen.hinge_sum = outcome_[kHingeSum];
@@ -927,7 +927,7 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void save_ranks(int piece, bool is_nan) {
-    if (!in_shared()) load(piece);
+    if (!kShared) load(piece);
     const T nan = not_a_number();
     for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
       const int64_t at = entry(piece, i);
@@ -943,12 +943,12 @@ class RowKernel {
 
   // Weights in units of the largest, so that equal ones, common where scores are tied, are exact.
   ROADMAP_DEVICE void save_weights(int piece, double unit) {
-    if (!in_shared() && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
+    if (!kShared && p_.op == Op::kRankGradient) load(piece);  // for its ordinals
     for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
       const Weight w = weight_of(piece, i);
       // A pair without slope carries nothing back, whatever arrives.
       const double own = w.slope != 0 ? -w.below * (w.slope / k_.tau) : 0.0;
-      if (in_shared()) {
+      if (kShared) {
         weight_[i] = static_cast<T>(w.below / unit);
         above_[i] = w.above / unit;
         slope_[i] = own;
@@ -968,7 +968,7 @@ class RowKernel {
     if (p_.calibration) {
       const T margin = static_cast<T>(p_.positive_margin);
       for (int piece = 0; piece < pieces(); ++piece) {
-        if (!in_shared()) load(piece);
+        if (!kShared) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
           const T u = score_[i];
           if (!(u < margin)) continue;  // decided in T, as scores are; summed in double
@@ -1003,7 +1003,7 @@ class RowKernel {
   // smooth: positive i also gets sum_j (w+_j - w+_i) sigma'(s_i - s_j), which is 0 for equal weights.
   ROADMAP_DEVICE void own() {
     for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
-      if (!in_shared()) load(piece);
+      if (!kShared) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
         const T u = score_[i];
@@ -1016,7 +1016,7 @@ class RowKernel {
             sum += (any_above(j) - weight) * static_cast<double>(slope);
         }
         sum *= outcome(kUnit) / k_.tau;
-        if (in_shared()) {
+        if (kShared) {
           slope_[i] += sum;
         } else {
           p_.workspace.slope[place(begin + i)] += sum;
@@ -1025,12 +1025,12 @@ class RowKernel {
     }
   }
   ROADMAP_DEVICE double any_above(int j) const {
-    return in_shared() ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
+    return kShared ? static_cast<double>(above_[j]) : p_.workspace.above[place(j)];
   }
 
   // A piece with all that the gradient takes of it.
   ROADMAP_DEVICE void load_weighted(int piece) {
-    if (!in_shared()) {
+    if (!kShared) {
       load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         weight_[i] = static_cast<T>(p_.workspace.below[place(piece_begin(piece) + i)]);
@@ -1055,7 +1055,7 @@ class RowKernel {
     const int count = weighs() ? pieces() : 0;
     if (count == 1) load_weighted(0);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const T by = static_cast<T>(outcome(kUnit) / k_.tau * outcome(kScale) * weight * row);
     T hinge = 0;
     if (p_.calibration && outcome(kHinges) > 0) hinge = static_cast<T>(p_.weight[3 * row_ + 2] * row);
@@ -1195,20 +1195,20 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void scatter() {
-    if (in_shared()) simt::barrier();  // others may still load these columns along with their own; else load() waits
+    if (kShared) simt::barrier();  // others may still load these columns along with their own; else load() waits
     const bool nan = outcome(kNan) != 0;
     const double scale = outcome(kScale);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const T margin = static_cast<T>(p_.positive_margin);
     for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
-      if (!in_shared()) load(piece);
+      if (!kShared) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         const int32_t column = column_[i];
         const T u = score_[i];
         double own = 0;
         if (weighs()) {
-          own = in_shared() ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
+          own = kShared ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
           own *= scale * weight;
         }
         if (p_.calibration && u < margin) own -= p_.weight[3 * row_ + 1];

@@ -209,6 +209,7 @@ struct RowParams {
   Global<uint16_t> gradient_half{};  // [rows, columns]  kHalf, kBFloat
 
   Global<T> loss{};               // [rows]  kLoss
+  double row_weight = 1;          // kLoss: of every row in what the gradient is of
   Global<T> unscale{};            // [rows]  kLoss of half types: gradient times this is the true one; may be null
   Global<const double> weight{};  // [rows, 3]  kObjective
   Global<double> value{};         // [rows, 5]  kObjective

@@ -20,8 +20,8 @@ namespace roadmap::cuda {
 
 // float32 scores, or half ones. kCapacity as in rows.cuh.
 template <typename S, int kCapacity>
-class ScanKernel : public RowKernel<S, kCapacity, true> {
-  using Base = RowKernel<S, kCapacity, true>;
+class ScanKernel : public RowKernel<S, kCapacity, false, true> {
+  using Base = RowKernel<S, kCapacity, false, true>;
   using T = float;
   using Params = RowParams<S>;
   using Base::k_, Base::p_, Base::block_, Base::row_, Base::scanned_, Base::size_, Base::slot_, Base::warps_;
@@ -619,7 +619,7 @@ class ScanKernel : public RowKernel<S, kCapacity, true> {
     int begin, end;
     this->share_columns(block_, p_.schedule.blocks_per_row, begin, end);
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
-    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : 1.0;
+    const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const double by = this->outcome(Base::kUnit) / k_.tau * this->outcome(Base::kScale) * weight * row;
     float hinge = 0;
     if (p_.calibration && this->outcome(Base::kHinges) > 0) hinge = static_cast<float>(p_.weight[3 * row_ + 2] * row);

@@ -3,10 +3,13 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-#include "../../csrc/cuda/elements.cuh"
 #include "../../csrc/cuda/ops.cpp"
+#if !defined(ROADMAP_PTX)
+#include "../../csrc/cuda/elements.cuh"
 #include "../../csrc/cuda/scan.cuh"
+#endif
 
 namespace roadmap::cuda {
 
@@ -14,11 +17,40 @@ namespace {
 
 // A small device: few multiprocessors, little workspace and short pieces bring every path within reach of small inputs.
 Resources emulated = {2};
+constexpr int kShortPiece = 32;
+}  // namespace
+
+Resources device_resources() { return emulated; }
+
+#if defined(ROADMAP_PTX)  // the launchers of csrc/cuda as nvcc compiles them, those of rows for two sizes of pieces
+
+template <typename S>
+int launch_long_rows(const RowParams<S>&, void*);
+template <typename S>
+int launch_short_rows(const RowParams<S>&, void*);
+template <typename S>
+int launch_rows(const RowParams<S>& p, void* stream) {
+  return emulated.capacity == kShortPiece ? launch_short_rows(p, stream) : launch_long_rows(p, stream);
+}
+
+void poison(void* begin, int64_t bytes) {
+  // Not a number for every floating-point type, and far out of range as a column.
+  std::memset(begin, 0xFF, static_cast<size_t>(bytes));
+  ptx::forget_content(begin, bytes);
+}
+// What an op was given it may have told of before, without a launch so far.
+void end_op() {
+  static int64_t before = 0;
+  if (std::exchange(before, ptx::machine.launches) != ptx::machine.launches) ptx::forget_memory();
+}
+
+#else
+
+namespace {
+
 std::string failure;
 int64_t launched = 0;
 uint64_t noise = 1;  // of the errors of the fast functions
-
-constexpr int kShortPiece = 32;
 
 template <typename Body>
 int emulate(int64_t blocks, int threads, int bytes, const Body& body) {
@@ -34,37 +66,27 @@ int emulate(int64_t blocks, int threads, int bytes, const Body& body) {
 
 }  // namespace
 
-Resources device_resources() { return emulated; }
 const char* error_text(int) { return failure.c_str(); }
 
-void poison(void* begin, int64_t bytes) {
-  // Not a number for every floating-point type, and far out of range as a column.
-  std::memset(begin, 0xFF, static_cast<size_t>(bytes));
+void poison(void* begin, int64_t bytes) { std::memset(begin, 0xFF, static_cast<size_t>(bytes)); }
+void end_op() {}
+
+template <typename S, int kCapacity>
+int emulate_rows(const RowParams<S>& p) {
+  const Schedule& s = p.schedule;
+  const int bytes = shared_bytes<Accumulation<S> >(kCapacity, s.threads, s.scan);
+  return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
+    if (s.in_shared) return RowKernel<S, kCapacity, true>(p, shared).run();
+    if constexpr (!std::is_same_v<S, double>) {
+      if (s.scan) return ScanKernel<S, kCapacity>(p, shared).run();
+    }
+    RowKernel<S, kCapacity, false>(p, shared).run();
+  });
 }
 
 template <typename S>
 int launch_rows(const RowParams<S>& p, void*) {
-  const Schedule& s = p.schedule;
-  using T = Accumulation<S>;
-  const bool small = emulated.capacity == kShortPiece, scan = s.scan;
-  const int bytes = shared_bytes<T>(emulated.capacity, s.threads, scan);
-  return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
-    if constexpr (!std::is_same_v<S, double>) {
-      if (scan) {
-        if (small) {
-          ScanKernel<S, kShortPiece>(p, shared).run();
-        } else {
-          ScanKernel<S, kPiece>(p, shared).run();
-        }
-        return;
-      }
-    }
-    if (small) {
-      RowKernel<S, kShortPiece>(p, shared).run();
-    } else {
-      RowKernel<S, kPiece>(p, shared).run();
-    }
-  });
+  return emulated.capacity == kShortPiece ? emulate_rows<S, kShortPiece>(p) : emulate_rows<S, kPiece>(p);
 }
 
 template <typename T>
@@ -76,7 +98,7 @@ int launch_starts(const StartParams& p, void*) {
 }
 template <typename S>
 int launch_scale(const ScaleParams<S>& p, void*) {
-  return emulate(p.rows * p.segments, p.threads, 0, [&](char*) { scale_rows(p); });
+  return emulate(std::min<int64_t>(3, p.rows * p.segments), p.threads, 0, [&](char*) { scale_rows(p); });
 }
 template <typename S>
 int launch_radial(const RadialParams<S>& p, void*) {
@@ -94,6 +116,8 @@ int read_back(Global<const int64_t> from, int64_t& to, void*) {
   return 0;
 }
 
+#endif
+
 }  // namespace roadmap::cuda
 
 // For the tests: what device to play, the order of its threads, and the errors of its fast functions.
@@ -104,10 +128,17 @@ ROADMAP_EXPORT void emulate_device(int multiprocessors, int64_t workspace, int t
   roadmap::cuda::emulated = {
       multiprocessors, workspace, threads, parts, short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece,
       scan_above};
+#if defined(ROADMAP_PTX)
+  ptx::machine.seed = seed;
+  ptx::machine.noise = noise;
+}
+ROADMAP_EXPORT int64_t launches() { return ptx::machine.launches; }
+#else
   roadmap::simt::seed() = seed;
   roadmap::cuda::noise = noise;
 }
 ROADMAP_EXPORT int64_t launches() { return roadmap::cuda::launched; }
+#endif
 // Launches and bytes of workspace of the plan for a matrix on a device of so many multiprocessors.
 ROADMAP_EXPORT void plan_of(int64_t rows, int64_t columns, int is_double, int multiprocessors, int64_t* out) {
   using namespace roadmap::cuda;

@@ -733,28 +733,22 @@ namespace detail {
 
 inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
 
-// The value of a fast function: up to 2 ulp off what is true, differently for every argument and noise.
-inline float perturbed(double y, float argument) {
+// The value of a fast function: up to so many ulp off what is true, differently for every argument and noise.
+inline float perturbed(double y, float argument, double ulps) {
   const auto nearest = static_cast<float>(y);
   if (!std::isfinite(nearest) || std::fabs(nearest) < FLT_MIN) return flush(nearest);
   const double ulp = static_cast<double>(bits_float(float_bits(nearest) & 0x7f800000)) * FLT_EPSILON;
   const double unit = static_cast<double>(hash(float_bits(argument) ^ state.noise) >> 11) * 0x1p-53;
-  return flush(static_cast<float>(y + (unit - 0.5) * 3 * ulp));  // 1.5 ulp, and half of one from rounding
+  return flush(static_cast<float>(y + (2 * unit - 1) * (ulps - 0.5) * ulp));  // rounding may add the other half
 }
 
 }  // namespace detail
 
-// 2^0 is 1, by the PTX manual. That 1 / 2^n is exact no manual says; tables that the hardware interpolates start there,
-// and what rests on it (ties, constant rows) a GPU confirms by the same tests.
+// By the PTX manual 2^0 is 1, 2^x is good to 2 ulp, and a reciprocal to 1. That 1 / 2^n is exact it does not say.
 inline float exp2_fast(float x) {
-  return x == 0 ? 1 : detail::perturbed(std::exp2(static_cast<double>(detail::flush(x))), x);
+  return x == 0 ? 1 : detail::perturbed(std::exp2(static_cast<double>(detail::flush(x))), x, 2);
 }
-inline float reciprocal_fast(float x) {
-  int exponent;
-  const float y = detail::flush(static_cast<float>(1.0 / static_cast<double>(detail::flush(x))));
-  if (std::fabs(std::frexp(x, &exponent)) == 0.5f) return y;
-  return detail::perturbed(1.0 / static_cast<double>(detail::flush(x)), x);
-}
+inline float reciprocal_fast(float x) { return detail::perturbed(1.0 / static_cast<double>(detail::flush(x)), x, 1); }
 
 using roadmap::bfloat_to_float;
 using roadmap::bits_float;

@@ -185,22 +185,41 @@ def test_a_nan_in_half_products_stays_with_its_query(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 31, 33, 129, 4128])
 def test_scale_rows(dtype, columns):
-    gradient = torch.randn(5, columns).to(dtype)
-    gradient[:, 0] = 0
+    memory = torch.randn(6 * columns + 1).to(dtype)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.tensor([1.5, -2.0, 0.0, 3e4, float("inf")], dtype=kind)
-    factor = torch.tensor([0.3, 7.0, 1.0, 1e-3, 1.0], dtype=kind)
-    for w, f in ((weight, factor), (weight[:1], factor), (weight, factor[:1]), (weight[:1], factor[:1])):
-        ours = torch.ops.roadmap_ext.scale_rows(gradient, w, f)
-        by = (w.double() * f.double()).expand(5)[:, None]
-        truth = torch.where(gradient == 0, 0.0, gradient.double() * by).to(dtype)
-        torch.testing.assert_close(ours, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        in_place = gradient.clone()
-        torch.ops.roadmap_ext.scale_rows_(in_place, w, f)
-        assert torch.equal(in_place, ours)
+    weight = torch.tensor([4.0, -2.0, 0.0, 3e4, float("inf"), 1.5], dtype=kind)
+    factor = torch.tensor([0.25, 7.0, 1.0, 1e-3, 1.0, 0.3], dtype=kind)
+    for offset in (0, 1):  # of the first element from where vectors lie
+        gradient = memory[offset : offset + 6 * columns].view(6, columns)
+        gradient[:, 0] = 0
+        for w, f in ((weight, factor), (weight[:1], factor), (weight, factor[:1]), (weight[:1], factor[:1])):
+            ours = torch.ops.roadmap_ext.scale_rows(gradient, w, f)
+            by = (w.double() * f.double()).expand(6)[:, None]
+            truth = torch.where(gradient == 0, 0.0, gradient.double() * by).to(dtype)
+            torch.testing.assert_close(ours, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
+            before = memory.clone()
+            torch.ops.roadmap_ext.scale_rows_(gradient, w, f)
+            assert torch.equal(gradient, ours)
+            memory.copy_(before)
     small, up, down = torch.full((1, 9), 2.0**-14), torch.full((1,), 2.0**60), torch.full((1,), 2.0**-50)
     product = torch.ops.roadmap_ext.scale_rows(small.to(dtype), up.to(kind), down.to(kind))
     assert (product == 2.0**-4).all()
+
+
+def test_nothing_is_touched_where_the_product_is_one(emulated):
+    """The usual backward of a mean: its weight lies in the gradient, as long as every row has a positive."""
+    scores, target = torch.randn(49, 40), torch.zeros(49, 40, dtype=torch.bool)
+    target[:, 7] = True
+    for empty in (False, True):
+        target[3, 7] = not empty
+        _, gradient, factor = ops.average_precision(scores, target, None, Surrogate(), "mean", True, "auto")
+        assert (factor == 1).all() == (not empty)
+        truth = scores.double().requires_grad_()
+        reference.ap_loss(truth, target).backward()
+        torch.testing.assert_close(gradient.double() * factor, truth.grad, rtol=1e-5, atol=1e-9)
+        untouched = torch.full_like(gradient, -0.0)  # 0 whatever it is multiplied by
+        torch.ops.roadmap_ext.scale_rows_(untouched, torch.ones(()), factor)
+        assert untouched.signbit().all() == (not empty)
 
 
 @pytest.mark.parametrize("n", [1, 31, 33, 100])

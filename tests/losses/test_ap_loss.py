@@ -419,6 +419,7 @@ def test_the_reference_has_second_derivatives():
 @pytest.mark.host
 def test_compile_a_training_step(surrogate, backend):
     """fullgraph, with changing shapes, and the same bits as eager."""
+    torch.compiler.reset()  # the cases share one function, and with it the limit on recompilations
     layer = torch.nn.Linear(16, 8)
 
     def step(x, labels):

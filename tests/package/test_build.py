@@ -18,7 +18,7 @@ from roadmap_ext import ap_loss
 from tools import cuda, toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["csrc/cuda/rows.cu"]
+SOURCES = ["csrc/cuda/rows_float.cu"]
 
 
 def make_toolkit(root, version="13.0", headers=True):
@@ -45,7 +45,7 @@ def test_matching_toolkit_builds(tmp_path):
     decision = decide(root)
     assert decision.build
     assert decision.root == root
-    assert decision.archs == "7.5;8.0;9.0;10.0;12.0+PTX"
+    assert decision.archs == "7.5;8.0;9.0;10.0;11.0;12.0+PTX"
     assert str(decision) == f"CUDA kernels: built for {decision.archs} with the toolkit at {root}"
 
 
@@ -100,7 +100,7 @@ def test_force_cuda_0_leaves_them_out(tmp_path):
     [
         ({"TORCH_CUDA_ARCH_LIST": " 8.6+PTX "}, [(9, 0)], "13.0", "8.6+PTX"),
         ({}, [(9, 0), (8, 0), (9, 0)], "13.0", "8.0;9.0"),
-        ({}, [], "13.0", "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ({}, [], "13.0", "7.5;8.0;9.0;10.0;11.0;12.0+PTX"),
         ({}, [], "12.8", "7.5;8.0;9.0;10.0;12.0+PTX"),
         ({}, [], "12.6", "7.5;8.0;9.0+PTX"),
     ],

@@ -109,9 +109,8 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
     std::vector<T> first_loss;
     for (int workers : {1, 3}) {
       Guarded<T> loss(rows), unscale(rows);
-      Guarded<int64_t> positives(rows);
       average_precision_rows<T>(m, settings, threads(workers),
-                                {loss.data(), positives.data(), gradient.data(), half ? unscale.data() : nullptr});
+                                {loss.data(), gradient.data(), half ? unscale.data() : nullptr, 0.25});
       for (int64_t row = 0; row < rows; ++row) {
         expect(loss[row] != loss[row] || (loss[row] >= -1e-6 && loss[row] <= 1 + 1e-6), "a loss lies in [0, 1]");
       }
@@ -126,7 +125,12 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
       Guarded<int64_t> first(rows + 1), counts(2 * rows);
       count_pairs(masks, rows, columns, threads(workers), counts.data());
       first[0] = 0;
-      for (int64_t row = 0; row < rows; ++row) first[row + 1] = first[row] + counts[2 * row];
+      int64_t with_positive = 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        first[row + 1] = first[row] + counts[2 * row];
+        with_positive += counts[2 * row] > 0;
+      }
+      expect(count_rows_with_positive(masks, rows, columns, threads(workers)) == with_positive, "rows with a positive");
       const int64_t count = first[rows];
       Guarded<int64_t> query(count), reference(count);
       Guarded<T> rank_positive(count), rank_negative(count), slope(count);
@@ -176,15 +180,12 @@ void check_sorted(int64_t rows, int64_t columns, unsigned seed) {
   for (int64_t surrogate = 0; surrogate < 2; ++surrogate) {
     SurrogateSettings settings = {surrogate, kTau, 100.0, delta, 0.5, 1.44};
     Guarded<float> loss(rows), pairwise_loss(rows), gradient(rows * columns), pairwise(rows * columns);
-    Guarded<int64_t> positives(rows);
     settings.method = Method::kPairwise;
-    average_precision_rows<float>(m, settings, threads(3),
-                                  {pairwise_loss.data(), positives.data(), pairwise.data(), nullptr});
+    average_precision_rows<float>(m, settings, threads(3), {pairwise_loss.data(), pairwise.data(), nullptr});
     settings.method = Method::kSorted;
     std::vector<float> first;
     for (int workers : {1, 3}) {
-      average_precision_rows<float>(m, settings, threads(workers),
-                                    {loss.data(), positives.data(), gradient.data(), nullptr});
+      average_precision_rows<float>(m, settings, threads(workers), {loss.data(), gradient.data(), nullptr});
       for (int64_t row = 0; row < rows; ++row) {
         expect(std::fabs(loss[row] - pairwise_loss[row]) < 1e-5, "the loss of the pairwise kernels");
         double error = 0, norm = 0;

@@ -1,4 +1,6 @@
-// The row kernel for each type of scores, and its launch.
+// The row kernels and their launch, for rows_*.cu: one type of scores in each, so that they compile side by side.
+#pragma once
+
 #include "launch.h"
 #include "scan.cuh"
 
@@ -7,9 +9,15 @@ namespace roadmap::cuda {
 namespace {
 
 template <typename S>
-__global__ void __launch_bounds__(kMostThreads) row_kernel(const __grid_constant__ RowParams<S> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) row_kernel(const __grid_constant__ RowParams<S> p) {
   extern __shared__ __align__(16) char shared[];
-  RowKernel<S, kPiece>(p, shared).run();
+  RowKernel<S, kPiece, true>(p, shared).run();
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kMostThreads, 1) long_row_kernel(const __grid_constant__ RowParams<S> p) {
+  extern __shared__ __align__(16) char shared[];
+  RowKernel<S, kPiece, false>(p, shared).run();
 }
 
 template <typename S>
@@ -32,13 +40,12 @@ int launch_rows(const RowParams<S>& p, void* stream) {
       return cudaGetLastError();
     }
   }
-  row_kernel<S><<<blocks, s.threads, bytes, on>>>(p);
+  if (s.in_shared) {
+    row_kernel<S><<<blocks, s.threads, bytes, on>>>(p);
+  } else {
+    long_row_kernel<S><<<blocks, s.threads, bytes, on>>>(p);
+  }
   return cudaGetLastError();
 }
-
-template int launch_rows<Half>(const RowParams<Half>&, void*);
-template int launch_rows<BFloat>(const RowParams<BFloat>&, void*);
-template int launch_rows<float>(const RowParams<float>&, void*);
-template int launch_rows<double>(const RowParams<double>&, void*);
 
 }  // namespace roadmap::cuda
