@@ -3,6 +3,7 @@
 from . import distributed, metrics, reference
 from ._version import __version__
 from .caching import cached_backward
+from .diagnosis import Diagnosis, diagnose
 from .extension import build_info
 from .losses import ap_loss, roadmap_loss, smooth_rank
 from .memory import EmbeddingMemory
@@ -12,6 +13,7 @@ from .reference import SmoothRank
 __all__ = [
     "APLoss",
     "CalibrationLoss",
+    "Diagnosis",
     "EmbeddingMemory",
     "RoadmapLoss",
     "SmoothAPLoss",
@@ -21,6 +23,7 @@ __all__ = [
     "ap_loss",
     "build_info",
     "cached_backward",
+    "diagnose",
     "distributed",
     "metrics",
     "reference",
