@@ -29,7 +29,6 @@ import numpy as np
 import PIL
 import torch
 from retrieval import losses, pictures, trained
-from retrieval.batches import generator
 from retrieval.data import check, load
 from retrieval.errors import InputError, out_of_memory, reason
 from retrieval.images import Images
@@ -42,7 +41,7 @@ from retrieval.training import Training, make_sampler
 from torch import Tensor
 
 import roadmap_ext
-from roadmap_ext.metrics import decomposability_gap, retrieval_metrics
+from roadmap_ext.metrics import retrieval_metrics, training_gap
 
 
 class StopRequest(BaseException):
@@ -97,7 +96,13 @@ def evaluate(
     """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
     begin = time.perf_counter()
     embeddings, options = training.embed(test, check), training.options
-    measured = training.ranks.from_first(lambda: measure(embeddings, test.labels, options, check))
+    trained = training.embed(training.images, check) if options.gap else None
+
+    def both() -> dict[str, float]:
+        measured = measure(embeddings, test.labels, options, check)
+        return measured if trained is None else measured | measure_gap(trained, training, step, check)
+
+    measured = training.ranks.from_first(both)
     if not all(map(math.isfinite, measured.values())):
         raise InputError(f"the embeddings of step {step} are not finite: lower --lr, or train with --amp none")
     since = run.metrics.rows[-1]["step"] if run.metrics.rows else 0
@@ -121,16 +126,17 @@ def evaluate(
 def measure(
     embeddings: Tensor, labels: Tensor, options: argparse.Namespace, check: Callable[[], None]
 ) -> dict[str, float]:
-    """How well embeddings retrieve each other; with --gap, too, what batches of them would make of it."""
+    """How well embeddings retrieve each other."""
     labels, normalize = labels.to(embeddings.device), options.normalize is not False
-    settings = {"normalize": normalize, "progress": lambda queries: check()}
-    measured = retrieval_metrics(embeddings, labels, k=options.k, **settings)
-    if options.gap:
-        # The same batches whenever it is measured: the column shows training alone.
-        order = torch.randperm(len(labels), generator=generator("gap", options.seed, 0)).to(embeddings.device)
-        gap = decomposability_gap(embeddings, labels, order.split(options.batch_size), **settings)
-        measured |= {"batch_AP": gap.batch_ap, "gap": gap.gap, "gap_bound": gap.bound}
-    return measured
+    return retrieval_metrics(embeddings, labels, k=options.k, normalize=normalize, progress=lambda queries: check())
+
+
+def measure_gap(embeddings: Tensor, training: Training, step: int, check: Callable[[], None]) -> dict[str, float]:
+    """How far the AP of the last epoch's batches is above that of all training images, and would be by chance."""
+    batches = [batch.to(embeddings.device) for batch in training.batches(step)]
+    labels, normalize = training.images.labels.to(embeddings.device), training.options.normalize is not False
+    gap = training_gap(embeddings, labels, batches, normalize=normalize, progress=lambda queries: check())
+    return {"train_AP": gap.ap, "batch_AP": gap.batch_ap, "gap": gap.gap, "gap_null": gap.null}
 
 
 def due(options: argparse.Namespace, step: int) -> bool:
@@ -165,6 +171,8 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
                 interrupt.check(ranks.any)
                 run.steps.add(training.step(step))
                 step += 1
+                if step == 1:
+                    progress.write(first_batch(training.diagnose()))
                 row = run.steps.rows[-1]
                 board.add(row, "training")
                 progress.set_postfix_str(
@@ -175,6 +183,14 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
         # A step that was cut short, by a second Ctrl-C or an error, is no state to go on from.
         if sys.exc_info()[0] in (None, StopRequest):
             run.save(step=step, **training.state())
+
+
+def first_batch(found: roadmap_ext.Diagnosis) -> str:
+    """What the loss has to do at the beginning, and a warning if a part of it has nothing."""
+    text = "\n".join(
+        ["", "The first batch (docs/training.md):", *(f"  {each}" for each in str(found).splitlines()), ""]
+    )
+    return text + "".join(f"Warning: {part} has nothing to do in the first batch\n" for part in found.idle)
 
 
 def finished(options: argparse.Namespace) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ranking
+from .chance import Counts
 from .chunks import rows_of_a_chunk, rows_that_fit
 from .pairs import Items
 from .ranking import Array, EvaluationKeywords, of_arrays
@@ -46,6 +47,7 @@ class DecomposabilityGap(NamedTuple):
     ap: float
     bound: float
     exact: bool  # whether the bound is one for every query; else it is an estimate, from below
+    null: float  # the gap of independent scores of the same AP: what of the gap is not of these scores
 
 
 class DecomposabilityGaps(NamedTuple):
@@ -121,6 +123,10 @@ def decomposability_gap(
     both counts. Else the bound is that of one order, by falling share of negatives: an estimate from below, with
     ``exact`` False.
 
+    A batch holds a part of a query's negatives alone, so its AP is higher whatever the scores are. ``null`` is the gap
+    that this makes: of scores drawn independently of each other, normal ones, with the same ``ap`` and the same counts.
+    Batches drawn at random have that gap, nearly; :func:`training_gap` is of the batches that are trained on.
+
     Args:
         embeddings: [B, D], labels: [B], ref_emb: [N, D], ref_labels: [N], ids: [B], ref_ids: [N], normalize,
             ignore_label, chunk_size, progress: as of :func:`retrieval_metrics`. Each query meets all references but
@@ -152,7 +158,7 @@ def decomposability_gap(
     one_of("reduction", reduction, ranking.REDUCTIONS)
     chunk_size = check_chunk_size("chunk_size", chunk_size)
     order, sizes = _batch_after_batch(batches, len(items.ref_labels), embeddings.device)
-    parts = []
+    parts, counts = [], Counts()
     with ranking.reported(progress, len(embeddings)) as report, torch.autocast(embeddings.device.type, enabled=False):
         queries, references = ranking.vectors(embeddings, items.ref_emb, normalize)
         references = references[order]
@@ -160,9 +166,9 @@ def decomposability_gap(
         for begin in range(0, max(1, len(queries)), step):
             part = slice(begin, begin + step)
             target, ignore = items.masks(part, order, ignore_label)
-            parts.append(_gaps(queries[part] @ references.T, target, ignore, sizes))
+            parts.append(_gaps(queries[part] @ references.T, target, ignore, sizes, counts))
             report(len(target))
-    return _reduced(parts, reduction)
+    return _reduced(parts, reduction, counts)
 
 
 @overload
@@ -219,12 +225,12 @@ def decomposability_gap_of_scores(
     order, sizes = _batch_after_batch(batches, scores.shape[1], scores.device)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     step = ranking.rows_to_sort(len(order), scores.device)
-    parts = []
+    parts, counts = [], Counts()
     for begin in range(0, max(1, len(scores)), step):
         part = slice(begin, begin + step)
         kept = torch.zeros_like(target[part]) if ignore is None else ignore[part]
-        parts.append(_gaps(scores[part].to(dtype)[:, order], target[part][:, order], kept[:, order], sizes))
-    return _reduced(parts, reduction)
+        parts.append(_gaps(scores[part].to(dtype)[:, order], target[part][:, order], kept[:, order], sizes, counts))
+    return _reduced(parts, reduction, counts)
 
 
 def decomposability_bound(positives: Array, negatives: Array) -> tuple[Tensor, Tensor]:
@@ -254,8 +260,8 @@ def _bound(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
     return bound(positives.long(), negatives.long(), ranking.widest(positives.device))
 
 
-def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> DecomposabilityGaps:
-    """Of scores [b, N] whose columns are those of one batch after the other."""
+def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int], counts: Counts) -> DecomposabilityGaps:
+    """Of scores [b, N] whose columns are those of one batch after the other. Adds to the counts."""
     ap = _each_ap(scores, target, ignore)
     sums = torch.zeros_like(ap)
     positives, negatives = torch.zeros(2, len(scores), len(sizes), dtype=torch.int64, device=scores.device)
@@ -263,7 +269,10 @@ def _gaps(scores: Tensor, target: Tensor, ignore: Tensor, sizes: list[int]) -> D
     for b, (values, relevant, left_out) in enumerate(parts):
         positives[:, b], negatives[:, b] = (relevant & ~left_out).sum(1), (~relevant & ~left_out).sum(1)
         sums += _each_ap(values, relevant, left_out).masked_fill(positives[:, b] == 0, 0)
-    batch_ap = sums / (positives > 0).sum(1)
+    own = positives > 0  # [b, K]
+    batch_ap = sums / own.sum(1)
+    both = torch.stack([positives, negatives], dim=2)  # [b, K, 2]
+    counts.add(both.sum(1), both[own], (1 / own.sum(1)).repeat_interleave(own.sum(1)))
     return DecomposabilityGaps(batch_ap - ap, batch_ap, ap, *bound(positives, negatives, ap.dtype))
 
 
@@ -278,7 +287,9 @@ def _each_ap(scores: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
     return values[:, 0]
 
 
-def _reduced(parts: list[DecomposabilityGaps], reduction: str) -> DecomposabilityGap | DecomposabilityGaps:
+def _reduced(
+    parts: list[DecomposabilityGaps], reduction: str, counts: Counts
+) -> DecomposabilityGap | DecomposabilityGaps:
     """Of all chunks together."""
     each = DecomposabilityGaps(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if reduction == "none":
@@ -286,7 +297,7 @@ def _reduced(parts: list[DecomposabilityGaps], reduction: str) -> Decomposabilit
     counted = ~each.bound.isnan()  # NaN without positives alone; a NaN among the scores is to be seen
     rows = torch.stack(each[:4], dim=1)[counted].T.tolist()
     gap, batch_ap, ap, bound = (math.fsum(row) / len(row) if row else math.nan for row in rows)
-    return DecomposabilityGap(gap, batch_ap, ap, bound, bool(each.exact.all()))
+    return DecomposabilityGap(gap, batch_ap, ap, bound, bool(each.exact.all()), counts.gap(ap))
 
 
 # --- the bound -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .decomposability import (
 )
 from .pairs import Items
 from .ranking import Array, EvaluationKeywords, of_arrays
+from .training_gap import TrainingGap, training_gap
 from .validation import check_chunk_size, check_flag, check_ignore_label, check_ks, check_scores, one_of
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DecomposabilityGap",
     "DecomposabilityGaps",
+    "TrainingGap",
     "average_precision",
     "decomposability_bound",
     "decomposability_gap",
     "decomposability_gap_of_scores",
     "retrieval_metrics",
+    "training_gap",
 ]
 
 

@@ -96,7 +96,7 @@ def check_batches(value: object, references: int, device: torch.device) -> Tenso
     It comes as these numbers, or as a list of the references of each batch.
     """
     if isinstance(value, Tensor):
-        _check_index("batches", value, device)
+        check_index("batches", value, device)
         if len(value) != references:
             raise ValueError(f"batches must have one entry a reference, {references}, got {len(value)}")
         number: Tensor = torch.unique(value.long(), return_inverse=True)[1]
@@ -107,7 +107,7 @@ def check_batches(value: object, references: int, device: torch.device) -> Tenso
             f"references of each batch, got {type(value).__name__}"
         )
     for place, batch in enumerate(value):
-        _check_index(f"batches[{place}]", batch, device)
+        check_index(f"batches[{place}]", batch, device)
     index = torch.cat([batch.long() for batch in value]) if value else torch.empty(0, dtype=torch.int64, device=device)
     # One comparison says all: every reference once.
     if not torch.equal(index.sort().values, torch.arange(references, device=device)):
@@ -139,7 +139,8 @@ def check_counts(positives: Tensor, negatives: Tensor) -> None:
         )
 
 
-def _check_index(name: str, value: object, device: torch.device) -> None:
+def check_index(name: str, value: object, device: torch.device, items: int | None = None) -> None:
+    """Check indices [n] of any integer dtype, of a number of items if it is given. Raises TypeError, ValueError."""
     check_plain(name, "a torch.Tensor of integers", value, lambda: for_labels(name, value, None))
     index = cast(Tensor, value)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
@@ -151,6 +152,10 @@ def _check_index(name: str, value: object, device: torch.device) -> None:
             f"{name} must be on the device of what is ranked, {device}, got {index.device}: use "
             f"{_to(name, index, device)}"
         )
+    if items is not None and len(index):
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= items:
+            raise ValueError(f"{name} must be at least 0 and below {items}, got {low if low < 0 else high}")
 
 
 def check_progress(value: object) -> bool:

@@ -265,7 +265,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--checkpoint-every", type=count, metavar="N", help="steps; default as often as it evaluates")
     add("--k", type=count, metavar="N", nargs="+", default=[1, 10, 100], help="of R@k; default 1 10 100")
-    add("--gap", action="store_true", help="measure the decomposability gap of random batches of --batch-size, too")
+    add("--gap", action="store_true", help="measure the decomposability gap of the training batches, too")
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")
 
 

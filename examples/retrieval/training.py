@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import roadmap_ext
 from roadmap_ext import EmbeddingMemory, cached_backward
 
 from . import batches, losses, networks
@@ -38,10 +39,12 @@ class Training:
         sampler = make_sampler(options, train)
         self.per_class, self.repeating = sampler.per_class, sampler.repeating
         self._share = ranks.share(options.batch_size)
+        self._sampler = sampler
         self._feed = batches.Feed(train, sampler, self._share)
         self._distort = batches.Distortion(options.rotate, options.resize, options.shift, options.flip)
         self.loss = losses.make(options, ranks.world > 1)
         self._meter = losses.Meter(device)
+        self._ranked: tuple[Tensor, Tensor, Tensor] | None = None
         self._memory: EmbeddingMemory | None = None
         if options.memory_size is not None:
             self._memory = EmbeddingMemory(
@@ -110,6 +113,7 @@ class Training:
         def rank(embeddings: Tensor) -> Tensor:
             # By ids, an image that comes again, in this batch or from the memory, is not its own positive.
             weight = self.options.loss_weight
+            self._ranked = embeddings.detach(), labels, ids
             if self._memory is None:
                 return weight * self.loss(embeddings, labels, ids=ids, ref_ids=ids)
             self._memory.enqueue(embeddings, labels, ids)
@@ -133,6 +137,17 @@ class Training:
         self._scaler.scale(loss).backward()
         embeddings.backward(leaf.grad)
         return loss.detach()
+
+    def batches(self, step: int) -> list[Tensor]:
+        """Image numbers of the batches of the epoch that ends with a step; at the beginning, of the first."""
+        first = max(0, step - self.options.epoch)
+        return [self._sampler(number) for number in range(first, first + self.options.epoch)]
+
+    def diagnose(self) -> roadmap_ext.Diagnosis:
+        """What the last step's batch, of all ranks, gave the loss to do; past embeddings are not in it."""
+        assert self._ranked is not None
+        embeddings, labels, ids = (self.ranks.gather(x) for x in self._ranked)
+        return roadmap_ext.diagnose(embeddings, labels, self.loss, ids=ids, ref_ids=ids)
 
     def learning_rate(self, number: int) -> float:
         """A line up over the first steps, then constant, half a cosine down to 0, or a factor at each milestone."""

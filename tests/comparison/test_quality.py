@@ -9,9 +9,10 @@ import torch
 import train_retrieval
 from pytorch_metric_learning.losses import FastAPLoss
 from retrieval import networks
-from retrieval.batches import generator
 from retrieval.data import load
 from retrieval.errors import InputError
+from retrieval.options import complete
+from retrieval.training import make_sampler
 from torch.nn.functional import normalize
 
 from benchmarks.quality import __main__ as program
@@ -21,7 +22,7 @@ from benchmarks.quality.peers import BlackBoxAP, SoftBinAP, ranks
 from benchmarks.quality.plan import Comparison
 from benchmarks.quality.report import Findings, Interval
 from benchmarks.quality.runs import CURVE, MEASURED, Results, Run
-from roadmap_ext.metrics import average_precision, decomposability_gap
+from roadmap_ext.metrics import average_precision, training_gap
 
 # --- the losses -----------------------------------------------------------------------------------------------------
 
@@ -382,18 +383,20 @@ def test_the_gap_is_a_column_of_its_metrics_on_request(tmp_path, monkeypatch):
         with (folder / "metrics.csv").open(newline="") as file:
             found[option] = list(csv.DictReader(file))
     assert [row["step"] for row in found["--gap"]] == ["0", "2", "4"]
-    assert not {"gap", "batch_AP", "gap_bound"} & {*found["--flip"][0]}
+    assert not {"gap", "batch_AP", "train_AP", "gap_null"} & {*found["--flip"][0]}
     for row in found["--gap"]:
-        gap, batch_ap, ap = (float(row[name]) for name in ("gap", "batch_AP", "mAP"))
+        gap, batch_ap, ap = (float(row[name]) for name in ("gap", "batch_AP", "train_AP"))
         assert gap == pytest.approx(batch_ap - ap)
-        assert 0 < gap < float(row["gap_bound"]) < 1
-    # The last row is the network of the checkpoint, the batches are a split of the test images.
+        assert 0 < gap < 2 * float(row["gap_null"]) < 1
+    # The last row is the network of the checkpoint, the batches are those that the sampler made of training images.
     options = train_retrieval.parse(None, [*tiny, "--gap", "--no-normalize"])
-    test = load(options)[1]
+    train = load(options)[0]
+    complete(options, len(train))
     network = networks.small(1, 8, 8, 2, 4).eval()
     network.load_state_dict(torch.load(folders["--gap"] / "checkpoint.pt", weights_only=True)["network"])
     with torch.no_grad():
-        embeddings = network(test.pixels(torch.arange(len(test))).float())
-    order = torch.randperm(len(test), generator=generator("gap", 0, 0))
-    expected = decomposability_gap(embeddings, test.labels, order.split(50), normalize=False)
+        embeddings = network(train.pixels(torch.arange(len(train))).float())
+    sampler = make_sampler(options, train)
+    expected = training_gap(embeddings, train.labels, [sampler(step) for step in range(options.epoch)], normalize=False)
+    assert options.epoch > 4  # the batches of the first epoch, until one is over
     assert float(found["--gap"][-1]["gap"]) == pytest.approx(expected.gap, rel=1e-4)
