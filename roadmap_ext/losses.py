@@ -153,7 +153,7 @@ def ap_loss(
     method = resolve_method(made.method, scores)
     loss: Tensor
     if method == "reference":
-        loss = reference.ap_loss_of(scores, target, ignore, surrogate, reduction)
+        loss = reference.rank_loss(scores, target, None, ignore, made.objective)
     elif torch.is_grad_enabled() and scores.requires_grad:
         loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, surrogate, reduction, method)
     else:

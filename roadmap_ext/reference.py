@@ -1,11 +1,12 @@
 """The losses in plain PyTorch, as the papers write them: the oracle of every kernel, and readable before it is fast.
 
-One query at a time, |P| x |Neg| in memory, differentiable by autograd alone (twice, too), on any device. float16 and
+One query at a time, |P| x N in memory, differentiable by autograd alone (twice, too), on any device. float16 and
 bfloat16 scores and embeddings are widened to float32 first, as the kernels do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,18 +14,24 @@ from torch import Tensor
 
 from .autograd import savable
 from .pairs import blank
+from .relevance import of_levels, of_relevance
 from .settings import (
+    GRADED,
     SMALLEST_NORM,
     Objective,
     PlainEmbeddingKeywords,
+    PlainHAPKeywords,
+    PlainNDCGKeywords,
+    PlainRecallKeywords,
     PlainScoreKeywords,
+    Ranking,
     Surrogate,
     SurrogateKeywords,
     accepts,
     checked,
     defaults_of,
 )
-from .validation import check_embeddings, check_scores
+from .validation import check_embeddings, check_levels, check_relevance, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,18 +71,97 @@ def _gaps(references: Tensor, positives: Tensor) -> Tensor:
     return torch.where(tie, torch.zeros_like(gap), gap)
 
 
-def _row_ranks(row: Tensor, positive: Tensor, negative: Tensor, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-    """rank+ and rank- of each positive of one query, [P] each."""
+def _row_ranks(
+    row: Tensor, positive: Tensor, negative: Tensor, surrogate: Surrogate, above: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """rank+ and rank- of each positive of one query, [P] each; positives of a level ``above`` count for rank+."""
     positives, negatives = row[positive], row[negative]
+    others = positives if above is None else torch.cat([positives, row[above]])
     negative_rank = surrogate_step(_gaps(negatives, positives), surrogate).sum(1)
     if surrogate.surrogate == "smooth":
-        others = ~torch.eye(len(positives), dtype=torch.bool, device=row.device)
-        positive_rank = 1 + (surrogate_step(_gaps(positives, positives), surrogate) * others).sum(1)
+        itself = torch.eye(len(positives), len(others), dtype=torch.bool, device=row.device)
+        positive_rank = 1 + (surrogate_step(_gaps(others, positives), surrogate) * ~itself).sum(1)
     else:  # the true step: itself, and every other positive at least as high
-        fixed = positives.detach()
-        positive_rank = (fixed[None] >= fixed[:, None]).sum(1).to(row.dtype)
+        positive_rank = (others.detach()[None] >= positives.detach()[:, None]).sum(1).to(row.dtype)
     nan = _nan_if_any(row[positive | negative])
     return positive_rank + nan.detach(), negative_rank + nan
+
+
+class _Ranked(NamedTuple):
+    """The positives of one query, level after level."""
+
+    score: Tensor  # [P]
+    level: Tensor  # [P]
+    worth: Tensor  # [P]
+    positive_rank: Tensor  # [P] among those of its level and of higher ones
+    negative_rank: Tensor  # [P] among all others
+    surrogate: Surrogate
+
+    @property
+    def rank(self) -> Tensor:
+        """[P] among all."""
+        return self.positive_rank + self.negative_rank
+
+
+def _ranked(row: Tensor, level: Tensor, kept: Tensor, worth: Tensor | None, surrogate: Surrogate) -> _Ranked:
+    """``level`` [N] is 0 for a negative; ``worth`` [L] says what an item of each level is worth (None: 1)."""
+    scores, levels, ranks = [], [], []
+    for each in torch.unique(level[kept & (level > 0)]):
+        positive, negative, above = (kept & mask for mask in (level == each, level < each, level > each))
+        ranks.append(_row_ranks(row, positive, negative, surrogate, above))
+        scores.append(row[positive])
+        levels.append(level[positive].long())
+    of = torch.cat(levels)
+    worths = torch.ones_like(of, dtype=row.dtype) if worth is None else worth.to(row)[of - 1]
+    positive_rank, negative_rank = (torch.cat(each) for each in zip(*ranks, strict=True))
+    return _Ranked(torch.cat(scores), of, worths, positive_rank, negative_rank, surrogate)
+
+
+# --- the losses of ranks, of one query -------------------------------------------------------------------------------
+
+
+def _ap(query: _Ranked, ranking: Ranking) -> Tensor:
+    return 1 - (query.positive_rank / query.rank).mean()
+
+
+def _recall(query: _Ranked, ranking: Ranking) -> Tensor:
+    k = query.rank.new_tensor(ranking.k)
+    found = torch.sigmoid((k[:, None] - query.rank) / ranking.rank_temperature).sum(1)
+    return 1 - (found / k.clamp(max=len(query.rank))).mean()
+
+
+def _ndcg(query: _Ranked, ranking: Ranking) -> Tensor:
+    ideal_rank = torch.arange(1, 1 + len(query.rank), device=query.rank.device, dtype=query.rank.dtype)
+    ideal = (query.worth.sort(descending=True).values / torch.log2(1 + ideal_rank)).sum()
+    return 1 - (query.worth / torch.log2(1 + query.rank)).sum() / ideal
+
+
+def _mrr(query: _Ranked, ranking: Ranking) -> Tensor:
+    before = query.negative_rank[query.score == query.score.max()].mean()  # equal scores, equal ranks
+    return 1 - 1 / (1 + before)
+
+
+def _hap(query: _Ranked, ranking: Ranking) -> Tensor:
+    gap = _gaps(query.score, query.score)
+    if query.surrogate.surrogate == "smooth":
+        step = surrogate_step(gap, query.surrogate)
+    else:
+        rising = torch.where(gap < 0, ranking.leak * gap, (ranking.beta * gap + ranking.gamma).clamp(max=1))
+        rising = rising if ranking.leak or ranking.beta else ranking.gamma * (gap >= 0)
+        step = torch.where(query.level[None] > query.level[:, None], rising, (gap >= 0).to(gap.dtype))
+    itself = torch.eye(len(gap), dtype=torch.bool, device=gap.device)
+    shared = torch.minimum(query.worth[None], query.worth[:, None])
+    hierarchical_rank = (shared * torch.where(itself, torch.ones_like(step), step)).sum(1)
+    return 1 - (hierarchical_rank / query.rank).sum() / query.worth.sum()
+
+
+_LOSSES: dict[str, Callable[[_Ranked, Ranking], Tensor]] = {
+    "ap": _ap,
+    "recall": _recall,
+    "ndcg": _ndcg,
+    "mrr": _mrr,
+    "hap": _hap,
+}
 
 
 def _nan_if_any(kept: Tensor) -> Tensor:
@@ -84,9 +170,9 @@ def _nan_if_any(kept: Tensor) -> Tensor:
 
 
 def _pair_masks(scores: Tensor, target: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    ignored = torch.zeros_like(target) if ignore is None else ignore
-    return wide, target & ~ignored, ~target & ~ignored
+    wide, positive = scores if scores.dtype == torch.float64 else scores.float(), target > 0
+    ignored = torch.zeros_like(positive) if ignore is None else ignore
+    return wide, positive & ~ignored, ~positive & ~ignored
 
 
 @accepts(PlainScoreKeywords)
@@ -99,24 +185,79 @@ def ap_loss(
     """
     objective = checked(settings, defaults_of(PlainScoreKeywords)).objective
     check_scores(scores, target, ignore)
-    return ap_loss_of(scores, target, ignore, objective.surrogate, objective.reduction)
+    return rank_loss(scores, target, None, ignore, objective)
 
 
-def ap_loss_of(scores: Tensor, target: Tensor, ignore: Tensor | None, surrogate: Surrogate, reduction: str) -> Tensor:
-    """The same of what has been checked."""
-    wide, positive, negative = _pair_masks(scores, target, ignore)
-    losses = []
-    for row, is_positive, is_negative in zip(wide, positive, negative, strict=True):
-        if is_positive.any():
-            positive_rank, negative_rank = _row_ranks(row, is_positive, is_negative, surrogate)
-            losses.append(1 - (positive_rank / (positive_rank + negative_rank)).mean())
+@accepts(PlainRecallKeywords)
+def recall_loss(
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[PlainRecallKeywords]
+) -> Tensor:
+    """:func:`roadmap_ext.recall_loss` in plain PyTorch, as :func:`ap_loss` here."""
+    objective = checked(settings, defaults_of(PlainRecallKeywords), "recall").objective
+    check_scores(scores, target, ignore)
+    return rank_loss(scores, target, None, ignore, objective)
+
+
+@accepts(PlainScoreKeywords)
+def mrr_loss(
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[PlainScoreKeywords]
+) -> Tensor:
+    """:func:`roadmap_ext.mrr_loss` in plain PyTorch, as :func:`ap_loss` here."""
+    objective = checked(settings, defaults_of(PlainScoreKeywords), "mrr").objective
+    check_scores(scores, target, ignore)
+    return rank_loss(scores, target, None, ignore, objective)
+
+
+@accepts(PlainNDCGKeywords)
+def ndcg_loss(
+    scores: Tensor, relevance: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[PlainNDCGKeywords]
+) -> Tensor:
+    """:func:`roadmap_ext.ndcg_loss` in plain PyTorch, as :func:`ap_loss` here."""
+    objective = checked(settings, defaults_of(PlainNDCGKeywords), "ndcg").objective
+    check_relevance(scores, relevance, ignore, objective.ranking.gain)
+    return rank_loss(scores, *of_relevance(relevance, ignore, objective.ranking), ignore, objective)
+
+
+@accepts(PlainHAPKeywords)
+def hap_loss(
+    scores: Tensor,
+    level: Tensor,
+    *,
+    relevance: Tensor | None = None,
+    ignore: Tensor | None = None,
+    **settings: Unpack[PlainHAPKeywords],
+) -> Tensor:
+    """:func:`roadmap_ext.hap_loss` in plain PyTorch, as :func:`ap_loss` here."""
+    objective = checked(settings, defaults_of(PlainHAPKeywords), "hap").objective
+    check_levels(scores, level, relevance, ignore)
+    return rank_loss(scores, *of_levels(level, relevance, ignore), ignore, objective)
+
+
+def rank_loss(
+    scores: Tensor, level: Tensor, worth: Tensor | None, ignore: Tensor | None, objective: Objective
+) -> Tensor:
+    """The loss of the ranks that an objective names, of what has been checked.
+
+    ``level`` [B, N] is 0, or False, for a negative; ``worth`` [B, L] says what an item of each level is worth to a
+    query (None: all positives are worth the same).
+    """
+    wide, positive, negative = _pair_masks(scores, level, ignore)
+    ranking = objective.ranking
+    if ranking.loss not in GRADED:
+        level, worth = positive, None
+    loss_of, losses = _LOSSES[ranking.loss], []
+    for q, row in enumerate(wide):
+        kept = positive[q] | negative[q]
+        if positive[q].any():
+            of_levels = None if worth is None else worth[q]
+            losses.append(loss_of(_ranked(row, level[q], kept, of_levels, objective.surrogate), ranking))
         else:  # 0, attached to the graph, but for a NaN
-            losses.append(_nan_if_any(row[is_negative]))
+            losses.append(_nan_if_any(row[kept]))
     loss = torch.stack(losses) if losses else wide.sum(1)
-    if reduction == "none":
+    if objective.reduction == "none":
         return loss
     # Queries without positives are left out of the mean; their loss is 0, so the sum need not leave them out.
-    return loss.sum() if reduction == "sum" else loss.sum() / positive.any(1).sum().clamp(min=1)
+    return loss.sum() if objective.reduction == "sum" else loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
 @accepts(SurrogateKeywords)
@@ -189,10 +330,12 @@ def embedding_loss(
     ignore: Tensor,
     objective: Objective,
     counted: Tensor | None = None,
+    worth: Tensor | None = None,
 ) -> Tensor:
     """The objective of embeddings [B, D] against references [N, D] (None: themselves) under masks [B, N].
 
-    ``counted`` [B] bool says which rows are queries, for the means; None: all of them.
+    ``counted`` [B] bool says which rows are queries, for the means; None: all of them. ``target`` may hold levels, and
+    ``worth`` [B, L] what they are worth: see :func:`rank_loss`.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = savable(_wide(embeddings))
@@ -207,10 +350,10 @@ def embedding_loss(
         counted = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     if weight == 1:
         return _calibration_loss(scores, target, ignore, objective, counted)
-    ap = ap_loss_of(scores, target, ignore, objective.surrogate, objective.reduction)
+    ranks = rank_loss(scores, target, worth, ignore, objective)
     if weight == 0:
-        return ap
-    return (1 - weight) * ap + weight * _calibration_loss(scores, target, ignore, objective, counted)
+        return ranks
+    return (1 - weight) * ranks + weight * _calibration_loss(scores, target, ignore, objective, counted)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -16,9 +16,12 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from .validation import check_chunk_size, check_flag, check_ignore_label, one_of
+from .validation import check_chunk_size, check_flag, check_ignore_label, check_ks, one_of
 
 SURROGATES = ("sup", "smooth")  # the ops take their places
+LOSSES = ("ap", "recall", "ndcg", "mrr", "hap")  # the ops take their places
+GRADED = ("ndcg", "hap")  # those to which one positive can be worth more than another
+GAINS = ("exponential", "linear")
 REDUCTIONS = ("none", "mean", "sum")  # the ops take their places
 METHODS = ("auto", "pairwise", "sorted", "reference")  # the ops take the places of all but the last
 CALIBRATION_REDUCTIONS = ("per_query", "violating_pairs")
@@ -54,10 +57,24 @@ class Surrogate(NamedTuple):
         return [kind, self.tau, self.rho, self.delta, self.start, self.value_above_threshold()]
 
 
+class Ranking(NamedTuple):
+    """What a loss makes of the ranks of a query's positives: see the functions of the same names in losses.py."""
+
+    loss: str = "ap"
+    k: tuple[int, ...] = (1, 2, 4, 8, 16)  # recall
+    rank_temperature: float = 1.0  # recall
+    gain: str = "exponential"  # ndcg
+    alpha: float = 1.0  # hap, from labels
+    leak: float = 0.0  # hap
+    beta: float = 0.0  # hap
+    gamma: float = 1.0  # hap
+
+
 class Objective(NamedTuple):
-    """What a loss of embeddings is: (1 - calibration_weight) AP loss + calibration_weight calibration loss."""
+    """What a loss of embeddings is: (1 - calibration_weight) loss of ranks + calibration_weight calibration loss."""
 
     surrogate: Surrogate = Surrogate()
+    ranking: Ranking = Ranking()
     calibration_weight: float = 0.5
     positive_margin: float = 0.9
     negative_margin: float = 0.6
@@ -84,8 +101,10 @@ class Settings(NamedTuple):
 
 
 def _defaults() -> dict[str, Any]:
-    kinds: tuple[Any, ...] = (Objective, Settings, Surrogate)
-    of = {name: value for kind in kinds for name, value in kind._field_defaults.items() if not isinstance(value, tuple)}
+    kinds: tuple[Any, ...] = (Ranking, Objective, Settings, Surrogate)
+    of = {
+        name: value for kind in kinds for name, value in kind._field_defaults.items() if not hasattr(value, "_fields")
+    }
     return of | {name: of.pop(name) for name in ("reduction", "method")}  # last, as everybody has them
 
 
@@ -103,6 +122,21 @@ class _Shape(_Tau, total=False):
     delta: float
     start: float
     offset: float | None
+
+
+class _Recall(TypedDict, total=False):
+    k: int | Iterable[int]
+    rank_temperature: float
+
+
+class _NDCG(TypedDict, total=False):
+    gain: str
+
+
+class _HAP(TypedDict, total=False):
+    leak: float
+    beta: float
+    gamma: float
 
 
 class _Margins(TypedDict, total=False):
@@ -143,7 +177,31 @@ class PlainScoreKeywords(SurrogateKeywords, _Reduction, total=False):
 
 
 class ScoreKeywords(PlainScoreKeywords, _Method, total=False):
-    """ap_loss's and APLoss's."""
+    """ap_loss's and APLoss's, and mrr_loss's."""
+
+
+class PlainRecallKeywords(_Recall, PlainScoreKeywords, total=False):
+    """reference.recall_loss's."""
+
+
+class RecallKeywords(PlainRecallKeywords, _Method, total=False):
+    """recall_loss's."""
+
+
+class PlainNDCGKeywords(_NDCG, PlainScoreKeywords, total=False):
+    """reference.ndcg_loss's."""
+
+
+class NDCGKeywords(PlainNDCGKeywords, _Method, total=False):
+    """ndcg_loss's."""
+
+
+class PlainHAPKeywords(_HAP, PlainScoreKeywords, total=False):
+    """reference.hap_loss's."""
+
+
+class HAPKeywords(PlainHAPKeywords, _Method, total=False):
+    """hap_loss's."""
 
 
 class PlainEmbeddingKeywords(SurrogateKeywords, _Margins, _Ranked, total=False):
@@ -225,6 +283,20 @@ def _share(name: str, value: object) -> float:
     return number
 
 
+def _unit(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {number}")
+    return number
+
+
+def _ks(name: str, value: object) -> tuple[int, ...]:
+    ks = check_ks(value)
+    if not ks:
+        raise ValueError(f"{name} must hold an integer at least, such as (1, 2, 4, 8, 16), got none")
+    return ks
+
+
 def _number_or_none(name: str, value: object) -> float | None:
     return None if value is None else _number(name, value)
 
@@ -234,6 +306,14 @@ def _method(name: str, value: object) -> str:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "loss": partial(one_of, accepted=LOSSES),
+    "k": _ks,
+    "rank_temperature": _temperature,
+    "gain": partial(one_of, accepted=GAINS),
+    "alpha": _not_negative,
+    "leak": _not_negative,
+    "beta": _not_negative,
+    "gamma": _unit,
     "calibration_weight": _share,
     "positive_margin": _number,
     "negative_margin": _number,
@@ -259,8 +339,10 @@ def defaults_of(keywords: type) -> dict[str, Any]:
     return {name: default for name, default in DEFAULTS.items() if name in keywords.__annotations__}
 
 
-def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS) -> Settings:
+def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS, loss: str = "ap") -> Settings:
     """The settings that a function was given which takes those ``accepted``, and defaults for all others.
+
+    ``loss`` is that of a function which does not take it as a setting.
 
     Raises TypeError for an unknown name and for what has the wrong type, ValueError for what is out of range.
     """
@@ -272,14 +354,15 @@ def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS) ->
             raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
         if compiling or value is not DEFAULTS[name]:
             changed[name] = _CHECKS[name](name, value)
-    if not changed:
+    if not changed and loss == "ap":
         return Settings()
-    values = {**DEFAULTS, **changed}
+    values = {**DEFAULTS, "loss": loss, **changed}
     if values["rho"] * values["tau"] > _LARGEST:
         raise ValueError(
             f"rho * tau must be at most {_LARGEST:g} so that sums stay finite in float32, got {values['rho']} * "
             f"{values['tau']}"
         )
     surrogate = Surrogate(*[values[name] for name in Surrogate._fields])
-    objective = Objective(surrogate, *[values[name] for name in Objective._fields if name != "surrogate"])
+    ranking = Ranking(*[values[name] for name in Ranking._fields])
+    objective = Objective(surrogate, ranking, *[values[name] for name in Objective._fields[2:]])
     return Settings(objective, *[values[name] for name in Settings._fields if name != "objective"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .advice import for_labels, for_mask, for_scores, for_vectors, spelled
+from .autograd import can_be_read
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -300,6 +301,37 @@ def _check_integers(name: str, value: Tensor, owner: str, matrix: Tensor) -> Non
 
 def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
     """Check scores [B, N] and its masks. Raises TypeError for types and dtypes, ValueError for shapes and devices."""
+    _check_score_matrix(scores)
+    _check_mask("target", target, scores)
+    if ignore is not None:
+        _check_mask("ignore", ignore, scores)
+
+
+def check_relevance(scores: Tensor, relevance: Tensor, ignore: Tensor | None, gain: str) -> None:
+    """Check scores [B, N] and relevance [B, N], bool or numbers that are not negative; the rest as check_scores()."""
+    _check_score_matrix(scores)
+    if ignore is not None:
+        _check_mask("ignore", ignore, scores)
+    _check_grades("relevance", relevance, scores, ignore, 64 if gain == "exponential" else 1e28)
+
+
+def check_levels(scores: Tensor, level: Tensor, relevance: Tensor | None, ignore: Tensor | None) -> None:
+    """Check scores [B, N], levels [B, N] of integers from 0 to 16 and their relevance [B, N], if there is one."""
+    _check_score_matrix(scores)
+    if ignore is not None:
+        _check_mask("ignore", ignore, scores)
+    check_plain("level", "a torch.Tensor of integers", level, lambda: "")
+    if level.dtype.is_floating_point or level.dtype.is_complex:
+        raise TypeError(
+            f"level must have an integer dtype, got {level.dtype}: levels count from 0, a negative, to 16 at most; "
+            "what they are worth is relevance"
+        )
+    _check_grades("level", level, scores, ignore, 16)
+    if relevance is not None:
+        _check_grades("relevance", relevance, scores, ignore, 1e28)
+
+
+def _check_score_matrix(scores: Tensor) -> None:
     check_plain("scores", "a torch.Tensor", scores, lambda: for_scores("scores", scores))
     if scores.dtype not in DTYPES:
         raise TypeError(
@@ -309,22 +341,37 @@ def check_scores(scores: Tensor, target: Tensor, ignore: Tensor | None) -> None:
         raise ValueError(
             f"scores must be 2-D, [queries, references], got shape {tuple(scores.shape)}{for_scores('scores', scores)}"
         )
-    _check_mask("target", target, scores)
-    if ignore is not None:
-        _check_mask("ignore", ignore, scores)
+
+
+def _check_grades(name: str, value: Tensor, scores: Tensor, ignore: Tensor | None, most: float) -> None:
+    check_plain(name, "a torch.Tensor", value, lambda: "")
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be bool or real numbers, got {value.dtype}")
+    _check_beside(name, value, scores, "")
+    if value.dtype == torch.bool or not value.numel() or not can_be_read(value):
+        return
+    low, high = (value if ignore is None else value.masked_fill(ignore, 0)).aminmax()
+    if not (low >= 0 and high <= most):  # nor is NaN
+        raise ValueError(
+            f"{name} must lie between 0, for what is not relevant, and {most:g}, got values from {low.item():g} to "
+            f"{high.item():g}: mark pairs that are not to count with ignore"
+        )
 
 
 def _check_mask(name: str, mask: Tensor, scores: Tensor) -> None:
     check_plain(name, "a torch.Tensor of dtype torch.bool", mask, lambda: for_mask(name, mask, scores))
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}{for_mask(name, mask, scores)}")
-    if mask.shape != scores.shape:
+    _check_beside(name, mask, scores, for_mask(name, mask, scores) if mask.shape != scores.shape else "")
+
+
+def _check_beside(name: str, value: Tensor, scores: Tensor, advice: str) -> None:
+    if value.shape != scores.shape:
         raise ValueError(
-            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(mask.shape)}"
-            f"{for_mask(name, mask, scores)}"
+            f"{name} must have the shape of scores, {tuple(scores.shape)}, got {tuple(value.shape)}{advice}"
         )
-    if mask.device != scores.device:
+    if value.device != scores.device:
         raise ValueError(
-            f"{name} must be on the device of scores, {scores.device}, got {mask.device}: use "
-            f"{spelled(name, mask)}.to({spelled('scores', scores)}.device)"
+            f"{name} must be on the device of scores, {scores.device}, got {value.device}: use "
+            f"{spelled(name, value)}.to({spelled('scores', scores)}.device)"
         )

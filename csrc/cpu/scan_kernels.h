@@ -26,42 +26,19 @@ class Places {
  public:
   Places(const float* v, int64_t n, const Holds& holds) : v_(v), n_(n), holds_(holds) {}
 
-  // Of `count` targets, none of which belongs before `at`. Returns the last.
+  // Of `count` targets, none of which belongs before `at`. Returns where to go on.
   int64_t find(int64_t at, const float* target, int count, int64_t* place) const {
-    for (int k = 0; k < count; k += X::kWidth) {
-      const int lanes = std::min(X::kWidth, count - k);
-      const int64_t last = advance(at, target[k + lanes - 1]);
-      if (last - at > kMost) {
-        for (int lane = 0; lane < lanes; ++lane) place[k + lane] = at = advance(at, target[k + lane]);
-        continue;
-      }
-      // Neighbours together: one by one each would wait for the one before. A few more sources do not change their
-      // places: they come after all of them.
-      const auto x = X::load(target + k);
-      auto after = X::set(0);
-      int64_t end = at;
-      for (; end < last; end += 4) {
-        for (int j = 0; j < 4; ++j) after = X::add_where(holds_(X::set(v_[end + j]), x), after, X::set(1));
-      }
-      alignas(64) float from_end[X::kWidth];
-      X::store(from_end, after);
-      for (int lane = 0; lane < lanes; ++lane) place[k + lane] = end - static_cast<int64_t>(from_end[lane]);
-      at = last;
+    for (int k = 0; k < count; ++k) {
+      const auto x = X::set(target[k]);
+      unsigned bits = 0;
+      // From vector to vector, not from place to place: the next target need not wait for this one's.
+      while (at < n_ && !(bits = X::bits(holds_(X::load(v_ + at), x)))) at += X::kWidth;
+      place[k] = bits ? std::min<int64_t>(n_, at + __builtin_ctz(bits)) : n_;
     }
     return at;
   }
 
  private:
-  static constexpr int64_t kMost = 512;
-
-  int64_t advance(int64_t at, float target) const {
-    for (; at < n_; at += X::kWidth) {
-      const unsigned bits = X::bits(holds_(X::load(v_ + at), X::set(target)));
-      if (bits) return std::min<int64_t>(n_, at + __builtin_ctz(bits));
-    }
-    return n_;
-  }
-
   const float* const v_;
   const int64_t n_;
   const Holds holds_;

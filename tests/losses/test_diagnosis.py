@@ -11,8 +11,6 @@ from roadmap_ext import CalibrationLoss, EmbeddingMemory, RoadmapLoss, SmoothAPL
 from roadmap_ext.diagnosis import QUANTILES, WIDE_TAU
 from roadmap_ext.metrics import retrieval_metrics
 
-pytestmark = pytest.mark.host
-
 
 def by_loops(embeddings, labels, loss, ref_emb=None, ref_labels=None, ids=None, ref_ids=None):
     """The shares that a diagnosis has, pair by pair in float64."""
