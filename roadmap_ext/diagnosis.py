@@ -308,7 +308,7 @@ def _judged(found: Diagnosis) -> list[tuple[str, str]]:
     spread = found.negatives.quantiles[-1] - found.negatives.quantiles[0]
     if found.alone > found.queries:
         said.append(("", f"{found.alone:,} queries have no positive: draw batches with several items of each class."))
-    if s["normalize"] and found.negatives.quantiles[0] > 0.8:
+    if s["normalize"] and found.negatives.quantiles[0] > 0.7:
         said.append(
             (
                 "",
