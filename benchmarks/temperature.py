@@ -46,7 +46,7 @@ def comparison_of(made: plan.Comparison) -> plan.Comparison:
     for name, (first, last) in TAUS.items():
         make: Callable[[], nn.Module] = partial(Falling, first, last, steps)
         LOSSES[name] = Loss(f"SupAP, {name}", make)
-    report.COLOURS.update(zip(TAUS, report.COLOURS.values(), strict=False))
+    report.COLOURS.update(zip(TAUS, [*report.COLOURS.values()], strict=False))
     falling = [name for name, (first, last) in TAUS.items() if first != last]
     report.DIFFERENCES = (
         *((name, "tau 0.01") for name in [*TAUS][1:]),
