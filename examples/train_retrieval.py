@@ -96,11 +96,11 @@ def evaluate(
     """Adds a row to the metrics: those of the test images, and what the steps since the last row took."""
     begin = time.perf_counter()
     embeddings, options = training.embed(test, check), training.options
-    trained = training.embed(training.images, check) if options.gap else None
+    of_training = training.embed(training.images, check) if options.gap else None
 
     def both() -> dict[str, float]:
         measured = measure(embeddings, test.labels, options, check)
-        return measured if trained is None else measured | measure_gap(trained, training, step, check)
+        return measured if of_training is None else measured | measure_gap(of_training, training, step, check)
 
     measured = training.ranks.from_first(both)
     if not all(map(math.isfinite, measured.values())):

@@ -12,42 +12,48 @@ integrals over smooth functions are left, over x and over u.
 from __future__ import annotations
 
 import math
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch import Tensor, unique
 
-# Both integrals by the trapezoidal rule, over x from -9 to 9 around the separation and over z, u = exp(-exp(z)).
-_X = torch.linspace(-9, 9, 73, dtype=torch.float64)
-_Z = torch.linspace(-26, 4, 121, dtype=torch.float64)
+Numbers: TypeAlias = np.ndarray[Any, Any]
+
+# Both integrals by the trapezoidal rule, over x from -9 to 9 around the separation and over z, u = exp(-exp(z)). In
+# NumPy: the host has float64, whatever the device has.
+_X, _DX = np.linspace(-9, 9, 73, retstep=True)
+_Z, _DZ = np.linspace(-26, 4, 121, retstep=True)
 # Beyond it AP is 1, below its negative as small as it gets.
 _WIDEST = 12.0
-_ELEMENTS = 1 << 21  # in memory at a time, in each of a few tensors
+_ELEMENTS = 1 << 21  # in memory at a time, in each of a few arrays
 
 
-def expected_ap(positives: Tensor, negatives: Tensor, separation: float) -> Tensor:
+def expected_ap(positives: Numbers, negatives: Numbers, separation: float) -> Numbers:
     """The expected AP of p positives and n negatives, [U] each and p at least 1, by the model above. [U] float64."""
-    w = _Z.exp()  # [Z]
-    below_1 = -torch.expm1(-w)  # 1 - u
-    area = w * torch.exp(-w) * (_Z[1] - _Z[0])  # du
-    density = torch.exp(-(_X**2) / 2) / math.sqrt(2 * math.pi) * (_X[1] - _X[0])  # [X]
-    ahead = torch.special.ndtr(-_X)  # of another positive, [X]
-    outranks = torch.special.ndtr(-_X - separation)  # of a negative, [X]
-    own, other = (_log(1 - share[:, None] * below_1) for share in (ahead, outranks))  # [X, Z]
-    result = []
-    step = max(1, _ELEMENTS // (len(_X) * len(_Z)))
+    w = np.exp(_Z)  # [Z]
+    below_1 = -np.expm1(-w)  # 1 - u
+    area = w * np.exp(-w) * _DZ  # du
+    density = np.exp(-(_X**2) / 2) / math.sqrt(2 * math.pi) * _DX  # [X]
+    ahead = _above(_X)[:, None]  # of another positive, [X, 1]
+    own, other = _log(1 - ahead * below_1), _log(1 - _above(_X + separation)[:, None] * below_1)  # [X, Z]
+    step, parts = max(1, _ELEMENTS // own.size), []
     for begin in range(0, len(positives), step):
         part = slice(begin, begin + step)
-        others, n = positives[part, None, None].double() - 1, negatives[part, None, None].double()  # [u, 1, 1]
+        others, n = positives[part, None, None] - 1.0, negatives[part, None, None].astype(float)  # [u, 1, 1]
         # E[(1 + A) u^A] = G(u) + u G'(u), where G(u) = (1 - ahead (1 - u))^others.
-        slope = others * ahead[:, None] * torch.exp((others - 1).clamp(min=0) * own)
-        value = (torch.exp(others * own) + torch.exp(-w) * slope) * torch.exp(n * other)
-        result.append((value @ area) @ density)
-    return torch.cat(result) if result else positives.new_empty(0, dtype=torch.float64)
+        slope = others * ahead * np.exp(np.maximum(others - 1, 0) * own)
+        parts.append((np.exp(others * own) + np.exp(-w) * slope) * np.exp(n * other) @ area @ density)
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _log(share: Tensor) -> Tensor:
+def _above(x: Numbers) -> Numbers:
+    """The probability that a standard normal number is above each."""
+    return np.array([math.erfc(each / math.sqrt(2)) / 2 for each in x])
+
+
+def _log(share: Numbers) -> Numbers:
     """Finite at 0, that 0 times it is 0."""
-    return share.log().clamp(min=-1e3)
+    return np.log(np.maximum(share, 1e-300))
 
 
 class Counts:
@@ -59,8 +65,8 @@ class Counts:
 
     def add(self, of_all: Tensor, of_batches: Tensor, weight: Tensor) -> None:
         """Of queries [Q, 2], which weigh 1; of batches [M, 2], which weigh [M]; those without positives go out."""
-        _add(self._of_all, of_all, torch.ones(len(of_all)))
-        _add(self._of_batches, of_batches, weight)
+        _add(self._of_all, of_all, np.ones(len(of_all)))
+        _add(self._of_batches, of_batches, weight.cpu().numpy())
 
     def gap(self, ap: float) -> float:
         """The expected gap, weighted, where the mean AP of all is ``ap``; NaN without queries, or if that is NaN."""
@@ -73,14 +79,14 @@ class Counts:
         return _mean(self._of_batches, low) - _mean(self._of_all, low)
 
 
-def _add(kept: dict[tuple[int, int], float], counts: Tensor, weight: Tensor) -> None:
-    distinct, of = torch.unique(counts.cpu(), dim=0, return_inverse=True)
-    sums = torch.zeros(len(distinct), dtype=torch.float64).index_add(0, of, weight.cpu().double())
+def _add(kept: dict[tuple[int, int], float], counts: Tensor, weight: Numbers) -> None:
+    distinct, of = unique(counts.cpu(), dim=0, return_inverse=True)
+    sums = np.bincount(of.numpy(), weight, len(distinct))
     for (p, n), each in zip(distinct.tolist(), sums.tolist(), strict=True):
         if p:
             kept[p, n] = kept.get((p, n), 0.0) + each
 
 
 def _mean(kept: dict[tuple[int, int], float], separation: float) -> float:
-    counts, weight = torch.tensor([*kept]), torch.tensor([*kept.values()], dtype=torch.float64)
+    counts, weight = np.array([*kept]), np.array([*kept.values()])
     return float(expected_ap(counts[:, 0], counts[:, 1], separation) @ weight / weight.sum())

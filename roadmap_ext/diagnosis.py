@@ -357,28 +357,31 @@ def _stuck(found: Diagnosis) -> str:
 
 
 def _of_calibration(found: Diagnosis) -> list[tuple[str, str]]:
-    s, idle = found.loss, (found.pulled < _FEW, found.pushed < _FEW)
-    if all(idle):
-        text = "All pairs keep the margins: the calibration loss is 0. That is its aim; early in training, narrow them."
+    s, pulled, pushed = found.loss, found.pulled, found.pushed
+    if max(pulled, pushed) < _FEW:
+        text = "All pairs keep the margins, and the calibration loss is 0, as it should be in the end."
         return [("the calibration loss", text)]
-    margins = f"positive_margin={found.positives.median:.2g}, negative_margin={found.negatives.median:.2g}"
-    if idle[1] and found.pulled > 0.5:
+    shares = (
+        f"{_percent(pulled)} of the positives are below {s['positive_margin']:g}, and {_percent(pushed)} of the "
+        f"negatives above {s['negative_margin']:g}"
+    )
+    if pulled > 0.5 and pushed < pulled / 10:
+        part = "the push on negatives" if pushed < _FEW else ""
+        margins = f"positive_margin={found.positives.median:.2g}, negative_margin={found.negatives.median:.2g}"
         return [
             (
-                "the push on negatives",
-                f"The calibration loss only pulls: {_percent(found.pulled)} of the positives are below "
-                f"{s['positive_margin']:g}, and {_percent(found.pushed)} of the negatives above "
-                f"{s['negative_margin']:g}. Half the loss then draws everything together. The margins have to suit the "
-                f"embeddings, such as {margins}, the medians here; or take SupAPLoss.",
+                part,
+                f"The calibration loss all but pulls: {shares}. It then draws everything together. Margins have to "
+                f"suit the embeddings, such as {margins}, the medians here; or take SupAPLoss.",
             )
         ]
-    if idle[0] and found.pushed > 0.5:
+    if pushed > 0.5 and pulled < pushed / 10:
+        part = "the pull on positives" if pulled < _FEW else ""
         return [
             (
-                "the pull on positives",
-                f"The calibration loss only pushes: {_percent(found.pushed)} of the negatives are above "
-                f"{s['negative_margin']:g}, and {_percent(found.pulled)} of the positives below "
-                f"{s['positive_margin']:g}. An untrained network is often so; if it lasts, raise the margins.",
+                part,
+                f"The calibration loss all but pushes: {shares}. An untrained network is often so; if it lasts, raise "
+                "the margins.",
             )
         ]
     return []

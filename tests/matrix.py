@@ -70,7 +70,7 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 2015),
+    Cell("quick", "not deep and not gpu and not timm", 2016),
     Cell("kernels", "deep and (kernels or losses or metrics)", 1137),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(

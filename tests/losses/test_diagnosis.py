@@ -135,14 +135,24 @@ def test_margins_that_only_pull():
     embeddings, labels = space(0.3, 0.1, noise=0.3)
     idle, text = said(RoadmapLoss(), embeddings, labels)
     assert idle == ("the push on negatives",)
-    assert "only pulls" in text
+    assert "all but pulls" in text
     margins = dict(part.split("=") for part in text.split("such as ")[1].split(", the medians")[0].split(", "))
     followed = RoadmapLoss(**{name: float(value) for name, value in margins.items()})
     assert "the push on negatives" not in said(followed, embeddings, labels)[0]
 
 
 def test_margins_that_only_push():
-    assert said(CalibrationLoss(), *space(0.95, 0.85))[0] == ("the pull on positives",)
+    idle, text = said(CalibrationLoss(), *space(0.95, 0.85))
+    assert idle == ("the pull on positives",)
+    assert "all but pushes" in text
+
+
+def test_margins_that_pull_ten_times_as_much():
+    embeddings, labels = torch.randn(64, 24) + 0.7, torch.arange(64) % 16
+    found = diagnose(embeddings, labels, CalibrationLoss())
+    assert 0.01 < found.pushed < found.pulled / 10
+    assert found.idle == ()
+    assert "all but pulls" in found.advice[0]
 
 
 def test_margins_that_are_kept():
