@@ -1,8 +1,9 @@
 """Average-precision losses for retrieval training, in fused kernels that never build the pairwise tensor."""
 
-from . import distributed, metrics, reference
+from . import data, distributed, metrics, reference
 from ._version import __version__
-from .caching import cached_backward
+from .caching import CachedLoss, cached_backward
+from .evaluation import RetrievalMetrics
 from .extension import build_info
 from .losses import ap_loss, roadmap_loss, smooth_rank
 from .memory import EmbeddingMemory
@@ -11,8 +12,10 @@ from .reference import SmoothRank
 
 __all__ = [
     "APLoss",
+    "CachedLoss",
     "CalibrationLoss",
     "EmbeddingMemory",
+    "RetrievalMetrics",
     "RoadmapLoss",
     "SmoothAPLoss",
     "SmoothRank",
@@ -21,6 +24,7 @@ __all__ = [
     "ap_loss",
     "build_info",
     "cached_backward",
+    "data",
     "distributed",
     "metrics",
     "reference",
