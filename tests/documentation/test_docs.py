@@ -94,9 +94,11 @@ def test_the_page_of_the_loss():
     assert torch.equal(drawn[1].bincount(), torch.full((64,), 4))
 
 
-def test_the_page_of_training():
+def test_the_page_of_training(capsys):
     names = {}
-    _, block = blocks("docs/training.md")
+    _, diagnosed, block = blocks("docs/training.md")
+    exec(diagnosed, {})
+    assert "negatives       15,872" in capsys.readouterr().out
     exec(block, names)
     assert 0 < names["measured"]["mAP@R"] < names["measured"]["R@10"] < 1
     assert names["each"].shape == (1000,)
@@ -217,4 +219,18 @@ def test_the_page_of_the_paper():
     (block,) = blocks("docs/paper.md")
     exec(block, names)
     assert 0 < names["measured"].gap < names["measured"].bound < 1
-    assert names["each"].mean().item() == pytest.approx(names["measured"].gap)
+    assert names["measured"].null == pytest.approx(names["measured"].gap, rel=0.3)
+    assert names["each"].mean().item() == pytest.approx(names["measured"].gap, rel=1e-6)
+    assert names["trained"].gap == names["trained"].batch_ap - names["trained"].ap > 0
+
+
+def test_the_figures_of_the_mechanism():
+    """Those that the page of the paper takes from the tables are in them."""
+    page, tables = (ROOT / "docs/paper.md").read_text(), (ROOT / "benchmarks/results/mechanism.md").read_text()
+    rows = [
+        row.strip("| ").split(" | ") for row in page.splitlines() if re.match(r"\| (16|32|64|128) \| .*100\.0", row)
+    ]
+    assert len(rows) == 4
+    for size, within, of_all, gap, *roadmap in rows:
+        assert f"| {size} | 0.01 | SupAP | {within} | {of_all} | {gap} |" in tables
+        assert f"| {size} | 0.01 | ROADMAP | 100.0 ± 0.0 | {' | '.join(roadmap)} |" in tables
