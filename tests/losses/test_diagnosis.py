@@ -104,6 +104,14 @@ def test_the_ap_is_that_of_the_metrics():
     assert found == diagnose(embeddings, labels, RoadmapLoss())
 
 
+def test_ties_count_against_the_ranking():
+    embeddings, labels = torch.randint(0, 3, (24, 3)).double(), torch.arange(24) % 6
+    loss = RoadmapLoss(normalize=False, delta=1.0)
+    expected = by_loops(embeddings, labels, loss)[1]
+    found = diagnose(embeddings, labels, loss)
+    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected)
+
+
 def test_references_of_a_memory():
     memory = EmbeddingMemory(40, 8, warm_up=0)
     embeddings, labels, ids = torch.randn(20, 8), torch.arange(20) % 5, torch.arange(20)

@@ -48,9 +48,10 @@ class TestChance:
         """Two queries of other counts; the first has two batches, of which one has no positive."""
         counts = Counts()
         counts.add(torch.tensor([[3, 40]]), torch.tensor([[3, 9], [0, 31]]), torch.tensor([1.0, 1.0]))
-        counts.add(torch.tensor([[5, 38]]), torch.tensor([[2, 20], [3, 18]]), torch.tensor([0.5, 0.5]))
-        ap = (expected(3, 40, 1.3) + expected(5, 38, 1.3)) / 2
-        batch_ap = (expected(3, 9, 1.3) + expected(2, 20, 1.3) / 2 + expected(3, 18, 1.3) / 2) / 2
+        for _ in range(2):  # equal ones add up
+            counts.add(torch.tensor([[5, 38]]), torch.tensor([[2, 20], [3, 18]]), torch.tensor([0.5, 0.5]))
+        ap = (expected(3, 40, 1.3) + 2 * expected(5, 38, 1.3)) / 3
+        batch_ap = (expected(3, 9, 1.3) + expected(2, 20, 1.3) + expected(3, 18, 1.3)) / 3
         assert counts.gap(ap) == pytest.approx(batch_ap - ap, abs=1e-6)
         assert counts.gap(1.0) == pytest.approx(0, abs=1e-6)
         assert math.isnan(counts.gap(math.nan))
@@ -103,6 +104,16 @@ def test_the_null_is_of_the_counts_in_batch_and_set():
     batches = [torch.arange(600).view(20, 30)[:4, k : k + 5].flatten() for k in (0, 10)]  # 4 items of each of 5 classes
     found, counts = training_gap(embeddings, labels, batches), Counts()
     counts.add(torch.tensor([[19, 580]]), torch.tensor([[3, 16]]), torch.tensor([1.0]))
+    assert found.null == pytest.approx(counts.gap(found.ap))
+
+
+def test_the_null_of_an_item_twice_and_of_labels_that_are_none():
+    """Class 29 is no class, and items 0 and 1 are of classes 0 and 1: each has 3 others of its class in the batch."""
+    embeddings, labels = clustered()
+    batch, counts = torch.tensor([0, 0, 30, 60, 90, 1, 31, 61, 91, 29, 59]), Counts()
+    found = training_gap(embeddings, labels, [batch], ignore_label=29)
+    of_batch = torch.tensor([[3, 4]] * 2 + [[4, 4]] * 3 + [[3, 5]] * 4)
+    counts.add(torch.tensor([[19, 560]] * 9), of_batch, torch.ones(9))
     assert found.null == pytest.approx(counts.gap(found.ap))
 
 

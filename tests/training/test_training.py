@@ -33,6 +33,8 @@ from retrieval.ranks import Ranks
 from retrieval.run import WRITTEN, Run, Table
 from retrieval.training import Training
 
+from roadmap_ext import diagnose
+
 ROOT = Path(__file__).parents[2]
 # A net and batches as small as they may be, 8 steps, an evaluation every 4.
 TINY = ["--blocks", "2", "--width", "4", "--dim", "8", "--batch-size", "20", "--per-class", "4", "--steps", "8"]
@@ -458,12 +460,18 @@ class TestRuns:
         assert program(*TINY, "--out", tmp_path / "other", "--seed", 1) == 0
         assert not same(outcome(tmp_path / "other")[0]["network"], outcome(unbroken)[0]["network"])
 
-    def test_it_learns(self, tmp_path):
+    def test_it_learns(self, tmp_path, capsys):
         assert program("--epochs", 2, "--out", tmp_path / "run", "--batch-size", 100) == 0
+        assert capsys.readouterr().out.count("over 100 queries that have a positive") == 1  # of the first batch alone
         metrics = outcome(tmp_path / "run")[1][0]
         first, last = (float(metrics[i]["mAP@R"]) for i in (0, -1))
         assert first < 0.5
         assert last > 0.8
+
+    def test_a_part_of_the_loss_that_has_nothing_to_do(self):
+        embeddings = torch.eye(80)[torch.arange(64) // 4] + torch.eye(80)[16:]
+        told = train_retrieval.first_batch(diagnose(embeddings, torch.arange(64) // 4))
+        assert told.endswith("Warning: the push on negatives has nothing to do in the first batch")
 
     @pytest.mark.deep
     def test_killed_at_every_moment(self, tmp_path, monkeypatch):
