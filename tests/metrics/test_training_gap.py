@@ -90,9 +90,10 @@ def by_loops(embeddings, labels, batches, ignore_label=None):
 
 @pytest.mark.parametrize("ignore_label", [None, 3])
 def test_each_query_meets_its_batch_and_the_set(ignore_label):
-    """Batches overlap, leave items out, hold one twice and one without a positive."""
+    """Batches overlap, leave items out, and hold some twice; some have no positive."""
     embeddings, labels = clustered(60, 9)
-    batches = [torch.randperm(60)[:20], torch.randperm(60)[:15], torch.tensor([0, 9, 9, 18, 1, 2], dtype=torch.int32)]
+    twice = torch.tensor([*range(18), *range(18), 18, 27], dtype=torch.int32)
+    batches = [torch.randperm(60)[:20], torch.randperm(60)[:15], twice]
     found = training_gap(embeddings.double(), labels, batches, ignore_label=ignore_label)
     batch_ap, ap = by_loops(embeddings, labels, batches, ignore_label)
     assert (found.batch_ap, found.ap) == pytest.approx((batch_ap, ap))
