@@ -49,7 +49,7 @@ def _load_cuda() -> str:
     if _C is None:
         return "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1"
     if not _C.cuda_version:
-        return _C.cuda_reason
+        return str(_C.cuda_reason)
     built, found = _C.cuda_version, torch.version.cuda
     if found is None:
         return f"torch {torch.__version__} is a CPU build: install a CUDA {built.split('.')[0]} build of torch"
