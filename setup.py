@@ -1,4 +1,6 @@
-"""Builds roadmap_ext._C: CPU kernels always, CUDA kernels where tools/cuda.py finds all they need.
+"""Builds roadmap_ext._C, the CPU kernels, and roadmap_ext._cuda, the CUDA kernels, where tools/cuda.py allows them.
+
+They are two so that one installation serves every torch: _cuda is loaded where torch has a CUDA of its major version.
 
 Environment: FORCE_CUDA=1 fails where CUDA kernels cannot be had, FORCE_CUDA=0 leaves them out; CUDA_HOME and
 TORCH_CUDA_ARCH_LIST as torch reads them; ROADMAP_EXT_NO_BUILD=1 installs the plain PyTorch reference alone.
@@ -38,8 +40,8 @@ class BuildPy(build_py):
             marker.unlink(missing_ok=True)
 
 
-def extension():
-    """The one shared object, and the command class that builds it."""
+def extensions():
+    """The modules, and the command class that builds them."""
     try:
         import torch
         from torch.utils import cpp_extension
@@ -73,7 +75,7 @@ def extension():
     macros = [
         ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the oldest torch that the binary has to work with
         ("ROADMAP_TORCH_VERSION", text(torch.__version__)),
-        ("ROADMAP_WITH_CUDA", "1" if decision.build else "0"),
+        ("ROADMAP_CUDA_VERSION", text(torch.version.cuda if decision.build else "")),
         ("ROADMAP_CUDA_REASON", text(decision.reason)),
         ("ROADMAP_CUDA_ARCHS", text(decision.archs)),
     ]
@@ -85,31 +87,32 @@ def extension():
     if sys.platform == "linux":
         hardened += ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
     arguments = {
-        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True)),
         "include_dirs": [pybind11.get_include()],  # first: torch 2.11's own copy does not compile with a target version
         "define_macros": macros,
         "extra_compile_args": {"cxx": flags + hardened},
         "extra_link_args": ["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else [],
         "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
     }
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True))
+    modules = [cpp_extension.CppExtension("roadmap_ext._C", sources, **arguments)]
     if not decision.build:
-        return cpp_extension.CppExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
+        return modules, cpp_extension.BuildExtension
     os.environ["CUDA_HOME"] = str(decision.root)
     os.environ["TORCH_CUDA_ARCH_LIST"] = decision.archs
     cpp_extension.CUDA_HOME = str(decision.root)  # read when torch was imported
-    arguments["sources"] += cuda_sources + sorted(glob("csrc/cuda/*.cpp"))
-    arguments["define_macros"] += [("USE_CUDA", "1")]
     host = [f"-Xcompiler={flag}" for flag in ("-fvisibility=hidden", *hardened)]
-    arguments["extra_compile_args"]["nvcc"] = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", *host]
-    return cpp_extension.CUDAExtension("roadmap_ext._C", **arguments), cpp_extension.BuildExtension
+    nvcc = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", *host]
+    arguments["define_macros"] = [*macros, ("USE_CUDA", "1")]
+    arguments["extra_compile_args"] = {"cxx": flags + hardened, "nvcc": nvcc}
+    sources = cuda_sources + sorted(glob("csrc/cuda/*.cpp"))
+    modules.append(cpp_extension.CUDAExtension("roadmap_ext._cuda", sources, **arguments))
+    return modules, cpp_extension.BuildExtension
 
 
 commands = {"build_py": BuildPy}
-extensions = []
+modules = []
 # Metadata and source archives need no torch; whatever compiles does.
 if not NO_BUILD and not {"egg_info", "sdist", "dist_info", "--version", "clean"} & set(sys.argv[1:2]):
-    built, builder = extension()
-    extensions.append(built)
-    commands["build_ext"] = builder
+    modules, commands["build_ext"] = extensions()
 
-setuptools.setup(ext_modules=extensions, cmdclass=commands)
+setuptools.setup(ext_modules=modules, cmdclass=commands)

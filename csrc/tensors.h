@@ -103,7 +103,7 @@ inline ScoreType score_type(const Tensor& t) {
 
 inline bool is_half(ScoreType type) { return type == ScoreType::kHalf || type == ScoreType::kBFloat16; }
 
-// Has torch allocate so many bytes where `like` lies, in a way that lets its own error through (module.cpp): of a call
+// Has torch allocate so many bytes where `like` lies, in a way that lets its own error through (errors.h): of a call
 // that failed the stable ABI keeps neither the type nor the text, by which programs know to try a smaller batch.
 inline void (*allocate_aloud)(const Tensor& like, int64_t bytes) = nullptr;
 

@@ -205,7 +205,7 @@ class _Cached:
             embeddings = self._run(self._parts[0])
             return self._loss(_with_graph(embeddings) if torch.is_grad_enabled() else embeddings), None
         with nullcontext() if not torch.is_grad_enabled() else _kept_buffers(self._modules):
-            leaf = self._agreed("first pass", self._first_pass)
+            leaf = self._agreed("first pass", _labelled("first pass", self._first_pass))
         if not torch.is_grad_enabled():
             return self._agreed("loss", lambda: self._loss(leaf)), None
         loss = self._agreed("loss", lambda: self._loss(leaf.requires_grad_()))
@@ -216,7 +216,7 @@ class _Cached:
             gradient = self._agreed("gradient of the loss", lambda: _gradient_of(leaf))
             now = self._chance.state()
             with autocast.as_it_was():
-                embeddings = self._agreed("second pass", lambda: self._second_pass(gradient))
+                embeddings = self._agreed("second pass", _labelled("second pass", lambda: self._second_pass(gradient)))
             _backward(embeddings, gradient[self._parts[-1]])
             self._chance.restore(now)  # what comes next draws what it would have drawn
 
@@ -390,6 +390,16 @@ def _devices(model: object, inputs: Any) -> list[torch.device]:
     if torch.cuda.is_initialized():  # a callable may have its parameters there, out of sight
         used.add(torch.device("cuda", torch.cuda.current_device()))
     return sorted(used, key=str)
+
+
+def _labelled(name: str, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same, with a label for torch.profiler."""
+
+    def run() -> Tensor:
+        with torch.profiler.record_function(f"roadmap_ext::cached {name}"):
+            return step()
+
+    return run
 
 
 def _independent() -> ValueError:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import notices, ops, reference
 from .autograd import (
@@ -381,6 +382,31 @@ def _sweep_shapes(
     )
 
 
+def _sweep_flops(
+    embeddings: Tensor,
+    references: Tensor | None,
+    pairs: Sequence[Tensor | None],
+    own: int,
+    weight: Tensor,
+    objective: Sequence[float],
+    normalize: bool,
+    chunk_size: int,
+    want_embeddings: bool,
+    want_references: bool,
+    method: int = 0,
+    **_: object,
+) -> int:
+    """What torch.utils.flop_counter counts: the matrix products, as in all other ops."""
+    rows, dim = embeddings.shape
+    columns = rows if references is None else len(references)
+    products = 1 + want_embeddings + want_references
+    if references is None and want_embeddings:
+        dtype = _compute_dtype(embeddings, references)
+        step = rows_of_a_chunk(rows, rows_that_fit(columns, dtype.itemsize, embeddings.device.type), chunk_size)
+        products = 2 if step >= rows and _product_dtype(embeddings, references, dtype) == dtype else 3
+    return 2 * products * rows * columns * dim
+
+
 # Not by torch.library.custom_op, which at its first call imports the compiler: a second, and 80 MiB. Once in a process,
 # as in ops.py.
 if not hasattr(torch.ops.roadmap_ext, "sweep"):
@@ -392,3 +418,4 @@ if not hasattr(torch.ops.roadmap_ext, "sweep"):
     )
     torch.library.impl("roadmap_ext::sweep", ("cpu", "cuda"), sweep)
     torch.library.register_fake("roadmap_ext::sweep", _sweep_shapes)
+    register_flop_formula(torch.ops.roadmap_ext.sweep, get_raw=True)(_sweep_flops)

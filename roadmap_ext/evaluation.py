@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -98,8 +98,11 @@ class RetrievalMetrics:
         self._rows.append(tuple(copies))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def compute(self) -> dict[str, float]:
+    def compute(self, progress: bool | Callable[[int], object] | None = None) -> dict[str, float]:
         """The metrics of all that was collected, as :func:`roadmap_ext.metrics.retrieval_metrics` returns them.
+
+        Args:
+            progress: as there: True shows a bar.
 
         Raises:
             RuntimeError: nothing was collected; another rank failed.
@@ -116,7 +119,12 @@ class RetrievalMetrics:
             place = place[first].sort().values
             embeddings, labels = embeddings[place], labels[place]
         return retrieval_metrics(
-            embeddings, labels, k=self._k, normalize=self._normalize, ignore_label=self._ignore_label
+            embeddings,
+            labels,
+            k=self._k,
+            normalize=self._normalize,
+            ignore_label=self._ignore_label,
+            progress=progress,
         )
 
     def _own(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, and words what it means when it is not there."""
+"""Loads the compiled modules, and words what it means when they are not there."""
 
 from __future__ import annotations
 
@@ -44,10 +44,31 @@ def _load() -> ModuleType | None:
         ) from error
 
 
+def _load_cuda() -> str:
+    """Register the CUDA kernels where this torch can run them. Returns why not: empty where they are there."""
+    if _C is None:
+        return "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1"
+    if not _C.cuda_version:
+        return str(_C.cuda_reason)
+    built, found = _C.cuda_version, torch.version.cuda
+    if found is None:
+        return f"torch {torch.__version__} is a CPU build: install a CUDA {built.split('.')[0]} build of torch"
+    if found.split(".")[0] != built.split(".")[0]:
+        return (
+            f"its CUDA kernels were built for CUDA {built} and torch {torch.__version__} brings CUDA {found}, another "
+            "major version"
+        )
+    try:
+        import_module(f"{__package__}._cuda")
+    except ImportError as error:
+        return f"its CUDA kernels do not load: {error}"
+    return ""
+
+
 _C = _load()
 # Constants, which torch.compile can read.
-_WITH_CUDA: bool = _C is not None and _C.with_cuda
-_CUDA_REASON: str = "roadmap_ext was installed with ROADMAP_EXT_NO_BUILD=1" if _C is None else _C.cuda_reason
+_CUDA_REASON: str = _load_cuda()
+_WITH_CUDA: bool = not _CUDA_REASON
 _REFERENCE_ONLY: bool = _C is None
 
 
@@ -55,18 +76,21 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs.
 
     Returns:
-        A dict: ``version`` and ``python``; ``torch`` it was built with; ``compiler``; ``cuda`` (bool), ``cuda_reason``
-        (why not) and ``cuda_archs``; ``cpu``, the instruction set in use (``"avx512"``, ``"avx2"`` or ``"baseline"``;
-        the environment variable ``ROADMAP_EXT_CPU`` chooses one before the first call) and ``cpu_available``. Without
-        kernels, ``cpu`` is ``"reference"``.
+        A dict: ``version`` and ``python``; ``torch`` it was built with; ``compiler``; ``cuda`` (bool), whether its CUDA
+        kernels are loaded, ``cuda_reason`` (why not) and ``cuda_archs``, what they were built for; ``cpu``, the
+        instruction set in use (``"avx512"``, ``"avx2"`` or ``"baseline"``; the environment variable ``ROADMAP_EXT_CPU``
+        chooses one before the first call) and ``cpu_available``. Without kernels, ``cpu`` is ``"reference"``.
     """
-    info: dict[str, Any] = {"version": __version__, "python": sys.version.split()[0]}
+    info: dict[str, Any] = {
+        "version": __version__,
+        "python": sys.version.split()[0],
+        "cuda": _WITH_CUDA,
+        "cuda_reason": _CUDA_REASON,
+    }
     if _C is None:
         info |= {
             "torch": torch.__version__,
             "compiler": None,
-            "cuda": False,
-            "cuda_reason": _CUDA_REASON,
             "cuda_archs": "",
             "cpu": "reference",
             "cpu_available": [],
@@ -87,7 +111,7 @@ def check_kernels(device: torch.device, method: str) -> None:
         return
     if device.type == "cuda":
         raise RuntimeError(
-            f"the inputs are on {device}, but this build of roadmap_ext has no CUDA kernels because "
+            f"the inputs are on {device}, but roadmap_ext has no CUDA kernels here because "
             f"{_CUDA_REASON}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
             "call the loss on inputs.cpu(), through which gradients flow back, or pass method='reference'."
         )

@@ -30,16 +30,21 @@ ROADMAP_DEVICE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 ROADMAP_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+ROADMAP_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+ROADMAP_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 ROADMAP_DEVICE bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 ROADMAP_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
-// e^(gap / tau). The product with 1 / tau is compensated: its rounding alone would cost 20 ulp of the result. Limited
-// to the reach, an infinite gap leads to 0 or infinity and not to NaN.
-ROADMAP_DEVICE float exponential(float gap, const PairConstants<float>& k) {
-  const float x = fmaxf(-k.reach, fminf(k.reach, gap));
-  const float high = x * k.rate;
-  const float low = fmaf(x, k.rate, -high) + x * k.rate_lo;
+// e^(gap / tau), of a gap that is not infinite. The product with 1 / tau is compensated: its rounding alone would cost
+// 20 ulp of the result.
+ROADMAP_DEVICE float exponential_within(float gap, const PairConstants<float>& k) {
+  const float high = gap * k.rate;
+  const float low = fmaf(gap, k.rate, -high) + gap * k.rate_lo;
   return simt::exp2_fast(high) * fmaf(low, 0.693147181f, 1.0f);
+}
+// Limited to the reach, an infinite gap leads to 0 or infinity and not to NaN.
+ROADMAP_DEVICE float exponential(float gap, const PairConstants<float>& k) {
+  return exponential_within(fmaxf(-k.reach, fminf(k.reach, gap)), k);
 }
 ROADMAP_DEVICE double exponential(double gap, const PairConstants<double>& k) { return exp(gap / k.rate); }
 
@@ -49,11 +54,16 @@ ROADMAP_DEVICE T gap_of(T v, T u) {
   return v == u ? T(0) : v - u;
 }
 
-// What an element brings to its pairs: the share of the exponential that is its own, or for float64 its score.
-ROADMAP_DEVICE float share(float v, float centre, const PairConstants<float>& k) { return exponential(centre - v, k); }
+// What an element brings to its pairs: the share of the exponential that is its own, or for float64 its score. Where it
+// is limited, sigma is e^-47, which nothing notices; but what is no negative is not exactly 0.
+ROADMAP_DEVICE float share(float v, float centre, const PairConstants<float>& k) {
+  return exponential_within(fmaxf(-k.reach, fminf(k.most, centre - v)), k);
+}
 ROADMAP_DEVICE double share(double v, double, const PairConstants<double>&) { return v; }
 // What a positive brings.
-ROADMAP_DEVICE float factor(float u, float centre, const PairConstants<float>& k) { return exponential(u - centre, k); }
+ROADMAP_DEVICE float factor(float u, float centre, const PairConstants<float>& k) {
+  return exponential_within(u - centre, k);
+}
 ROADMAP_DEVICE double factor(double u, double, const PairConstants<double>&) { return u; }
 
 // sigma and its slope in units of 1 / tau. The slope is e s s, e = e^(-t / tau), rather than s - s s, which would be
@@ -62,15 +72,27 @@ template <typename T>
 struct Logistic {
   T value, slope;
 };
-ROADMAP_DEVICE Logistic<float> logistic(float share, float factor, const PairConstants<float>&) {
-  // Limited, so that there is no infinity to be multiplied by 0; the reciprocal of the limit is below the least normal
-  // number and comes out as 0.
-  const float e = fminf(share * factor, 1e38f), s = simt::reciprocal_fast(1.0f + e);
-  return {s, e * s * s};
+// sigma, and e sigma: the slope but for a factor sigma.
+template <typename T>
+struct Parts {
+  T value, part;
+};
+ROADMAP_DEVICE Parts<float> logistic(float share, float factor, const PairConstants<float>&) {
+  const float s = simt::reciprocal_fast(fmaf(share, factor, 1.0f));
+  return {s, share * factor * s};
 }
-ROADMAP_DEVICE Logistic<double> logistic(double v, double u, const PairConstants<double>& k) {
+ROADMAP_DEVICE Parts<double> logistic(double v, double u, const PairConstants<double>& k) {
   const double e = exp((u - v) / k.rate), s = 1 / (1 + e);
-  return {s, s > 0 ? e * s * s : 0.0};
+  return {s, s > 0 ? e * s : 0.0};
+}
+// sum + weight x slope.
+ROADMAP_DEVICE float add_slope(float share, float factor, float weight, float sum, const PairConstants<float>&) {
+  const float s = simt::reciprocal_fast(fmaf(share, factor, 1.0f));
+  return fmaf(share * (factor * weight) * s, s, sum);
+}
+ROADMAP_DEVICE double add_slope(double v, double u, double weight, double sum, const PairConstants<double>& k) {
+  const Parts<double> h = logistic(v, u, k);
+  return sum + weight * (h.part * h.value);
 }
 template <typename T>
 ROADMAP_DEVICE Logistic<T> logistic_of(T t, const PairConstants<T>& k) {  // to full precision
@@ -93,11 +115,11 @@ template <typename T>
 struct Shares {
   T value = 0, slope = 0;  // of the pairs up to the threshold
   T far = 0;               // sum of t - origin over the linear part
-  int count = 0;           // kLinear for each pair in the linear part, 1 for each from 0 to the threshold
+  int count = 0;           // 1 for each pair from 0 on, and kLinear for each in the linear part
   static constexpr int kLinear = 1 << 16;
 
   ROADMAP_DEVICE double rank(const PairConstants<T>& k) const {
-    double sum = static_cast<double>(value) + (count % kLinear) * k.start;
+    double sum = static_cast<double>(value) + (count % kLinear - count / kLinear) * k.start;
     if (count >= kLinear) {
       const double linear = count / kLinear;
       // Not 0 x infinity: with rho = 0 an infinite t has a limit, too.

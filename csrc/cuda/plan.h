@@ -49,7 +49,8 @@ class BumpAllocator {
   int64_t size_ = 0;
 };
 
-inline int64_t words_of(int64_t columns) { return (columns + 31) / 32; }
+// Of a bitmap, with room for the first place of a row (rows.cuh, shift).
+inline int64_t words_of(int64_t columns) { return (columns + 7 + 31) / 32; }
 
 // The workspace of a launch at `memory`, or with null just its size.
 template <typename T>
@@ -175,7 +176,7 @@ Plan make_plan(int64_t rows, int64_t columns, bool count_only, uint32_t steps, i
   first.steps = steps & kPairwiseSteps;
   first.most = std::min(r.capacity, s.scan_above);
   first.scan_above = kNever;
-  first.slots = fit_slots<T>(first, std::min(rows, resident), rows, columns, r);
+  first.slots = fit_slots<T>(first, std::min(rows, kBlocksPerMultiprocessor<T> * resident), rows, columns, r);
   add(first);
   if (count_only || columns <= first.most) return plan;
   s.most = first.most;

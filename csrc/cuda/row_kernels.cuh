@@ -9,7 +9,8 @@ namespace roadmap::cuda {
 namespace {
 
 template <typename S>
-__global__ void __launch_bounds__(kMostThreads, 1) row_kernel(const __grid_constant__ RowParams<S> p) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor<Accumulation<S>>)
+    row_kernel(const __grid_constant__ RowParams<S> p) {
   extern __shared__ __align__(16) char shared[];
   RowKernel<S, kPiece, true>(p, shared).run();
 }

@@ -24,7 +24,7 @@
 
 namespace roadmap::cuda {
 
-constexpr int kWord = 32;   // columns of a word of a bitmap
+constexpr int kWord = 32;   // places of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
 // kShared: rows of one piece, which stays in shared memory; else any row, by way of the workspace. kScan: rows may be
@@ -64,9 +64,10 @@ class RowKernel {
     const Schedule& s = p_.schedule;
     block_ = static_cast<int>(simt::block() % s.blocks_per_row);
     slot_ = simt::block() / s.blocks_per_row;
-    if (slot_ >= s.slots) return;
-    for (row_ = s.first_row + slot_; row_ < s.last_row; row_ += s.slots) {
-      if (s.only_longer && !find_longer()) return;
+    if (slot() >= s.slots) return;
+    for (row_ = s.first_row + slot(); row_ < s.last_row; row_ += s.slots) {
+      if (kShared) shift_ = static_cast<int>(row_ * p_.columns % kColumns);
+      if (!kShared && s.only_longer && !find_longer()) return;
       kernel.steps(s.steps);
       simt::barrier();  // the next row's masks overwrite what this one's last step reads
     }
@@ -82,8 +83,8 @@ class RowKernel {
     if (wanted & kCollect) {
       if (!collect()) return;  // too many for shared memory
     }
-    if (!(wanted & (kMasks | kCollect))) {
-      size_ = positives_of_blocks(p_.schedule.blocks_per_row);
+    if (!kShared && !(wanted & (kMasks | kCollect))) {
+      size_ = positives_of_blocks(blocks());
       if (!kScan && may_scan() && all_finite()) return;  // shared, and the other kernel's
     }
     if constexpr (sizeof(T) == 4) {
@@ -110,7 +111,7 @@ class RowKernel {
     }
     return sum_over_warp(sum);
   }
-  ROADMAP_DEVICE bool all_finite() const { return sum_of_blocks(2, p_.schedule.blocks_per_row) == 0; }
+  ROADMAP_DEVICE bool all_finite() const { return sum_of_blocks(2, blocks()) == 0; }
 
   // Moves on to the next row whose positives do not fit in shared memory. Mostly there is none, so all threads look at
   // once.
@@ -121,7 +122,9 @@ class RowKernel {
       bool longer = row < s.last_row && p_.workspace.count[row] > s.most;
       if (longer && p_.workspace.done && !s.scan) longer = p_.workspace.done[row] == 0;
       if (!simt::barrier_or(longer)) continue;
-      row_ -= s.slots * static_cast<int>(largest_over_block(longer ? -simt::thread() : -simt::threads()));
+      double nearest[] = {static_cast<double>(longer ? -simt::thread() : -simt::threads())};
+      over_block<0>(nearest);
+      row_ -= s.slots * static_cast<int>(nearest[0]);
       return true;
     }
     return false;
@@ -136,48 +139,70 @@ class RowKernel {
     const int rest = size_ - piece_begin(piece);
     return rest < kCapacity ? rest : kCapacity;
   }
-  ROADMAP_DEVICE int64_t word_at(int64_t word) const { return slot_ * p_.workspace.words + word; }
-  ROADMAP_DEVICE int64_t place(int64_t i) const { return slot_ * p_.columns + i; }  // of positive i in the workspace
-  ROADMAP_DEVICE int64_t block_at(int64_t block) const { return slot_ * p_.schedule.blocks_per_row + block; }
+  // A block's number among those of its row, how many these are, and the slot that they share.
+  ROADMAP_DEVICE int block() const { return kShared ? 0 : block_; }
+  ROADMAP_DEVICE int blocks() const { return kShared ? 1 : p_.schedule.blocks_per_row; }
+  ROADMAP_DEVICE int64_t slot() const { return kShared ? simt::block() : slot_; }
+  // The first place of a row in its bitmaps. In a contiguous matrix, rows of odd length begin at any address: column 0
+  // has the place that makes a multiple of 8 places one of 8 scores in memory, too, and vectors of them can be loaded.
+  ROADMAP_DEVICE int shift() const { return kShared ? shift_ : 0; }
+  ROADMAP_DEVICE int last_place() const { return shift() + static_cast<int>(p_.columns); }
+  ROADMAP_DEVICE int64_t word_at(int64_t word) const { return slot() * p_.workspace.words + word; }
+  ROADMAP_DEVICE int64_t place(int64_t i) const { return slot() * p_.columns + i; }  // of positive i in the workspace
+  ROADMAP_DEVICE int64_t block_at(int64_t block) const { return slot() * blocks() + block; }
   // Words [begin, end) of share `index` of `count`.
   ROADMAP_DEVICE void share_words(int index, int count, int& begin, int& end) const {
     const int64_t words = p_.workspace.words;
-    begin = static_cast<int>(words * index / count);
-    end = static_cast<int>(words * (index + 1) / count);
+    begin = kShared ? 0 : static_cast<int>(words * index / count);
+    end = static_cast<int>(kShared ? words : words * (index + 1) / count);
   }
-  // The same in columns; words come in whole, and the last one ends with the row.
+  // The same in places; words come in whole, and the last one ends with the row.
   ROADMAP_DEVICE void share_columns(int index, int count, int& begin, int& end) const {
     share_words(index, count, begin, end);
     begin *= kWord;
-    end = smaller(end * kWord, static_cast<int>(p_.columns));
+    end = smaller(end * kWord, last_place());
   }
 
   // --- sums over a block: every thread gets the result, which does not depend on the order of threads ---------------
 
-  template <typename Combine>
-  ROADMAP_DEVICE double over_block(double x, const Combine& combine) {
-    for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) x = combine(x, simt::shuffle_down(x, delta));
+  // Of the first of several numbers the sums, of the others the largest.
+  template <int kSums, int kAll>
+  ROADMAP_DEVICE void over_block(double (&x)[kAll]) {
+    static_assert(kAll <= 2 * kGroup);
+#pragma unroll
+    for (int k = 0; k < kAll; ++k) {
+      for (int delta = simt::kWarp / 2; delta > 0; delta /= 2) {
+        x[k] = combine(k < kSums, x[k], simt::shuffle_down(x[k], delta));
+      }
+    }
     simt::barrier();  // others may still read what was here
-    if (lane() == 0) sums_[warp()] = x;
+    if (lane() == 0) {
+#pragma unroll
+      for (int k = 0; k < kAll; ++k) sums_[warp() * kAll + k] = x[k];
+    }
     simt::barrier();
-    double total = sums_[0];
-    for (int w = 1; w < warps_; ++w) total = combine(total, static_cast<double>(sums_[w]));
-    return total;
+    const int k = simt::thread();
+    if (k < kAll) {
+      double all = sums_[k];
+      for (int w = 1; w < warps_; ++w) all = combine(k < kSums, all, sums_[w * kAll + k]);
+      sums_[k] = all;
+    }
+    simt::barrier();
+#pragma unroll
+    for (int j = 0; j < kAll; ++j) x[j] = sums_[j];
   }
-  struct Add {
-    ROADMAP_DEVICE double operator()(double a, double b) const { return a + b; }
-  };
-  struct Largest {
-    ROADMAP_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
-  };
+  static ROADMAP_DEVICE double combine(bool add, double a, double b) { return add ? a + b : a > b ? a : b; }
   // The sum over a warp, for every lane: a butterfly adds the same pairs in each.
   template <typename N>
   static ROADMAP_DEVICE N sum_over_warp(N x) {
     for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) x += simt::shuffle_xor(x, mask);
     return x;
   }
-  ROADMAP_DEVICE double sum_over_block(double x) { return over_block(x, Add()); }
-  ROADMAP_DEVICE double largest_over_block(double x) { return over_block(x, Largest()); }
+  ROADMAP_DEVICE double sum_over_block(double x) {
+    double all[] = {x};
+    over_block<1>(all);
+    return all[0];
+  }
 
   // The sum of x over the threads before this one; total: over all. Its caller has just met
   // all others at a barrier, so that nobody still reads sums_.
@@ -206,26 +231,26 @@ class RowKernel {
 
   ROADMAP_DEVICE void pair_masks() {
     int begin, end;
-    share_words(block_, p_.schedule.blocks_per_row, begin, end);
+    share_words(block(), blocks(), begin, end);
     int positives = 0, negatives = 0;
     if (p_.relation.target) {
       from_masks(begin, end, positives, negatives);
     } else {
       from_lists(begin, end, positives, negatives);
     }
-    const double found = sum_over_block(positives);
+    double found[] = {static_cast<double>(positives), static_cast<double>(negatives)};
+    over_block<2>(found);
     if (p_.op == Op::kCountPairs) {
-      const double others = sum_over_block(negatives);
       if (simt::thread() == 0) {
-        p_.counts[2 * row_] = static_cast<int64_t>(found);
-        p_.counts[2 * row_ + 1] = static_cast<int64_t>(others);
+        p_.counts[2 * row_] = static_cast<int64_t>(found[0]);
+        p_.counts[2 * row_ + 1] = static_cast<int64_t>(found[1]);
       }
       return;
     }
-    size_ = static_cast<int>(found);
+    size_ = static_cast<int>(found[0]);
     if (simt::thread() != 0) return;
     if (!kShared) {
-      p_.workspace.block_positives[block_at(block_)] = size_;
+      p_.workspace.block_positives[block_at(block())] = size_;
     } else {
       p_.workspace.count[row_] = size_;
     }
@@ -236,10 +261,12 @@ class RowKernel {
     const Global<const uint8_t> target = r.target + row_ * r.target_stride;
     const Global<const uint8_t> ignore = r.ignore ? r.ignore + row_ * r.ignore_stride : r.ignore;
     for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
-      const int at = w * kWord, count = smaller(kWord, static_cast<int>(p_.columns) - at);
-      const uint32_t valid = count == kWord ? ~0u : (1u << count) - 1;
-      const uint32_t left_out = ignore ? mask_bits(ignore, at, count) : 0u;
-      const uint32_t positive = mask_bits(target, at, count) & ~left_out;
+      const int column = w * kWord - shift();
+      const uint32_t valid = places_of(w);
+      const Bytes wanted = bytes_of(target, column, valid);
+      const Bytes unwanted = ignore ? bytes_of(ignore, column, valid) : Bytes{};  // before any is looked at
+      const uint32_t left_out = ignore ? nonzero_bits(unwanted) : 0u;
+      const uint32_t positive = nonzero_bits(wanted) & ~left_out;
       const uint32_t negative = valid & ~positive & ~left_out;
       p_.workspace.positive[word_at(w)] = positive;
       p_.workspace.negative[word_at(w)] = negative;
@@ -248,18 +275,42 @@ class RowKernel {
     }
   }
 
-  // A bit a byte: not zero.
-  ROADMAP_DEVICE uint32_t mask_bits(const Global<const uint8_t>& mask, int at, int count) const {
-    uint32_t bits = 0;
-    if (count == kWord && simt::address(mask + at) % 16 == 0) {
+  // The places of a word that are columns.
+  ROADMAP_DEVICE uint32_t places_of(int w) const {
+    const int before = shift() - w * kWord, count = last_place() - w * kWord;
+    uint32_t places = count >= kWord ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+    if (before > 0) places &= ~0u << before;
+    return places;
+  }
+
+  // 32 bytes of a mask, from a column on.
+  struct Bytes {
+    uint32_t four[8] = {};
+  };
+  ROADMAP_DEVICE Bytes bytes_of(const Global<const uint8_t>& mask, int column, uint32_t valid) const {
+    Bytes bytes;
+    if (valid == ~0u && simt::address(mask + column) % 8 == 0) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto bytes = simt::load_as<Vector<uint8_t>>(mask, at + 16 * half);
-#pragma unroll
-        for (int j = 0; j < 16; ++j) bits |= (bytes.at[j] ? 1u : 0u) << (16 * half + j);
+      for (int j = 0; j < 4; ++j) {
+        const auto eight = simt::load_as<uint64_t>(mask, column + 8 * j);
+        bytes.four[2 * j] = static_cast<uint32_t>(eight);
+        bytes.four[2 * j + 1] = static_cast<uint32_t>(eight >> 32);
       }
     } else {
-      for (int j = 0; j < count; ++j) bits |= (mask[at + j] ? 1u : 0u) << j;
+#pragma unroll
+      for (int j = 0; j < kWord; ++j) {
+        if (valid >> j & 1) bytes.four[j / 4] |= static_cast<uint32_t>(mask[column + j]) << 8 * (j % 4);
+      }
+    }
+    return bytes;
+  }
+  // A bit a byte: not zero. The top bits of four bytes, gathered by a product in which no two of them meet.
+  static ROADMAP_DEVICE uint32_t nonzero_bits(const Bytes& bytes) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t x = bytes.four[j], top = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u;
+      bits |= (top * 0x00204081u >> 28) << 4 * j;
     }
     return bits;
   }
@@ -267,9 +318,8 @@ class RowKernel {
   ROADMAP_DEVICE void from_lists(int begin, int end, int& positives, int& negatives) {
     const Relation& r = p_.relation;
     for (int w = begin + simt::thread(); w < end; w += simt::threads()) {
-      const int count = smaller(kWord, static_cast<int>(p_.columns) - w * kWord);
       p_.workspace.positive[word_at(w)] = 0;
-      p_.workspace.negative[word_at(w)] = r.negative.span ? 0u : count == kWord ? ~0u : (1u << count) - 1;
+      p_.workspace.negative[word_at(w)] = r.negative.span ? 0u : places_of(w);
     }
     simt::barrier();  // threads set bits in words that others have cleared
     mark(r.positive, begin, end, true, p_.workspace.positive);
@@ -277,8 +327,8 @@ class RowKernel {
     simt::barrier();  // what is left out is so whatever else it is
     mark(r.left_out, begin, end, false, p_.workspace.positive);
     mark(r.left_out, begin, end, false, p_.workspace.negative);
-    const int64_t own = r.own < 0 ? -1 : r.own + row_;
-    if (simt::thread() == 0 && own >= begin * kWord && own < stop_of(end)) {
+    const int64_t own = r.own < 0 || r.own + row_ >= p_.columns ? -1 : r.own + row_ + shift();
+    if (simt::thread() == 0 && own >= begin * kWord && own < int64_t(end) * kWord) {
       simt::atomic_and(p_.workspace.positive, word_at(own / kWord), ~(1u << (own % kWord)));
       simt::atomic_and(p_.workspace.negative, word_at(own / kWord), ~(1u << (own % kWord)));
     }
@@ -292,23 +342,21 @@ class RowKernel {
     }
   }
 
-  // Where the columns of words up to `end` end.
-  ROADMAP_DEVICE int64_t stop_of(int end) const { return smaller<int64_t>(int64_t(end) * kWord, p_.columns); }
-
   // Sets or clears the bits of a row's listed columns within words [begin, end). No span and no column leads elsewhere.
   ROADMAP_DEVICE void mark(const Lists& lists, int begin, int end, bool set, const Global<uint32_t>& bits) {
     if (!lists.span) return;
     const int64_t first = smaller<int64_t>(lists.size, larger<int64_t>(0, lists.span[2 * row_]));
     const int64_t last = smaller<int64_t>(lists.size, lists.span[2 * row_ + 1]);
-    const int64_t stop = stop_of(end);
     for (int64_t k = first + simt::thread(); k < last; k += simt::threads()) {
       const int64_t column = lists.column[k];
-      if (column < begin * kWord || column >= stop) continue;
-      const uint32_t bit = 1u << (column % kWord);
+      if (column < 0 || column >= p_.columns) continue;
+      const int64_t at = column + shift();
+      if (at < begin * kWord || at >= int64_t(end) * kWord) continue;
+      const uint32_t bit = 1u << (at % kWord);
       if (set) {
-        simt::atomic_or(bits, word_at(column / kWord), bit);
+        simt::atomic_or(bits, word_at(at / kWord), bit);
       } else {
-        simt::atomic_and(bits, word_at(column / kWord), ~bit);
+        simt::atomic_and(bits, word_at(at / kWord), ~bit);
       }
     }
   }
@@ -332,11 +380,11 @@ class RowKernel {
       if (size_ > p_.schedule.most) return false;
     } else {
       simt::barrier();  // the count has been written
-      at = positives_of_blocks(block_);
-      size_ = positives_of_blocks(p_.schedule.blocks_per_row);
+      at = positives_of_blocks(block());
+      size_ = positives_of_blocks(blocks());
     }
     int begin, end;
-    share_words(block_, p_.schedule.blocks_per_row, begin, end);
+    share_words(block(), blocks(), begin, end);
     for (int first = begin; first < end; first += simt::threads()) {
       const int w = first + simt::thread();
       uint32_t bits = w < end ? p_.workspace.positive[word_at(w)] : 0u;
@@ -349,7 +397,7 @@ class RowKernel {
       for (int j = 0; bits; ++j, bits >>= 1) {
         if (!(bits & 1)) continue;
         if (kShared) {
-          column_[to] = w * kWord + j;
+          column_[to] = w * kWord + j - shift();
         } else {
           p_.workspace.column[place(to)] = w * kWord + j;
         }
@@ -382,7 +430,7 @@ class RowKernel {
 
   // Pieces sorted by score, ties by column. float64 has no use for an order.
   ROADMAP_DEVICE void sort() {
-    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+    for (int piece = block(); piece < pieces(); piece += blocks()) {
       if (!kShared) load(piece);
       const int n = piece_size(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
@@ -436,7 +484,7 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void rank_positives() {
-    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+    for (int piece = block(); piece < pieces(); piece += blocks()) {
       if (!kShared) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
@@ -496,53 +544,51 @@ class RowKernel {
 
   // --- the row ------------------------------------------------------------------------------------------------------
 
-  // Columns [at, at + 8) of the row as they lie in memory, and the word of their negatives. `at` is a multiple of 8.
+  // Places [at, at + 8) of the row as they lie in memory, and the word of their negatives. `at` is a multiple of 8.
   static constexpr int kEach = 16 / sizeof(S);
   struct Fetched {
     uint32_t word;
     Vector<S> part[kColumns / kEach];
   };
+  // What a row is fetched from: place i is at [i].
+  struct Row {
+    Global<const S> scores;
+    Global<const uint32_t> words;
+    bool aligned;
+  };
+  ROADMAP_DEVICE Row row_in_memory() const {
+    const Global<const S> scores = p_.scores + (row_ * p_.score_stride - shift());
+    return {scores, p_.workspace.negative + word_at(0), simt::address(scores) % 16 == 0};
+  }
   // Nothing is computed here and no load waits for another: a tile is on its way while the last one is worked on.
-  ROADMAP_DEVICE Fetched fetch(int at, int end) const {
+  ROADMAP_DEVICE Fetched fetch(const Row& from, int at, int end) const {
     Fetched f;
     f.word = 0;
-    if (at < end) f.word = p_.workspace.negative[word_at(at / kWord)];
-    const Global<const S> scores = p_.scores + row_ * p_.score_stride;
-    const bool whole = at + kColumns <= end && simt::address(scores) % 16 == 0;
+    if (at < end) f.word = from.words[static_cast<uint32_t>(at) / kWord];
+    if (from.aligned && at >= shift() && at + kColumns <= end) {
 #pragma unroll
-    for (int v = 0; v < kColumns / kEach; ++v) {
-      if (whole) {
-        f.part[v] = simt::load_as<Vector<S>>(scores, at + v * kEach);
-      } else {
+      for (int v = 0; v < kColumns / kEach; ++v) f.part[v] = simt::load_as<Vector<S>>(from.scores, at + v * kEach);
+    } else {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) f.part[v].at[j] = at + v * kEach + j < end ? scores[at + v * kEach + j] : S{};
+      for (int j = 0; j < kColumns; ++j) {
+        f.part[j / kEach].at[j % kEach] = at + j >= shift() && at + j < end ? from.scores[at + j] : S{};
       }
     }
     return f;
   }
 
-  // The columns as they are ranked, and the byte of their negatives. All others, and what lies past the end, are -inf:
+  // The scores as they are ranked, and the byte of their negatives. All others, and what is past the end, are -inf:
   // there H- and its slope vanish.
   ROADMAP_DEVICE uint32_t unpack(const Fetched& f, int at, T (&x)[kColumns]) const {
-    const uint32_t bits = f.word >> (at % kWord) & kColumnBits;
+    const uint32_t bits = f.word >> (static_cast<uint32_t>(at) % kWord) & kColumnBits;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) x[j] = widen(f.part[j / kEach].at[j % kEach]);
     if (p_.column_scale && bits) {  // in the order of score_of: equal scores are to be ties
+      T scale[kColumns];
+      column_scales(at, bits, scale);
       const T row_scale = p_.row_scale[row_];
-      if (at + kColumns <= p_.columns && simt::address(p_.column_scale) % 16 == 0) {
-        constexpr int kScales = 16 / sizeof(T);
 #pragma unroll
-        for (int v = 0; v < kColumns / kScales; ++v) {
-          const auto part = simt::load_as<Vector<T>>(p_.column_scale, at + v * kScales);
-#pragma unroll
-          for (int j = 0; j < kScales; ++j) x[v * kScales + j] = x[v * kScales + j] * part.at[j] * row_scale;
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          if (bits >> j & 1) x[j] = x[j] * p_.column_scale[at + j] * row_scale;
-        }
-      }
+      for (int j = 0; j < kColumns; ++j) x[j] = x[j] * scale[j] * row_scale;
     }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -550,16 +596,30 @@ class RowKernel {
     }
     return bits;
   }
+  // Those of the places that a bit is set of, at least.
+  ROADMAP_DEVICE void column_scales(int at, uint32_t bits, T (&scale)[kColumns]) const {
+    const int column = at - shift();
+    constexpr int kScales = 16 / sizeof(T);
+    if (column >= 0 && column + kColumns <= p_.columns && simt::address(p_.column_scale + column) % 16 == 0) {
+#pragma unroll
+      for (int v = 0; v < kColumns / kScales; ++v) {
+        const auto part = simt::load_as<Vector<T>>(p_.column_scale, column + v * kScales);
+#pragma unroll
+        for (int j = 0; j < kScales; ++j) scale[v * kScales + j] = part.at[j];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) scale[j] = bits >> j & 1 ? static_cast<T>(p_.column_scale[column + j]) : T(0);
+    }
+  }
   static ROADMAP_DEVICE T not_a_number() { return static_cast<T>(NAN); }
   static ROADMAP_DEVICE T infinity() { return static_cast<T>(INFINITY); }
 
-  // The largest of a warp's columns, NaN aside.
-  ROADMAP_DEVICE T warp_top(const T (&x)[kColumns]) const {
-    T top = -infinity();
+  // NaN aside.
+  static ROADMAP_DEVICE T largest(const T (&x)[kColumns]) {
+    T top = x[0];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) top = larger(x[j], top);
-#pragma unroll
-    for (int mask = simt::kWarp / 2; mask > 0; mask /= 2) top = larger(top, simt::shuffle_xor(top, mask));
+    for (int j = 1; j < kColumns; ++j) top = larger(x[j], top);
     return top;
   }
 
@@ -568,8 +628,8 @@ class RowKernel {
   ROADMAP_DEVICE void rank_negatives() {
     const Schedule& s = p_.schedule;
     const int count = ranks() ? pieces() : 0, at_least = count > 0 ? count : 1;
-    const int spans = s.blocks_per_row / at_least > 1 ? s.blocks_per_row / at_least : 1;
-    for (int task = block_; task < at_least * spans; task += s.blocks_per_row) {
+    const int spans = blocks() / at_least > 1 ? blocks() / at_least : 1;
+    for (int task = block(); task < at_least * spans; task += blocks()) {
       const int piece = task / spans, span = task % spans, n = count ? piece_size(piece) : 0;
       int begin, end;
       share_columns(span, spans, begin, end);
@@ -611,18 +671,17 @@ class RowKernel {
 
   // What the first pass over a span has seen: NaN, and the hinges of negatives.
   ROADMAP_DEVICE void save_seen(int span, bool nan) {
-    nan = simt::barrier_or(nan);
-    const double sum = p_.calibration ? sum_over_block(hinge_) : 0;
-    const double hinges = p_.calibration ? sum_over_block(hinges_) : 0;
+    double all[] = {hinge_, static_cast<double>(hinges_), static_cast<double>(nan)};
+    over_block<2>(all);
     if (simt::thread() != 0) return;
     if (kShared) {
-      outcome_[kNan] = nan;
-      outcome_[kHingeSum] = sum;
-      outcome_[kHinges] = hinges;
+      outcome_[kHingeSum] = all[0];
+      outcome_[kHinges] = all[1];
+      outcome_[kNan] = all[2];
     } else {
-      p_.workspace.hinge[block_at(span)] = sum;
-      p_.workspace.flag[2 * block_at(span)] = static_cast<int32_t>(hinges);
-      p_.workspace.flag[2 * block_at(span) + 1] = nan;
+      p_.workspace.hinge[block_at(span)] = all[0];
+      p_.workspace.flag[2 * block_at(span)] = static_cast<int32_t>(all[1]);
+      p_.workspace.flag[2 * block_at(span) + 1] = all[2] != 0;
     }
   }
 
@@ -635,46 +694,51 @@ class RowKernel {
     Shares<T> sum[kGroup];
     const int stride = simt::threads() * kColumns;
     int at = begin + tile * stride + simt::thread() * kColumns;
-    Fetched next = fetch(at, end);
+    const Row from = row_in_memory();
+    Fetched next = fetch(from, at, end);
     for (; tile < last; ++tile, at += stride) {
       T x[kColumns], a[kColumns];
       unpack(next, at, x);
-      if (tile + 1 < last) next = fetch(at + stride, end);
+      next = fetch(from, at + stride, end);  // past the end there is nothing to fetch
       if (look) look_at(x, nan);
-      const T top = warp_top(x);
-      if (top < out_of_reach || n <= 0) continue;
+      const T top = largest(x);
+      if (n <= 0 || !simt::warp_any(top >= out_of_reach)) continue;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         if (i >= n) continue;
         const T u = score_[first + i];
-        if (sizeof(T) == 4 && top < u - k_.cut) continue;  // with all that follow: they are sorted
-        const bool below = k_.smooth || top < u;           // no pair of this warp has t >= 0
+        if (sizeof(T) == 4 && i > 0 && !simt::warp_any(top >= u - k_.cut)) continue;
+        const bool below = k_.smooth || !simt::warp_any(top >= u);  // no pair of this warp has t >= 0
         const T c = centre_[first + i], f = factor_[first + i];
         if (i == 0 || c != centre_[first + i - 1]) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
         }
-        // As a tree: a chain of eight would round eight times.
-        T value[kColumns], slope[kColumns], far[kColumns];
-        if (below) {
+        T value[kColumns], part[kColumns];
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            const Logistic<T> h = logistic(a[j], f, k_);
-            value[j] = h.value;
-            slope[j] = h.slope;
-          }
-        } else {
+        for (int j = 0; j < kColumns; ++j) {
+          const Parts<T> h = logistic(a[j], f, k_);
+          value[j] = h.value;
+          part[j] = h.part;
+        }
+        if (!below) {
+          T far[kColumns];
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
             const T t = x[j] - u;
-            const Logistic<T> h = logistic(a[j], f, k_);
             const bool linear = t > k_.delta;
-            value[j] = linear ? T(0) : h.value;
-            slope[j] = linear ? T(0) : h.slope;
+            value[j] = linear ? T(0) : value[j];
             far[j] = linear ? t - k_.origin : T(0);
-            sum[i].count += linear ? Shares<T>::kLinear : t < T(0) ? 0 : 1;
+            sum[i].count += t >= T(0) ? 1 : 0;
+            sum[i].count += linear ? Shares<T>::kLinear : 0;
           }
           sum[i].far += total(far);
+        }
+        // As trees: a chain of eight would round eight times.
+        T slope[kColumns / 2];
+#pragma unroll
+        for (int j = 0; j < kColumns / 2; ++j) {
+          slope[j] = fused(part[j], value[j], part[j + kColumns / 2] * value[j + kColumns / 2]);
         }
         sum[i].value += total(value);
         sum[i].slope += total(slope);
@@ -689,9 +753,10 @@ class RowKernel {
     reduce_block(first, n, more);
   }
 
-  static ROADMAP_DEVICE T total(T (&x)[kColumns]) {
+  template <int n>
+  static ROADMAP_DEVICE T total(T (&x)[n]) {
 #pragma unroll
-    for (int half = kColumns / 2; half > 0; half /= 2) {
+    for (int half = n / 2; half > 0; half /= 2) {
 #pragma unroll
       for (int j = 0; j < half; ++j) x[j] += x[j + half];
     }
@@ -700,7 +765,7 @@ class RowKernel {
 
   ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) nan |= x[j] != x[j];
+    for (int j = 0; j < kColumns; j += 2) nan |= std::isunordered(x[j], x[j + 1]);
     if (!p_.calibration) return;
     T sum = 0;
 #pragma unroll
@@ -718,7 +783,7 @@ class RowKernel {
     double rank = 0, slope = 0;
     for (int at = begin + simt::thread(); at < end; at += simt::threads()) {
       if (!negative_at(at)) continue;
-      const Logistic<T> h = limit(score_of(at), u);
+      const Logistic<T> h = limit(score_of(at - shift()), u);
       rank += static_cast<double>(h.value);
       slope += static_cast<double>(h.slope);
     }
@@ -775,7 +840,7 @@ class RowKernel {
 
   // For rows in the workspace: rank- and slope of every positive, summed over spans, a warp a positive.
   ROADMAP_DEVICE void sum_spans() {
-    const int spans = p_.schedule.blocks_per_row / pieces();
+    const int spans = blocks() / pieces();
     if (spans <= 1 || scanned_) return;
     for (int i = warp(); i < size_; i += warps_) {
       const int piece = i / kCapacity;
@@ -821,7 +886,7 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void weights() {
-    if (block_ != 0) return;
+    if (block() != 0) return;
     Seen seen = look_back();
     if (!kShared && ranks() && size_ > 0) sum_spans();
     const bool ranked = p_.op == Op::kRankGradient || ranks();
@@ -856,15 +921,14 @@ class RowKernel {
         }
       }
     }
+    double all[] = {loss, total, unit, largest};
+    over_block<2>(all);
+    loss = all[0], total = all[1], unit = all[2], largest = all[3];
     seen.nan = simt::barrier_or(nan) || seen.nan;
     if (p_.op == Op::kRank) {
       for (int piece = 0; piece < count; ++piece) save_ranks(piece, seen.nan);
       return;
     }
-    loss = sum_over_block(loss);
-    unit = largest_over_block(unit);
-    total = sum_over_block(total);
-    largest = largest_over_block(largest);
     if (!(unit > 0) || !is_finite(unit)) unit = 1;
     // A power of two that brings the largest possible gradient of the row near the top of float16: what GradScaler's
     // factor would have saved is then still there when it arrives.
@@ -877,13 +941,13 @@ class RowKernel {
     for (int piece = 0; piece < count; ++piece) save_weights(piece, unit);
     save_values(size_ ? loss / size_ : 0.0, scale, seen);
     if (simt::thread() == 0) {
-      const double all[] = {unit, scale, static_cast<double>(seen.nan), seen.hinges};
+      const double outcome[] = {unit, scale, static_cast<double>(seen.nan), seen.hinges};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (kShared) {
-          outcome_[i] = all[i];
+          outcome_[i] = outcome[i];
         } else {
-          p_.workspace.outcome[slot_ * kOutcome + i] = all[i];
+          p_.workspace.outcome[slot() * kOutcome + i] = outcome[i];
         }
       }
     }
@@ -894,7 +958,7 @@ class RowKernel {
   // of negatives are not 0, and their sum.
   enum { kUnit, kScale, kNan, kHinges, kHingeSum };
   ROADMAP_DEVICE double outcome(int i) const {
-    return kShared ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot_ * kOutcome + i];
+    return kShared ? static_cast<double>(outcome_[i]) : p_.workspace.outcome[slot() * kOutcome + i];
   }
 
   struct Seen {
@@ -912,8 +976,8 @@ class RowKernel {
       return seen;
     }
     const int count = ranks() && pieces() ? pieces() : 1;
-    int spans = p_.schedule.blocks_per_row / count > 1 ? p_.schedule.blocks_per_row / count : 1;
-    if (scanned_) spans = p_.schedule.blocks_per_row;
+    int spans = blocks() / count > 1 ? blocks() / count : 1;
+    if (scanned_) spans = blocks();
     bool nan = false;
     for (int span = lane(); span < spans; span += simt::kWarp) {
       seen.hinge_sum += p_.workspace.hinge[block_at(span)];
@@ -976,8 +1040,9 @@ class RowKernel {
           hinges += 1;
         }
       }
-      positive = sum_over_block(positive);
-      hinges = sum_over_block(hinges);
+      double all[] = {positive, hinges};
+      over_block<2>(all);
+      positive = all[0], hinges = all[1];
     }
     if (simt::thread() != 0) return;
     p_.workspace.count[row_] = size_;
@@ -1002,7 +1067,7 @@ class RowKernel {
 
   // smooth: positive i also gets sum_j (w+_j - w+_i) sigma'(s_i - s_j), which is 0 for equal weights.
   ROADMAP_DEVICE void own() {
-    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+    for (int piece = block(); piece < pieces(); piece += blocks()) {
       if (!kShared) load(piece);
       const int n = piece_size(piece), begin = piece_begin(piece);
       for (int i = simt::thread(); i < n; i += simt::threads()) {
@@ -1046,7 +1111,7 @@ class RowKernel {
 
   ROADMAP_DEVICE void gradients() {
     int begin, end;
-    share_columns(block_, p_.schedule.blocks_per_row, begin, end);
+    share_columns(block(), blocks(), begin, end);
     const int tile = simt::threads() * kColumns;
     if (outcome(kNan) != 0) {
       fill_nan(begin, end);
@@ -1063,12 +1128,13 @@ class RowKernel {
     if (tiles == 0) return;
     // Last tiles first: they were read last and are still in the cache.
     int at = begin + (tiles - 1) * tile + simt::thread() * kColumns;
-    Fetched next = fetch(at, end);
+    const Row from = row_in_memory();
+    Fetched next = fetch(from, at, end);
     for (int t = 0; t < tiles; ++t, at -= tile) {
       T x[kColumns], g[kColumns];
       const uint32_t bits = unpack(next, at, x);
-      if (t + 1 < tiles) next = fetch(at - tile, end);
-      const T top = warp_top(x);
+      if (t + 1 < tiles) next = fetch(from, at - tile, end);
+      const T top = largest(x);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[j] = 0;
       for (int piece = 0; piece < count; ++piece) {
@@ -1077,16 +1143,16 @@ class RowKernel {
       }
       if (at >= end) continue;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) g[j] *= by;
+      for (int j = 0; j < kColumns; ++j) g[j] = bits >> j & 1 ? g[j] * by : T(0);
       if (hinge != T(0)) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) g[j] += x[j] > p_.margin ? hinge : T(0);
       }
-      if (p_.column_scale) {
+      if (p_.column_scale && bits) {
+        T scale[kColumns];
+        column_scales(at, bits, scale);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          if (bits >> j & 1) g[j] *= p_.column_scale[at + j];
-        }
+        for (int j = 0; j < kColumns; ++j) g[j] *= scale[j];
       }
       store_columns(at, g);
     }
@@ -1094,10 +1160,11 @@ class RowKernel {
 
   // A row with a NaN: so are the gradients of all that is not left out.
   ROADMAP_DEVICE void fill_nan(int begin, int end) const {
-    for (int at = begin + simt::thread(); at < end; at += simt::threads()) {
+    for (int at = larger(begin, shift()) + simt::thread(); at < end; at += simt::threads()) {
       const int64_t word = word_at(at / kWord);
       if (p_.workspace.positive[word] >> (at % kWord) & 1) continue;  // which come later
-      store(row_ * p_.columns + at, p_.workspace.negative[word] >> (at % kWord) & 1 ? not_a_number() : T(0));
+      const bool negative = p_.workspace.negative[word] >> (at % kWord) & 1;
+      store(row_ * p_.columns + at - shift(), negative ? not_a_number() : T(0));
     }
   }
 
@@ -1116,7 +1183,7 @@ class RowKernel {
           add_limit_gradient(u, w, bits, x, sum);
           continue;
         }
-        if (top < u - k_.cut) {
+        if (!simt::warp_any(top >= u - k_.cut)) {
           if (sizeof(T) == 4) break;  // sorted: all that follow are further
           continue;
         }
@@ -1126,15 +1193,14 @@ class RowKernel {
           for (int j = 0; j < kColumns; ++j) a[j] = share(x[j], c, k_);
           before = c;
         }
-        if (k_.smooth || top - u <= k_.delta) {  // no pair of this warp is in the linear part
+        if (k_.smooth || !simt::warp_any(top - u > k_.delta)) {  // no pair of this warp is in the linear part
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            sum[j] += w * logistic(a[j], f, k_).slope;
-          }
+          for (int j = 0; j < kColumns; ++j) sum[j] = add_slope(a[j], f, w, sum[j], k_);
         } else {
+          const T linear = w * k_.rho_tau;
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            sum[j] += w * (x[j] - u > k_.delta ? k_.rho_tau : logistic(a[j], f, k_).slope);
+            sum[j] = x[j] - u > k_.delta ? sum[j] + linear : add_slope(a[j], f, w, sum[j], k_);
           }
         }
       }
@@ -1152,11 +1218,14 @@ class RowKernel {
     }
   }
 
-  // Columns [at, at + 8) of the gradient, those of positives left alone.
+  // Places [at, at + 8) of the gradient. Those of positives come later; as long as other blocks may read their scores,
+  // they are left alone.
   ROADMAP_DEVICE void store_columns(int at, const T (&g)[kColumns]) const {
-    const uint32_t kept = p_.workspace.positive[word_at(at / kWord)] >> (at % kWord) & kColumnBits;
-    const int64_t to = row_ * p_.columns + at;
-    const bool whole = !kept && at + kColumns <= p_.columns;
+    uint32_t kept = 0;
+    if (!kShared) kept = p_.workspace.positive[word_at(at / kWord)] >> (at % kWord) & kColumnBits;
+    const int column = at - shift();
+    const int64_t to = row_ * p_.columns + column;
+    const bool whole = !kept && column >= 0 && column + kColumns <= p_.columns;
     if (p_.gradient_type == GradientType::kFull) {
       if (whole && simt::address(p_.gradient + to) % 16 == 0) {
         constexpr int kEach = 16 / sizeof(T);
@@ -1178,7 +1247,7 @@ class RowKernel {
     }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      if (at + j < p_.columns && !(kept >> j & 1)) store(to + j, g[j]);
+      if (column + j >= 0 && column + j < p_.columns && !(kept >> j & 1)) store(to + j, g[j]);
     }
   }
 
@@ -1201,7 +1270,7 @@ class RowKernel {
     const double row = p_.row_scale ? static_cast<double>(p_.row_scale[row_]) : 1.0;
     const double weight = p_.op == Op::kObjective ? p_.weight[3 * row_] : p_.row_weight;
     const T margin = static_cast<T>(p_.positive_margin);
-    for (int piece = block_; piece < pieces(); piece += p_.schedule.blocks_per_row) {
+    for (int piece = block(); piece < pieces(); piece += blocks()) {
       if (!kShared) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
         const int32_t column = column_[i];
@@ -1239,7 +1308,8 @@ class RowKernel {
 
   int block_ = 0;
   int64_t slot_ = 0, row_ = 0;
-  int size_ = 0;          // positives of the row
+  int size_ = 0;  // positives of the row
+  int shift_ = 0;
   bool limits_ = false;   // whether a score or a weight of the piece is not finite
   bool scanned_ = false;  // whether the row is scanned
 

@@ -64,7 +64,8 @@ struct PairConstants {
   T rate, rate_lo;  // float: log2(e) / tau in two parts; double: tau and 0
   T cut;            // a pair further below its positive counts for nothing
   T span;           // positives so far apart share a centre of the exponentials
-  T reach;          // no exponent is taken of more than this
+  T reach;          // no exponential is taken of more than this, either way
+  T most;           // nor of more by what a share of it is multiplied with: all products are finite
   double tau, rho, start, offset;
   double beyond;    // origin - delta
   double steepest;  // a bound of the slope
@@ -79,6 +80,7 @@ struct PairConstants {
         cut(s.cut),
         span(static_cast<T>(40 * s.tau)),
         reach(static_cast<T>(200 * s.tau)),
+        most(static_cast<T>(47 * s.tau)),
         tau(s.tau),
         rho(s.exact_rho),
         start(s.exact_start),
@@ -230,8 +232,12 @@ struct RowParams {
 
 // Positives of a piece, which is what a block works on at a time.
 constexpr int kPiece = 512;
-// Threads of a block at most: 168 registers each. Eight columns a thread keep its pipes as busy as more warps would.
+// Threads of a block at most.
 constexpr int kMostThreads = 384;
+// Blocks of the kernel for rows in shared memory: while one waits at a barrier, the other works. 80 registers a thread,
+// which float64 would spill.
+template <typename T>
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 1 : 2;
 
 // Shared memory of a block, in bytes.
 template <typename T>

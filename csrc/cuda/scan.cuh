@@ -501,7 +501,7 @@ class ScanKernel : public RowKernel<S, kCapacity, false, true> {
       shares.value += linear ? 0.0f : h.value;
       shares.slope += linear ? 0.0f : h.slope;
       shares.far += linear ? t - k_.origin : 0.0f;
-      if (!k_.smooth) shares.count += linear ? Shares<T>::kLinear : t < 0.0f ? 0 : 1;
+      if (!k_.smooth) shares.count += (t < 0.0f ? 0 : 1) + (linear ? Shares<T>::kLinear : 0);
     }
   }
 

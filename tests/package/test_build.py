@@ -9,12 +9,13 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import roadmap_ext
-from roadmap_ext import ap_loss
+from roadmap_ext import ap_loss, extension
 from tools import cuda, toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,40 @@ def test_has_gpu_reads_the_driver_list(tmp_path, monkeypatch):
         listing.write_text(f'#!/bin/sh\necho "{line}"\n')
         listing.chmod(0o755)
         assert toolkit.has_gpu() is expected
+
+
+# --- the modules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built", "found", "reason"),
+    [
+        ("", "13.0", "nobody built them"),
+        ("13.0", None, "is a CPU build: install a CUDA 13 build of torch"),
+        ("12.8", "13.0", "built for CUDA 12.8 and torch .* brings CUDA 13.0, another major version"),
+        ("13.0", "13.2", "its CUDA kernels do not load: no library"),
+    ],
+)
+def test_cuda_kernels_are_left_out_for_a_reason(monkeypatch, built, found, reason):
+    """One build serves every torch: what it cannot run there it does not load, and says why."""
+
+    def load(name):
+        raise ImportError("no library")
+
+    module = SimpleNamespace(cuda_version=built, cuda_reason="nobody built them")
+    monkeypatch.setattr(extension, "_C", module)
+    monkeypatch.setattr(extension, "import_module", load)
+    monkeypatch.setattr(torch.version, "cuda", found)
+    assert re.search(reason, extension._load_cuda())
+
+
+def test_cuda_kernels_are_loaded_by_a_torch_of_their_major_version(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(extension, "_C", SimpleNamespace(cuda_version="13.0", cuda_reason=""))
+    monkeypatch.setattr(extension, "import_module", loaded.append)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert extension._load_cuda() == ""
+    assert loaded == ["roadmap_ext._cuda"]
 
 
 # --- the shared object -----------------------------------------------------------------------------------------------
