@@ -187,10 +187,8 @@ def train(training: Training, test: Images | Photos, run: Run | Onlooker, interr
 
 def first_batch(found: roadmap_ext.Diagnosis) -> str:
     """What the loss has to do at the beginning, and a warning if a part of it has nothing."""
-    text = "\n".join(
-        ["", "The first batch (docs/training.md):", *(f"  {each}" for each in str(found).splitlines()), ""]
-    )
-    return text + "".join(f"Warning: {part} has nothing to do in the first batch\n" for part in found.idle)
+    lines = ["The first batch (docs/training.md):", *(f"  {each}" for each in str(found).splitlines())]
+    return "\n".join([*lines, *(f"Warning: {part} has nothing to do in the first batch" for part in found.idle)])
 
 
 def finished(options: argparse.Namespace) -> str:
