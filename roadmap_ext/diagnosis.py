@@ -343,7 +343,8 @@ def _of_ap(found: Diagnosis, spread: float) -> list[tuple[str, str]]:
             (
                 "",
                 f"tau is narrow for these similarities: {_percent(found.felt)} of the pairs of a positive and a "
-                f"negative have a gradient, with tau={WIDE_TAU:g} {wide}. Try tau={WIDE_TAU:g} first.",
+                f"negative have a gradient, with tau={WIDE_TAU:g} {wide}. To fine-tune a pretrained encoder, try "
+                f"tau={WIDE_TAU:g}.",
             )
         ]
     return []

@@ -184,7 +184,7 @@ def test_positives_without_a_gradient():
 
 def test_a_narrow_temperature():
     embeddings, labels = torch.randn(64, 24) + 0.2, torch.arange(64) % 16
-    assert f"Try tau={WIDE_TAU:g}" in said(SmoothAPLoss(), embeddings, labels)[1]
+    assert f"try tau={WIDE_TAU:g}" in said(SmoothAPLoss(), embeddings, labels)[1]
     assert said(SmoothAPLoss(tau=WIDE_TAU), embeddings, labels) == ((), "")
 
 
