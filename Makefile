@@ -52,7 +52,7 @@ FAIL = { echo "$(1)" >&2; exit 1; }
 # Of a build's log on a terminal: how many of its steps are done.
 STEPS = if [ -t 1 ]; then awk '/^\[[0-9]+\/[0-9]+\]/ { printf "\r%s ", $$1; fflush() } END { print "" }'; else cat >/dev/null; fi
 
-.PHONY: help build test test-deep demo train mechanism quality bench lint asan cuda-build wheel recipes-check gpu-check clean FORCE
+.PHONY: help build test test-deep demo train mechanism quality bench lint asan cuda-build wheel recipes-check gpu-check cuda-count clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -70,6 +70,7 @@ help:
 	@echo "make cuda-build  compile the CUDA kernels, too, with a torch that can use them; needs no GPU (5 GB, once)"
 	@echo "make wheel       one wheel for CPU and CUDA, and the source archive, in dist/; in cuda-build's environment, no GPU"
 	@echo "make recipes-check  each recipe for two steps with timm's own network, and what it takes; in cuda-build's environment, no GPU"
+	@echo "make cuda-count  what the CUDA kernels would take on three GPUs, by counting; needs a CUDA toolkit and no GPU"
 	@echo "make gpu-check   on a machine with a GPU and PYTHON's torch for it: build, test, measure; installs nothing"
 	@echo "make clean       remove what was built; .venv, .venv-cuda and .cuda stay (rm -r them for a fresh start)"
 	@echo
@@ -77,7 +78,7 @@ help:
 	@echo "VENV=path             use this environment and its torch, 2.11 or newer, instead of .venv"
 	@echo "CUDA_VENV=path        use this environment and its CUDA build of torch for cuda-build instead of .venv-cuda"
 	@echo "TORCH_ARGS='...'      options for pip when it installs torch into .venv, such as --index-url"
-	@echo "ARGS='...'            options for what demo, train, mechanism, quality, test and bench run"
+	@echo "ARGS='...'            options for what demo, train, mechanism, quality, test, bench and cuda-count run"
 	@echo "FORCE_CUDA=1 or 0     demand the CUDA kernels, or leave them out"
 
 build: $(BUILT)
@@ -124,6 +125,10 @@ asan:
 # The table that it prints last says how each step went.
 gpu-check:
 	@$(PYTHON) -m tools.gpu_check $(ARGS)
+
+# Counted, not measured: docs/benchmarks.md says how.
+cuda-count: $(BUILT) $(MADE)/ops
+	@$(PY) -m tools.count $(ARGS)
 
 clean:
 	@rm -rf build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -284,7 +284,8 @@ def test_on_the_knee_and_on_the_margins(ap, dtype, surrogate, device, emulated):
     scores[:, 1], target[:, 1] = 0.625, False
     values = torch.full((6, 5), float("nan"), dtype=torch.float64)
     weight = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).expand(6, 3).contiguous()
-    objective = Objective(Surrogate(surrogate, delta=0.0625), 0.5 if ap else 1.0, 0.875, 0.625).flat()
+    margins = {"calibration_weight": 0.5 if ap else 1.0, "positive_margin": 0.875, "negative_margin": 0.625}
+    objective = Objective(Surrogate(surrogate, delta=0.0625), **margins).flat()
     work = scores.clone()
     torch.ops.roadmap_ext.objective_rows_(
         work, values, Pairs(lists_of(target)).flat(), -1, weight, objective, None, None, True

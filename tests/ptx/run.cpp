@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "machine.h"
+#include "trace.h"
 
 namespace ptx {
 
@@ -160,10 +161,12 @@ FILE* const stats = [] {
   return file;
 }();
 std::vector<Count> counts;
+Trace trace;
 
-void count_access(const Instruction& i, u32 mask, char* const (&at)[kLanes], int bytes, bool shared, Count& count) {
+void count_access(const Warp& w, const Instruction& i, u32 mask, char* const (&at)[kLanes], int bytes, bool shared) {
+  Count& count = counts[&i - w.block->f->code.data()];
   u64 seen[kLanes * 5];
-  int n = 0;
+  int n = 0, passes = 0;
   // 32-byte sectors of global memory; of shared memory how often a bank is asked for another word, in the parts of a
   // warp that go together: 32, 16 or 8 lanes of 4, 8 or 16 bytes.
   const int together = shared ? kLanes * 4 / std::max(4, bytes) : kLanes;
@@ -183,8 +186,14 @@ void count_access(const Instruction& i, u32 mask, char* const (&at)[kLanes], int
     int banks[32] = {}, most = 0;
     for (int k = 0; k < n; ++k) most = std::max(most, ++banks[seen[k] % 32]);
     count.conflicts += std::max(0, most - 1);
+    passes += most;
   }
-  (void)i;
+  if (!trace) return;
+  if (shared) {
+    trace.shared_access(w, i, passes);
+  } else {
+    trace.global_access(w, i, seen, n);
+  }
 }
 
 void write_counts(const Function& f) {
@@ -206,6 +215,7 @@ void write_counts(const Function& f) {
 }
 
 inline void count(const Warp& w, const Instruction& i, u32 mask) {
+  if (trace) trace.instruction(w, i);
   if (!stats) return;
   Count& c = counts[&i - w.block->f->code.data()];
   ++c.warps;
@@ -430,7 +440,7 @@ void locate(Warp& w, const Instruction& i, u32 mask, Access access, char* (&at)[
       }
     });
   }
-  if (stats) count_access(i, mask, at, bytes, shared, counts[&i - b.f->code.data()]);
+  if (stats || trace) count_access(w, i, mask, at, bytes, shared);
 }
 
 void allow(const void* begin, s64 bytes, bool writable) {
@@ -464,7 +474,8 @@ void launch(Function& f, s64 blocks, int threads, int shared_bytes, void** argum
   char* const aligned = shared.get() + (Page::kBytes - reinterpret_cast<u64>(shared.get()) % Page::kBytes);
   machine.launch = ++machine.now;
   ++machine.launches;
-  if (stats) counts.assign(f.code.size(), Count());
+  trace.begin(f, blocks, threads, shared_bytes);
+  if (stats || trace) counts.assign(f.code.size(), Count());
   std::vector<s64> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   shuffle(order, machine.seed);
@@ -478,6 +489,7 @@ void launch(Function& f, s64 blocks, int threads, int shared_bytes, void** argum
     run_block(b, warp_order, blocks);
   }
   if (stats) write_counts(f);
+  trace.end();
 }
 
 }  // namespace ptx
