@@ -1,9 +1,12 @@
 """The model that counts: what it reads is understood, and its multiprocessor has the limits that it claims."""
 
 import dataclasses
+import shutil
 
 import pytest
 
+from benchmarks.cuda import Case
+from tools.count import __main__ as count
 from tools.count.machine import MACHINES, SCHEDULERS
 from tools.count.replay import BARRIER, Cache, replay
 from tools.count.sass import Block, Control, Instruction, Kernel, kernel_of
@@ -164,3 +167,15 @@ def test_l2_keeps_what_was_touched_last():
     assert [cache.touch(sector, write=sector == 1)[0] for sector in (1, 2, 3, 4, 1, 5)] == [False] * 4 + [True, False]
     assert cache.touch(2, write=False) == (False, False)  # 3 left, unchanged
     assert [cache.touch(sector, write=False)[1] for sector in (6, 7, 8)] == [False, True, False]  # 1 had been changed
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(not shutil.which("nvdisasm"), reason="there is no nvdisasm on the PATH")
+def test_a_loss_is_traced_and_replayed():
+    """From the loss to the table: every access of the PTX is one of the SASS, and what has to move moves."""
+    found = count.estimate(Case(4, 4096, 3), H200, lines=0)
+    assert found.unmatched < 0.02 * found.cycles
+    assert 9 < found.dram / (4 * 4096) < 11  # scores and mask in, gradient out, and what is small
+    assert 10 < found.instructions / (4 * 4096) < 1000
+    assert 0 < found.warps <= 64
+    assert 0 < found.registers < 256

@@ -124,7 +124,7 @@ class Estimate:
         machine, times = self.machine, scale.times * scale.launches
         seconds = outcome.cycles / machine.clock * times + LAUNCH * scale.launches
         self.seconds += seconds
-        everywhere = times / launch.share * (machine.multiprocessors if scale.multiprocessors == 1 else 1)
+        everywhere = self.case.queries / ROWS if scale.multiprocessors == 1 else 1 / launch.share
         self.instructions += 32 * outcome.issued * everywhere
         self.dram += outcome.dram * everywhere
         self.cycles += outcome.cycles * times
