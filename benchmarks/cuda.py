@@ -147,13 +147,15 @@ FOR_PEERS = Case(512, 65_536, 3)
 SMALL = Case(256, 1024, 4)
 
 
-def plan(quick: bool, full: bool) -> list[Comparison]:
-    """The goals first, with every noise; then sizes that show the rest."""
+def plan(quick: bool, full: bool, floors: bool) -> list[Comparison]:
+    """The floors first, with every noise; then peers, and sizes that show the rest."""
     rows = []
     for noise in NOISES[:1] if quick else NOISES:
-        rows.append(Comparison(replace(FEW, noise=noise), COPY, 1.5))
-        rows.append(Comparison(replace(MANY, noise=noise), COPY, 25))
-        rows.append(Comparison(replace(EMBEDDINGS, noise=noise), PRODUCTS, 2, 768 * MIB))
+        rows.append(Comparison(replace(FEW, noise=noise), COPY, 1.2))
+        rows.append(Comparison(replace(MANY, noise=noise), COPY, 6))
+        rows.append(Comparison(replace(EMBEDDINGS, noise=noise), PRODUCTS, 1.6, 768 * MIB))
+    if floors:
+        return rows
     rows.append(Comparison(FOR_PEERS, REFERENCE, 100))
     rows += [Comparison(FOR_PEERS, KEOPS, 5)] if keops.installed() else []
     if quick:
@@ -433,6 +435,7 @@ def main() -> None:
         quick=f"the rows with a goal, {SEPARABILITY[1.0]}; writes with --out alone",
         full=f"PyTorch at {FEW} as well",
     )
+    parser.add_argument("--floors", action="store_true", help="the floors' rows alone")
     parser.set_defaults(out=None)
     arguments = parser.parse_args()
 
@@ -445,7 +448,7 @@ def main() -> None:
     out = arguments.out or (None if arguments.quick else report.RESULTS)
     if not keops.installed():
         print("KeOps is left out: pykeops is not installed.")
-    comparisons = plan(arguments.quick, arguments.full)
+    comparisons = plan(arguments.quick, arguments.full, arguments.floors)
     for row in measured(comparisons, 0.25 if arguments.quick else 0.4):
         rows.append(row)
         told = row.error or f"{duration(row.ours.median)}, {row.comparison.against} {duration(row.other.median)}"

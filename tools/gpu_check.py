@@ -1,14 +1,16 @@
-"""Everything that needs a GPU, in one command and under 8 minutes: `make gpu-check`, or `python -m tools.gpu_check`.
+"""Everything that needs a GPU, in one command and under 15 minutes: `python3 -m tools.gpu_check`.
 
-It builds in place, runs the tests marked gpu and the benchmark, and runs small calls of every op under
-compute-sanitizer where there is one that works. It installs nothing and needs no network: a Python with a CUDA build of
-torch, numpy, pytest, ninja, pybind11 and setuptools serves. A step that fails does not stop the later ones. Logs go to
-$OUT or build/gpu-check; a table of the steps, and the benchmark's, come last.
+It builds in place; holds every op and dtype against the CPU kernels, and the fast functions against what the emulator
+takes them for; measures the benchmark's floors, and where their time goes; runs the tests marked gpu and, under
+compute-sanitizer, small calls of every op; and last sweeps over what is chosen by size. It installs nothing and needs
+no network: a Python with a CUDA build of torch, numpy, pytest, ninja, pybind11 and setuptools serves. A step that fails
+does not stop the later ones. Logs go to $OUT or build/gpu-check; a table of the steps, and the benchmark's, come last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -23,9 +25,17 @@ from pathlib import Path
 from tools.cuda import is_toolkit, toolkit_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 470
+SECONDS = 840
 """For everything together."""
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SANITIZERS = ("memcheck", "racecheck")
+METRICS = (
+    "gpu__time_duration.sum",
+    "sm__inst_executed.avg.per_cycle_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "lts__t_sector_hit_rate.pct",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+)
 
 
 @dataclass(frozen=True)
@@ -48,34 +58,49 @@ class Outcome:
     seconds: float
 
 
-def sanitizer() -> str | None:
-    """The compute-sanitizer on the PATH or in a toolkit."""
+def tool(name: str, folder: str) -> str | None:
+    """A program of the toolkit: on the PATH, in a toolkit's bin, or in a folder of its own there."""
     roots = [root for root in toolkit_candidates(os.environ) if is_toolkit(root)]
-    places = [root / folder / "compute-sanitizer" for root in roots for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or next((str(place) for place in places if place.is_file()), None)
+    places = [root / part / name for root in roots for part in ("bin", folder)]
+    return shutil.which(name) or next((str(place) for place in places if place.is_file()), None)
 
 
 def steps(out: Path, quick: bool) -> list[Step]:
     """What is run, in this order."""
-    python, cores = sys.executable, str(os.cpu_count() or 1)
+    python, cores = sys.executable, os.cpu_count() or 1
     build = [python, "setup.py", "build_ext", "--inplace", "--force"]
-    tests = [python, "-m", "pytest", "-m", "gpu", "tests/cuda", "-q", "-rfE", "--tb=short", "--durations=5"]
+    tests = [python, "-m", "pytest", "-m", "gpu", "tests/cuda", "-v", "-rfE", "--tb=short", "--durations=5"]
     tests += ["-p", "no:cacheprovider", "--show-capture=no"]
-    small = [python, "-m", "tools.gpu_check", "--small-cases"]
-    bench = [python, "-m", "benchmarks.cuda", "--out", str(out), *(["--quick"] if quick else [])]
-    # Each tensor in memory of its own, so that memcheck sees where it ends.
-    exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(min(8, cores))]
+
+    def case(name: str) -> list[str]:
+        return [python, "-m", "tools.gpu_cases", name]
+
+    bench = [python, "-m", "benchmarks.cuda", "--out", str(out)]
     planned = [
-        Step("build", build, 150, {"FORCE_CUDA": "1", "MAX_JOBS": cores, "TORCH_CUDA_ARCH_LIST": ""}),
-        Step("tests", tests, 130, {}),
-        Step("benchmark", bench, 80, {}),
-        Step("small cases", small, 20, exact),
+        Step("build", build, 180, {"FORCE_CUDA": "1", "MAX_JOBS": str(cores), "TORCH_CUDA_ARCH_LIST": ""}),
+        Step("smoke", case("smoke"), 30, {}),
+        Step("reciprocal", case("reciprocal"), 30, {}),
+        Step("floors", [*bench, "--floors"], 90, {}),
+        Step("profile", case("profile"), 45, {}),
     ]
-    tool = sanitizer()
-    if tool:
-        options = ["--report-api-errors", "no", "--error-exitcode", "9"]
+    ncu = tool("ncu", "nsight-compute")
+    if ncu:
+        ours = "::regex:^(row|long_row|scan|scale|reduce|radial|symmetrise|start)_kernel:1"  # the first launch of each
+        watch = [ncu, "--clock-control", "none", "--kernel-id", ours, "--metrics", ",".join(METRICS)]
+        planned.append(Step("ncu", [*watch, *case("once")], 60, {}))
+    planned.append(Step("tests", tests, 150, {}))
+    compute_sanitizer = tool("compute-sanitizer", "compute-sanitizer")
+    if compute_sanitizer:
+        options = ["--kernel-name", "kernel_substring=roadmap", "--report-api-errors", "no", "--error-exitcode", "9"]
+        # Each tensor in memory of its own, so that memcheck sees where it ends.
+        exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for name in SANITIZERS:
-            planned.append(Step(name, [tool, "--tool", name, *options, *small], 30, exact))
+            planned.append(Step(name, [compute_sanitizer, "--tool", name, *options, *case("small")], 60, exact))
+    planned.append(Step("sweeps", case("sweeps"), 40, {}))
+    if not quick:
+        planned.append(Step("benchmark", [*bench[:-1], str(out / "all")], 60, {}))
     return planned
 
 
@@ -83,17 +108,19 @@ def run(step: Step, seconds: float, log: Path) -> tuple[int | None, float]:
     """The exit code, or None where time ran out, and the seconds it took. All that it started ends with it."""
     begin = time.monotonic()
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environ}
-    code: int | None = None
-    with log.open("w") as file:
+    with log.open("w") as file, log.open(errors="replace") as said:
         print("$", *step.command, file=file, flush=True)
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
+            while process.poll() is None and time.monotonic() < begin + seconds:
+                time.sleep(0.2)
+                for line in said:  # failures as they come
+                    if re.match(r"WRONG|.*\bFAILED\b", line):
+                        print("   ", line.rstrip(), flush=True)
         finally:
+            code = process.poll()
             if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -104,6 +131,8 @@ def judge(name: str, code: int | None, text: str) -> tuple[str, bool]:
     """In words what a step's exit code and log say, and whether that is a failure."""
     if name in SANITIZERS:
         return judge_sanitizer(name, code, text)
+    if name == "ncu" and "==PROF==" not in text:
+        return "the machine refuses it", False
     if code is None:
         return "FAILED: ran out of time", True
     if name == "tests":
@@ -149,7 +178,7 @@ def check(out: Path, quick: bool) -> bool:
         outcomes.append(Outcome(step.name, words, failed, seconds))
         if failed:
             print("\n".join(text.splitlines()[-40:]), flush=True)
-    if not sanitizer():
+    if not tool("compute-sanitizer", "compute-sanitizer"):
         outcomes.append(Outcome("sanitizer", "there is no compute-sanitizer", False, 0.0))
     print(f"\n{'step':<13}{'seconds':>8}  result")
     for outcome in outcomes:
@@ -159,44 +188,11 @@ def check(out: Path, quick: bool) -> bool:
     return not any(outcome.failed for outcome in outcomes)
 
 
-def small_cases() -> None:
-    """Small calls of every op: what the sanitizers watch. Inputs are made on the CPU, to keep other kernels few."""
-    import torch
-
-    import roadmap_ext
-
-    device = torch.device("cuda", 0)
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for surrogate in ("sup", "smooth"):
-            for rows, columns, density in ((3, 33, 0.2), (2, 5000, 0.01), (2, 1200, 0.7)):
-                scores = torch.randn(rows, columns, generator=generator).mul(0.3).to(dtype)
-                scores[0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
-                target, ignore = (torch.rand(rows, columns, generator=generator) < p for p in (density, 0.1))
-                leaf = scores.to(device).requires_grad_()
-                target, ignore = target.to(device), ignore.to(device)
-                ranks = roadmap_ext.smooth_rank(leaf, target, surrogate=surrogate)
-                loss = roadmap_ext.ap_loss(leaf, target, ignore=ignore, surrogate=surrogate)
-                torch.autograd.backward(loss + ranks.negative_rank.sum())
-        x, labels = torch.randn(40, 16, generator=generator).to(dtype), (torch.arange(40) % 7).to(device)
-        batch, others = (part.to(device).requires_grad_() for part in (x, x.roll(1, 0)))
-        for calibration in ("per_query", "violating_pairs"):
-            function = roadmap_ext.RoadmapLoss(calibration_reduction=calibration, chunk_size=16)
-            named = {"ref_labels": labels, "ids": labels, "ref_ids": labels + 1}
-            torch.autograd.backward(function(batch, labels) + function(batch, labels, ref_emb=others, **named))
-    torch.cuda.synchronize()
-    print("small cases done")
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a shorter benchmark")
-    parser.add_argument("--small-cases", action="store_true", help="only what runs under compute-sanitizer")
+    parser.add_argument("--quick", action="store_true", help="without the whole benchmark")
     arguments = parser.parse_args()
-    if arguments.small_cases:
-        small_cases()
-        return
     out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
     sys.exit(0 if check(out.resolve(), arguments.quick) else 1)
 
