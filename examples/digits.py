@@ -102,7 +102,7 @@ def main() -> None:
     build = roadmap_ext.build_info()
     device = torch.device("cuda" if torch.cuda.is_available() and build["cuda"] else "cpu")
     print(f"Device: {device}")
-    print("CUDA kernels: built" if build["cuda"] else f"CUDA kernels: not built because {build['cuda_reason']}")
+    print("CUDA kernels: loaded" if build["cuda"] else f"CUDA kernels: none because {build['cuda_reason']}")
 
     torch.manual_seed(arguments.seed)
     train_data, held = split()

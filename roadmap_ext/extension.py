@@ -55,13 +55,12 @@ def _load_cuda() -> str:
         return f"torch {torch.__version__} is a CPU build: install a CUDA {built.split('.')[0]} build of torch"
     if found.split(".")[0] != built.split(".")[0]:
         return (
-            f"its CUDA kernels were built for CUDA {built} and torch {torch.__version__} brings CUDA {found}, another "
-            "major version"
+            f"they were built for CUDA {built} and torch {torch.__version__} brings CUDA {found}, another major version"
         )
     try:
         import_module(f"{__package__}._cuda")
     except ImportError as error:
-        return f"its CUDA kernels do not load: {error}"
+        return f"they do not load: {error}"
     return ""
 
 
@@ -111,7 +110,7 @@ def check_kernels(device: torch.device, method: str) -> None:
         return
     if device.type == "cuda":
         raise RuntimeError(
-            f"the inputs are on {device}, but roadmap_ext has no CUDA kernels here because "
+            f"the inputs are on {device}, but this roadmap_ext has no CUDA kernels because "
             f"{_CUDA_REASON}. Rebuild with `FORCE_CUDA=1 {REBUILD}`, which says what is missing; until then "
             "call the loss on inputs.cpu(), through which gradients flow back, or pass method='reference'."
         )

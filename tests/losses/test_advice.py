@@ -37,6 +37,7 @@ from roadmap_ext import (
     roadmap_loss,
     validation,
 )
+from roadmap_ext.data import PerClassBatchSampler
 
 pytestmark = pytest.mark.host
 
@@ -276,6 +277,14 @@ def on_meta(**replaced):
     return roadmap_loss(**{"embeddings": x, "labels": labels, "ref_emb": x, "ref_labels": labels} | replaced)
 
 
+def measured(*batches):
+    """What RetrievalMetrics finds in these batches; None: after a reset."""
+    metric = roadmap_ext.RetrievalMetrics(k=(1,))
+    for batch in batches:
+        metric.update(*batch) if batch else metric.reset()
+    return metric.compute()
+
+
 TWO = [IDS[:2], IDS[2:4]]
 DERIVED = (X.clone().requires_grad_() * 2,)
 OTHERS = [
@@ -295,7 +304,23 @@ OTHERS = [
     (
         lambda: validation.check_batches(IDS, ROWS, torch.device("meta")),
         "use batches.to('meta')",
-        lambda: validation._check_index("batches", IDS.to("meta"), torch.device("meta")),
+        lambda: validation.check_index("batches", IDS.to("meta"), torch.device("meta")),
+    ),
+    (measured, "call update(embeddings, labels) first", lambda: measured((X, LABELS))),
+    (
+        lambda: measured((X, LABELS), (X.double(), LABELS)),
+        "call reset() before another evaluation",
+        lambda: measured((X, LABELS), None, (X.double(), LABELS)),
+    ),
+    (
+        lambda: measured((X, LABELS, IDS), (X, LABELS)),
+        "give them with all, or none",
+        lambda: measured((X, LABELS, IDS), (X, LABELS, IDS)),
+    ),
+    (
+        lambda: PerClassBatchSampler(LABELS, 2, 4, world_size=2),
+        "do not fill a batch of 4 for each of 2 ranks: choose a batch_size of 3 at most",
+        lambda: PerClassBatchSampler(LABELS, 2, 3, world_size=2),
     ),
     (lambda: ap_loss(S.to("meta"), T), "target.to(scores.device)", lambda: ap_loss(S.to("meta"), T.to("meta"))),
     (lambda: roadmap_loss(X, LABELS, X), "references need both", lambda: roadmap_loss(X, LABELS, X, LABELS)),
@@ -427,6 +452,7 @@ ELSEWHERE = {
     "does not load with torch": "tests/package",
     "has no CUDA kernels because": "tests/losses/test_ap_loss.py, test_other_devices",
     "the ranks make different calls": "tests/distributed",
+    "this rank has no embeddings to measure": "tests/distributed",
     "has no backend for tensors on": "tests/distributed",
     "waited in vain for the others": "tests/distributed",
     "no query of this batch has a positive": "tests/integrations, test_the_sampler_that_is_named",

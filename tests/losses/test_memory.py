@@ -88,6 +88,7 @@ MODULES = {
     "CalibrationLoss": roadmap_ext.CalibrationLoss,
     "APLoss": roadmap_ext.APLoss,
     "EmbeddingMemory": lambda: EmbeddingMemory(5, DIM),
+    "CachedLoss": lambda: roadmap_ext.CachedLoss(nn.Linear(4, DIM), roadmap_ext.RoadmapLoss(), 2),
 }
 
 

@@ -212,7 +212,7 @@ def test_has_gpu_reads_the_driver_list(tmp_path, monkeypatch):
         ("", "13.0", "nobody built them"),
         ("13.0", None, "is a CPU build: install a CUDA 13 build of torch"),
         ("12.8", "13.0", "built for CUDA 12.8 and torch .* brings CUDA 13.0, another major version"),
-        ("13.0", "13.2", "its CUDA kernels do not load: no library"),
+        ("13.0", "13.2", "they do not load: no library"),
     ],
 )
 def test_cuda_kernels_are_left_out_for_a_reason(monkeypatch, built, found, reason):
