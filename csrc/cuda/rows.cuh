@@ -765,7 +765,7 @@ class RowKernel {
 
   ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
 #pragma unroll
-    for (int j = 0; j < kColumns; j += 2) nan |= std::isunordered(x[j], x[j + 1]);
+    for (int j = 0; j < kColumns; j += 2) nan |= x[j] != x[j] || x[j + 1] != x[j + 1];  // std::isunordered is the host's
     if (!p_.calibration) return;
     T sum = 0;
 #pragma unroll
