@@ -48,7 +48,6 @@ class Retrieval(lightning.LightningModule):
 
 def main(epochs=3, out=Path("runs/lightning"), resume=False):
     lightning.seed_everything(0)
-    # The batch sampler knows its rank: Lightning need not replace it.
     keep = lightning.pytorch.callbacks.ModelCheckpoint(out, save_last=True)
     trainer = lightning.Trainer(
         max_epochs=epochs, default_root_dir=out, callbacks=[keep], use_distributed_sampler=False

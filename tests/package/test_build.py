@@ -380,6 +380,9 @@ def test_wheel_from_the_sdist_works_elsewhere(sdist_tree, tmp_path):
     assert found["pairwise"] == pytest.approx(expected_loss(), rel=1e-12)
     assert not found["warnings"]
     assert found["info"]["cuda_reason"] == "FORCE_CUDA=0 was set"
+    said = succeed("-m", "roadmap_ext", "--no-benchmark", cwd=tmp_path, path=target)
+    assert said.rstrip().endswith("self-test: passed")
+    assert (target / "bin" / "roadmap-ext").is_file()
 
 
 def test_wheel_without_kernels(tree, tmp_path):
