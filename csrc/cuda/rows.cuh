@@ -764,8 +764,9 @@ class RowKernel {
   }
 
   ROADMAP_DEVICE void look_at(const T (&x)[kColumns], bool& nan) {
+    // Not std::isunordered: on the device nvcc makes a constant of it.
 #pragma unroll
-    for (int j = 0; j < kColumns; j += 2) nan |= x[j] != x[j] || x[j + 1] != x[j + 1];  // std::isunordered is the host's
+    for (int j = 0; j < kColumns; j += 2) nan |= x[j] != x[j] || x[j + 1] != x[j + 1];  // one comparison
     if (!p_.calibration) return;
     T sum = 0;
 #pragma unroll
