@@ -546,6 +546,7 @@ class RowKernel {
 
   // Places [at, at + 8) of the row as they lie in memory, and the word of their negatives. `at` is a multiple of 8.
   static constexpr int kEach = 16 / sizeof(S);
+  static constexpr bool kScales = sizeof(S) == sizeof(T);  // whether there may be any: products are float32 or float64
   struct Fetched {
     uint32_t word;
     Vector<S> part[kColumns / kEach];
@@ -579,12 +580,11 @@ class RowKernel {
 
   // The scores as they are ranked, and the byte of their negatives. All others, and what is past the end, are -inf:
   // there H- and its slope vanish.
-  ROADMAP_DEVICE uint32_t unpack(const Fetched& f, int at, T (&x)[kColumns]) const {
+  ROADMAP_DEVICE uint32_t unpack(const Fetched& f, int at, T (&x)[kColumns], T (&scale)[kColumns]) const {
     const uint32_t bits = f.word >> (static_cast<uint32_t>(at) % kWord) & kColumnBits;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) x[j] = widen(f.part[j / kEach].at[j % kEach]);
-    if (p_.column_scale && bits) {  // in the order of score_of: equal scores are to be ties
-      T scale[kColumns];
+    if (kScales && p_.column_scale && bits) {  // in the order of score_of: equal scores are to be ties
       column_scales(at, bits, scale);
       const T row_scale = p_.row_scale[row_];
 #pragma unroll
@@ -697,8 +697,8 @@ class RowKernel {
     const Row from = row_in_memory();
     Fetched next = fetch(from, at, end);
     for (; tile < last; ++tile, at += stride) {
-      T x[kColumns], a[kColumns];
-      unpack(next, at, x);
+      T x[kColumns], a[kColumns], scale[kColumns];
+      unpack(next, at, x, scale);
       next = fetch(from, at + stride, end);  // past the end there is nothing to fetch
       if (look) look_at(x, nan);
       const T top = largest(x);
@@ -729,8 +729,7 @@ class RowKernel {
             const bool linear = t > k_.delta;
             value[j] = linear ? T(0) : value[j];
             far[j] = linear ? t - k_.origin : T(0);
-            sum[i].count += t >= T(0) ? 1 : 0;
-            sum[i].count += linear ? Shares<T>::kLinear : 0;
+            sum[i].count += linear ? Shares<T>::kLinear + 1 : t >= T(0) ? 1 : 0;
           }
           sum[i].far += total(far);
         }
@@ -1132,8 +1131,8 @@ class RowKernel {
     const Row from = row_in_memory();
     Fetched next = fetch(from, at, end);
     for (int t = 0; t < tiles; ++t, at -= tile) {
-      T x[kColumns], g[kColumns];
-      const uint32_t bits = unpack(next, at, x);
+      T x[kColumns], g[kColumns], scale[kColumns];
+      const uint32_t bits = unpack(next, at, x, scale);
       if (t + 1 < tiles) next = fetch(from, at - tile, end);
       const T top = largest(x);
 #pragma unroll
@@ -1149,11 +1148,11 @@ class RowKernel {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) g[j] += x[j] > p_.margin ? hinge : T(0);
       }
-      if (p_.column_scale && bits) {
-        T scale[kColumns];
-        column_scales(at, bits, scale);
+      if (kScales && p_.column_scale) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[j] *= scale[j];
+        for (int j = 0; j < kColumns; ++j) {
+          if (bits >> j & 1) g[j] *= scale[j];
+        }
       }
       store_columns(at, g);
     }
