@@ -175,7 +175,7 @@ def test_a_loss_is_traced_and_replayed():
     """From the loss to the table: nearly all accesses of the PTX are found in the SASS, and what has to move moves."""
     found = count.estimate(Case(4, 4096, 3), H200, lines=0)
     assert found.unmatched < 0.05 * found.cycles
-    assert 9 < found.dram / (4 * 4096) < 11  # scores and mask in, gradient out, and what is small
+    assert 9 < found.dram / (4 * 4096) < 20  # scores and mask in, gradient out; both again where it is scaled
     assert 10 < found.instructions / (4 * 4096) < 1000
     assert 0 < found.warps <= 64
     assert 0 < found.registers < 256
