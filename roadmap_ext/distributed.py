@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from . import margins
 from .advice import for_rows
 from .autograd import resolve_method, savable
 from .embedding_loss import embedding_loss
@@ -154,6 +156,11 @@ def roadmap_loss(
         loss = embedding_loss(every_query, together.ref_emb, pairs, settings)
         return loss[first : first + rows[rank]] if settings.objective.reduction == "none" else loss
     pairs = from_labels(labels, ref_labels, ids, ref_ids, alone, settings.include_self, first, ignore_label)
+    parts = [margins.sample(sum(rows), sum(rows[:place])) for place in range(len(rows))]
+    looked_at = [len(range(count)[part]) for count, part in zip(rows, parts, strict=True)]
+    masks, gather_rows = partial(pairs.masks_of, columns=len(references)), partial(_gather, rows=looked_at)
+    objective = margins.to_fit(settings.objective, queries, references, masks, parts[rank], gather_rows)
+    settings = settings._replace(objective=objective)
     share = embedding_loss(queries, references, pairs, settings, _sum_over_ranks)
     return share if settings.objective.reduction == "none" else _add_up(share)
 

@@ -12,13 +12,14 @@ losses, and is one opaque op to torch.compile. What a reduction needs is put tog
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import notices, ops, reference
+from . import margins, notices, ops, reference
 from .autograd import (
     FirstDerivativeOnly,
     anchor,
@@ -58,6 +59,9 @@ def embedding_loss(
         if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
             notices.without_positive()
         return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
+    if objective.margins is not None:
+        objective = margins.to_fit(objective, embeddings, references, partial(pairs.masks_of, columns=columns))
+        settings = settings._replace(objective=objective)
     if settings.chunk_size is not None or settings.method != method:
         chunk_size = settings.chunk_size and min(settings.chunk_size, max(1, len(embeddings)))  # to fit in an int64
         settings = settings._replace(chunk_size=chunk_size, method=method)

@@ -242,6 +242,10 @@ def roadmap_loss(
         calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
         positive_margin: similarity that positives should have.
         negative_margin: similarity that negatives should stay below.
+        margins: ``"auto"`` reads both margins from the data, at each call: 0.1 above and below the similarity that as
+            large a share of positives lies below as of negatives above, by up to 128 queries from all over the batch.
+            They carry no gradient. Waits for a GPU once, and breaks the graph of torch.compile. None: the margins that
+            were given, or 0.9 and 0.6.
         calibration_reduction: ``"per_query"``, the paper's, as above: averaged over all queries, a query without
             positives or negatives contributing the part it has; or ``"violating_pairs"``, the released code's: hinges
             averaged over those pairs of the whole batch that violate a margin, positives and negatives apart, which

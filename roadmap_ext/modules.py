@@ -20,6 +20,7 @@ from .settings import (
     accepts,
     checked,
     defaults_of,
+    without_margins,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _Loss(nn.Module):
         return MappingProxyType(self._keywords())
 
     def _keywords(self) -> dict[str, Any]:
-        return self._fixed | {name: getattr(self, name) for name in self._names}
+        return without_margins(self._fixed | {name: getattr(self, name) for name in self._names})
 
     def extra_repr(self) -> str:
         """The settings, as they were given."""
@@ -125,6 +126,7 @@ class RoadmapLoss(_EmbeddingLoss):
         calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
         positive_margin: similarity that positives should have.
         negative_margin: similarity that negatives should stay below.
+        margins: ``"auto"`` reads both margins from each batch; None takes those given.
         calibration_reduction: mean over the pairs of each query, ``"per_query"``, or over those of the whole batch that
             violate a margin, ``"violating_pairs"``.
         normalize: rank by cosine similarity; else by plain products.

@@ -83,6 +83,14 @@ class Pairs(NamedTuple):
             ignore |= ~(target | self.negative.mask(columns))
         return target, ignore
 
+    def masks_of(self, part: slice, columns: int) -> tuple[Tensor, Tensor]:
+        """The same of some of the queries, every so many of them if the slice has a step."""
+        target, ignore = self._replace(first_own=-1).rows(part).masks(columns)
+        if self.first_own >= 0:
+            row = torch.arange(len(target), device=target.device)
+            ignore[row, self.first_own + part.start + row * (part.step or 1)] = True
+        return target, ignore
+
 
 class References(nn.Module):
     """What brings its own labels and ids as ``ref_emb``: :class:`roadmap_ext.EmbeddingMemory`."""

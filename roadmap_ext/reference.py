@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import margins
 from .autograd import savable
 from .pairs import blank
 from .relevance import of_levels, of_relevance
@@ -337,6 +338,7 @@ def embedding_loss(
     ``counted`` [B] bool says which rows are queries, for the means; None: all of them. ``target`` may hold levels, and
     ``worth`` [B, L] what they are worth: see :func:`rank_loss`.
     """
+    objective = margins.to_fit(objective, embeddings, ref_emb, lambda part: (target[part], ignore[part]))
     with torch.autocast(embeddings.device.type, enabled=False):
         queries = savable(_wide(embeddings))
         references = queries if ref_emb is None else savable(_wide(ref_emb))

@@ -78,6 +78,7 @@ class Objective(NamedTuple):
     calibration_weight: float = 0.5
     positive_margin: float = 0.9
     negative_margin: float = 0.6
+    margins: str | None = None  # "auto": to be read from the data, by margins.to_fit()
     calibration_reduction: str = "per_query"
     normalize: bool = True
     reduction: str = "mean"
@@ -142,6 +143,7 @@ class _HAP(TypedDict, total=False):
 class _Margins(TypedDict, total=False):
     positive_margin: float
     negative_margin: float
+    margins: str | None
     calibration_reduction: str
 
 
@@ -301,6 +303,10 @@ def _number_or_none(name: str, value: object) -> float | None:
     return None if value is None else _number(name, value)
 
 
+def _margins(name: str, value: object) -> str | None:
+    return None if value is None else one_of(name, value, ("auto",))
+
+
 def _method(name: str, value: object) -> str:
     return one_of(name, "pairwise" if value == "tiled" else value, METHODS)  # an older name
 
@@ -317,6 +323,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "calibration_weight": _share,
     "positive_margin": _number,
     "negative_margin": _number,
+    "margins": _margins,
     "calibration_reduction": partial(one_of, accepted=CALIBRATION_REDUCTIONS),
     "normalize": check_flag,
     "include_self": check_flag,
@@ -339,6 +346,13 @@ def defaults_of(keywords: type) -> dict[str, Any]:
     return {name: default for name, default in DEFAULTS.items() if name in keywords.__annotations__}
 
 
+def without_margins(settings: dict[str, Any]) -> dict[str, Any]:
+    """A module's settings, all of them, as a function takes them: with ``margins`` no default beside it."""
+    if settings.get("margins") is None:
+        return settings
+    return {name: x for name, x in settings.items() if not name.endswith("_margin") or x != DEFAULTS[name]}
+
+
 def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS, loss: str = "ap") -> Settings:
     """The settings that a function was given which takes those ``accepted``, and defaults for all others.
 
@@ -354,6 +368,9 @@ def checked(given: Mapping[str, Any], accepted: Mapping[str, Any] = DEFAULTS, lo
             raise TypeError(f"got an unexpected keyword argument {name!r}; the settings are {', '.join(accepted)}")
         if compiling or value is not DEFAULTS[name]:
             changed[name] = _CHECKS[name](name, value)
+    beside = [name for name in ("positive_margin", "negative_margin") if name in given]
+    if given.get("margins") is not None and beside:
+        raise ValueError(f'margins="auto" reads both margins from the data: leave {beside[0]} out, or margins')
     if not changed and loss == "ap":
         return Settings()
     values = {**DEFAULTS, "loss": loss, **changed}

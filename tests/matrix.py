@@ -71,8 +71,8 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 2100),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 1137),
+    Cell("quick", "not deep and not gpu and not timm", 2119),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 1146),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(
         cell
@@ -92,7 +92,7 @@ CELLS = [
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),
     Cell("packaging", "deep and package", 10),
-    Cell("distributed", "deep and (distributed or integrations)", 184),
+    Cell("distributed", "deep and (distributed or integrations)", 186),
     Cell("trainers", "trainers", 33),
     Cell("training", "deep and (training or comparison) and not recipes", 52),
     Cell("recipes", "recipes and not timm", 66),

@@ -26,12 +26,14 @@ _CHOICES = {
     "surrogate": ("sup", "smooth"),
     "reduction": ("mean", "sum"),
     "calibration_reduction": ("per_query", "violating_pairs"),
+    "margins": ("auto",),
     "method": ("auto", "pairwise", "sorted", "reference", "tiled"),  # the last is an alias of "pairwise"
 }
 _ABOUT = {
     "calibration_weight": "share of the calibration loss, 0 to 1",
     "positive_margin": "similarity below which positives cost, in the calibration loss",
     "negative_margin": "similarity above which negatives cost, in the calibration loss",
+    "margins": "auto reads both margins from each batch",
     "calibration_reduction": "what its means are over",
     "normalize": "rank by cosine similarity; else by plain products",
     "include_self": "leave a query in its own ranking",
@@ -100,7 +102,7 @@ def describe(loss: nn.Module) -> str:
     changed = [
         f"{name}={loss.settings[name]!r}"
         for name in defaults
-        if loss.settings[name] != defaults[name] and name not in _ELSEWHERE
+        if loss.settings.get(name, defaults[name]) != defaults[name] and name not in _ELSEWHERE
     ]
     return f"{type(loss).__name__}({', '.join(changed)})"
 

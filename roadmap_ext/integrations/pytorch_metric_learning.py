@@ -22,7 +22,7 @@ from ..autograd import resolve_method
 from ..embedding_loss import embedding_loss
 from ..memory import EmbeddingMemory, make_writable
 from ..pairs import Pairs, blank, from_labels, from_pairs
-from ..settings import checked
+from ..settings import checked, without_margins
 from ..validation import check_embeddings, check_matrices, check_pairs, check_plain
 
 _NEEDED = "pytorch-metric-learning>=2.9,<3"
@@ -112,7 +112,8 @@ class _PairLoss(losses.BaseMetricLossFunction):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The settings as keywords of :func:`roadmap_ext.roadmap_loss`; to change one, set the attribute."""
-        return MappingProxyType(self._module._fixed | {name: getattr(self, name) for name in self._names})
+        own = self._module._fixed | {name: getattr(self, name) for name in self._names}
+        return MappingProxyType(without_margins(own))
 
     def forward(
         self,

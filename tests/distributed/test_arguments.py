@@ -51,6 +51,7 @@ SETTINGS = {
     "calibration_weight": [-1, 2.0, "a", None, 0.4],
     "positive_margin": ["a", float("nan"), 0.8],
     "negative_margin": [None, float("inf"), 0.5],
+    "margins": ["mean", 1, "auto"],
     "calibration_reduction": ["mean", None, "violating_pairs"],
     "normalize": [1, None, False],
     "include_self": [1, "no", True],

@@ -26,6 +26,7 @@ LOSSES = {
     "roadmap": roadmap_ext.RoadmapLoss,
     "released": functools.partial(roadmap_ext.RoadmapLoss, calibration_reduction="violating_pairs"),
     "smooth, calibrated": functools.partial(roadmap_ext.RoadmapLoss, surrogate="smooth"),
+    "fitted margins": functools.partial(roadmap_ext.RoadmapLoss, margins="auto"),
     "sup": roadmap_ext.SupAPLoss,
     "smooth": roadmap_ext.SmoothAPLoss,
     "calibration": roadmap_ext.CalibrationLoss,

@@ -177,8 +177,9 @@ class TestLosses:
             "calibration_weight": 0.25, "positive_margin": 0.8, "negative_margin": 0.3, "tau": 0.02,
             "calibration_reduction": "violating_pairs", "normalize": False, "include_self": True, "chunk_size": 9,
             "surrogate": "smooth", "rho": 50.0, "delta": 0.1, "start": 0.0, "offset": 1.44, "reduction": "sum",
-            "method": "pairwise", "gather_across_devices": False, "ignore_label": None,
+            "method": "pairwise", "gather_across_devices": False, "ignore_label": None, "margins": None,
         }  # fmt: skip
+        assert losses.describe(losses.make(options("--margins", "auto"))) == "RoadmapLoss(margins='auto')"
 
     @pytest.mark.parametrize(
         ("name", "kind"),
