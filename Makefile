@@ -60,7 +60,7 @@ help:
 	@echo "make demo        train an embedding with the loss and draw what comes of it"
 	@echo "make train       train a network for retrieval: ARGS='--data-root ...', ARGS=--help for all there is"
 	@echo "make mechanism   what the paper's two ideas do, each by itself: two experiments, about a minute, nothing to download"
-	@echo "make quality     the paper's losses side by side on digits; ARGS='--data-root ...' for Omniglot, ARGS=--help"
+	@echo "make quality     the paper's losses side by side on digits; ARGS='--data-root ...' for Omniglot, '--data wordnet ...' for text"
 	@echo "make test        a verdict in five minutes: every behaviour once"
 	@echo "make test-deep   all the rest: every size, instruction set, emulated kernel; CELLS='...' for some of it"
 	@echo "make lint        ruff, mypy and clang-format, changing nothing"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import roadmap_ext
 
+from .margins import MeasuredMargins, fifths, medians
 from .peers import BlackBoxAP, SoftBinAP
 
 
@@ -63,3 +64,18 @@ LOSSES = {
     "calibration": Loss("calibration", roadmap_ext.CalibrationLoss),
     "roadmap": Loss("ROADMAP", roadmap_ext.RoadmapLoss),
 }
+NINE = tuple(LOSSES)
+LOSSES |= {
+    "smooth-ap-0.05": Loss("Smooth-AP, tau 0.05", lambda: roadmap_ext.SmoothAPLoss(tau=0.05)),
+    "sup-ap-0.05": Loss("SupAP, tau 0.05", lambda: roadmap_ext.SupAPLoss(tau=0.05)),
+    "roadmap-0.05": Loss("ROADMAP, tau 0.05", lambda: roadmap_ext.RoadmapLoss(tau=0.05)),
+    "medians": Loss("ROADMAP, medians", lambda: MeasuredMargins(medians)),
+    "first-medians": Loss("ROADMAP, first medians", lambda: MeasuredMargins(medians, once=True)),
+    "fifths": Loss("ROADMAP, fifths", lambda: MeasuredMargins(fifths)),
+    "equal-errors": Loss("ROADMAP, equal errors", lambda: roadmap_ext.RoadmapLoss(margins="auto")),
+    "medians-0.05": Loss("ROADMAP, medians, tau 0.05", lambda: MeasuredMargins(medians, tau=0.05)),
+    "equal-errors-0.05": Loss(
+        "ROADMAP, equal errors, tau 0.05", lambda: roadmap_ext.RoadmapLoss(margins="auto", tau=0.05)
+    ),
+}
+RULES = ("medians", "first-medians", "fifths", "equal-errors")  # that read margins from a batch

@@ -18,9 +18,7 @@ from .losses import LOSSES
 from .plan import Comparison
 from .runs import CURVE, EVALUATIONS, Results, Run
 
-# The paper's claims: the linear part against the sigmoid, calibration against none; and both against pairs.
-DIFFERENCES = (("sup-ap", "smooth-ap"), ("roadmap", "sup-ap"), ("roadmap", "smooth-ap"), ("roadmap", "contrastive"))
-COLOURS = dict(zip(LOSSES, pyplot.get_cmap("tab10").colors, strict=False))
+COLOURS = dict(zip(LOSSES, (*pyplot.get_cmap("tab10").colors, *pyplot.get_cmap("Dark2").colors), strict=False))
 
 
 class Findings:
@@ -64,33 +62,39 @@ class Findings:
 def table(found: Findings) -> str:
     """Markdown: every loss, and the paired differences that the claims are about."""
     points = "In points of 100: mean ± half of the 95 % interval (Student's t over seeds)."
-    lines = [points, "", markdown_head(["batch", "loss", "learning rate", "runs", "mAP@R", "R@1", "mAP", "gap"])]
+    shown, compared = found.comparison.shown, found.comparison.compared
+    lines = [points, "", markdown_head(["batch", "loss", "learning rate", "runs", *shown])]
     for size in found.batch_sizes:
         for loss in found.losses(size):
-            cells = [found.mean(size, loss, name).show() for name in ("mAP@R", "R@1", "mAP", "gap")]
+            cells = [found.mean(size, loss, name).show() for name in shown]
             count, lost = found.mean(size, loss, "mAP@R").values, found.diverged(size, loss)
             runs = f"{count}" + (f", {lost} diverged" if lost else "")
             lines.append(markdown_row([size, LOSSES[loss].title, f"{found.rates[size, loss]:g}", runs, *cells]))
-    early = CURVE[0]
     lines += ["", "Differences, paired by seed: the same network, batches and distortions.", ""]
-    lines += [markdown_head(["batch", "difference", f"{early} of the images", "mAP@R", "R@1", "gap"])]
+    titles = [f"{name} of the images" if name in CURVE else name for name in compared]
+    lines += [markdown_head(["batch", "difference", *titles])]
     for size in found.batch_sizes:
-        for ours, theirs in DIFFERENCES:
+        for ours, theirs in found.comparison.differences:
             if {ours, theirs} <= {*found.losses(size)}:
-                names = (early, "mAP@R", "R@1", "gap")
-                cells = [found.difference(size, ours, theirs, name).show(True) for name in names]
+                cells = [found.difference(size, ours, theirs, name).show(True) for name in compared]
                 lines.append(markdown_row([size, f"{LOSSES[ours].title} - {LOSSES[theirs].title}", *cells]))
     return "\n".join(lines) + "\n"
 
 
 def plot(found: Findings, path: Path) -> None:
-    """mAP@R by loss and by batch size, the gap with and without calibration, and learning curves."""
-    most = max(found.batch_sizes, key=lambda size: (len(found.losses(size)), size))
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9))
-    _by_loss(axes[0, 0], found, most)
-    _by_batch_size(axes[0, 1], found)
-    _gaps(axes[1, 0], found)
-    _curves(axes[1, 1], found, most)
+    """mAP@R by loss and by batch size, the gap with and without calibration, and learning curves; without curves mAP@R
+    alone, a panel each batch size."""
+    if CURVE[0] in found.comparison.measured:
+        most = max(found.batch_sizes, key=lambda size: (len(found.losses(size)), size))
+        figure, axes = pyplot.subplots(2, 2, figsize=(12, 9))
+        _by_loss(axes[0, 0], found, most)
+        _by_batch_size(axes[0, 1], found)
+        _gaps(axes[1, 0], found)
+        _curves(axes[1, 1], found, most)
+    else:
+        figure, axes = pyplot.subplots(1, len(found.batch_sizes), figsize=(14, 5), squeeze=False)
+        for axis, size in zip(axes[0], found.batch_sizes, strict=True):
+            _by_loss(axis, found, size)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.suptitle(f"{found.comparison.name}: means of {found.comparison.seeds} seeds at the most, 95 % intervals")

