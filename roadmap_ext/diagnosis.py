@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ranking
+from . import margins, ranking
 from .chunks import rows_of_a_chunk
 from .memory import EmbeddingMemory
 from .modules import RoadmapLoss
 from .pairs import Items, blank
+from .settings import checked
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # In units of tau: a sigmoid that far from its middle has less than a thirtieth of its steepest slope.
@@ -86,8 +88,8 @@ class Diagnosis(NamedTuple):
             lines.append(_line("  outranked, and without one", self.stuck))
         if calibration > 0:
             lines.append(f"calibration loss, weight {calibration:g}")
-            lines.append(_line(f"of positives: pulled, below {s['positive_margin']:g}", self.pulled))
-            lines.append(_line(f"of negatives: pushed, above {s['negative_margin']:g}", self.pushed))
+            lines.append(_line(f"of positives: pulled, below {s['positive_margin']:.3g}", self.pulled))
+            lines.append(_line(f"of negatives: pushed, above {s['negative_margin']:.3g}", self.pushed))
         lines += [f"- {text}" for text in self.advice] or ["Nothing to change."]
         return "\n".join(lines)
 
@@ -136,6 +138,10 @@ def diagnose(
             rows = (~matrix.isfinite()).any(1).nonzero().flatten().tolist()
             raise ValueError(f"{name} must be finite, got {len(rows)} rows that are not, the first of them {rows[0]}")
     pairs = items.pairs(settings["include_self"], settings["ignore_label"])
+    if settings["margins"] is not None:  # those that this batch has
+        masks = partial(pairs.masks_of, columns=len(items.ref_labels))
+        fitting = margins.to_fit(checked(settings).objective, items.embeddings, items.ref_emb, masks)
+        settings = {**settings, **{name: getattr(fitting, name) for name in ("positive_margin", "negative_margin")}}
     with torch.autocast(embeddings.device.type, enabled=False):
         queries, references = ranking.vectors(items.embeddings, items.ref_emb, settings["normalize"])
         count = _Counts(settings, float(_longest(queries) * _longest(references)))
@@ -162,6 +168,8 @@ def _settings(loss: nn.Module | None) -> Mapping[str, Any]:
             "loss must be None or a loss of embeddings of roadmap_ext, such as RoadmapLoss(tau=0.02), got "
             f"{type(loss).__name__}"
         )
+    if settings.get("margins") is not None:
+        return {**RoadmapLoss(margins=settings["margins"]).settings, **settings}
     return {**RoadmapLoss().settings, **settings}  # a loss that lacks a part has its defaults, and does not use them
 
 
@@ -363,17 +371,16 @@ def _of_calibration(found: Diagnosis) -> list[tuple[str, str]]:
         text = "All pairs keep the margins, and the calibration loss is 0, as it should be in the end."
         return [("the calibration loss", text)]
     shares = (
-        f"{_percent(pulled)} of the positives are below {s['positive_margin']:g}, and {_percent(pushed)} of the "
-        f"negatives above {s['negative_margin']:g}"
+        f"{_percent(pulled)} of the positives are below {s['positive_margin']:.3g}, and {_percent(pushed)} of the "
+        f"negatives above {s['negative_margin']:.3g}"
     )
     if pulled > 0.5 and pushed < pulled / 10:
         part = "the push on negatives" if pushed < _FEW else ""
-        margins = f"positive_margin={found.positives.median:.2g}, negative_margin={found.negatives.median:.2g}"
         return [
             (
                 part,
                 f"The calibration loss all but pulls: {shares}. It then draws everything together. Margins have to "
-                f"suit the embeddings, such as {margins}, the medians here; or take SupAPLoss.",
+                "suit the embeddings: margins='auto' reads them from each batch; or take SupAPLoss.",
             )
         ]
     if pushed > 0.5 and pulled < pushed / 10:

@@ -112,6 +112,16 @@ def test_ties_count_against_the_ranking():
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected)
 
 
+def test_margins_of_the_batch():
+    """The fractions that they leave on the wrong side are those of the two numbers, given by themselves."""
+    embeddings, labels = torch.randn(60, 8), torch.arange(60) % 12
+    found = diagnose(embeddings, labels, CalibrationLoss(margins="auto"))
+    margins = {name: found.loss[name] for name in ("positive_margin", "negative_margin")}
+    assert margins["positive_margin"] == pytest.approx(margins["negative_margin"] + 0.2)
+    given = diagnose(embeddings, labels, CalibrationLoss(**margins))
+    assert (found.pulled, found.pushed) == (given.pulled, given.pushed)
+
+
 def test_references_of_a_memory():
     memory = EmbeddingMemory(40, 8, warm_up=0)
     embeddings, labels, ids = torch.randn(20, 8), torch.arange(20) % 5, torch.arange(20)
@@ -144,9 +154,10 @@ def test_margins_that_only_pull():
     idle, text = said(RoadmapLoss(), embeddings, labels)
     assert idle == ("the push on negatives",)
     assert "all but pulls" in text
-    margins = dict(part.split("=") for part in text.split("such as ")[1].split(", the medians")[0].split(", "))
-    followed = RoadmapLoss(**{name: float(value) for name, value in margins.items()})
-    assert "the push on negatives" not in said(followed, embeddings, labels)[0]
+    assert "margins='auto'" in text
+    followed = diagnose(embeddings, labels, RoadmapLoss(margins="auto"))
+    assert "the push on negatives" not in followed.idle
+    assert "all but pulls" not in " ".join(followed.advice)
 
 
 def test_margins_that_only_push():
