@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -24,12 +25,14 @@ using namespace roadmap::ops;
 // A Matrix and the tensors that keep its memory alive.
 struct Input {
   Tensor scores, target;
-  std::optional<Tensor> ignore;
+  std::optional<Tensor> ignore, worth;
   Matrix matrix;
 
-  Input(const Tensor& s, const Tensor& t, const std::optional<Tensor>& i)
-      : scores((check(s, t, i), dense_columns(s))), target(dense_columns(t)) {
+  // t: bool, or levels of uint8 if there is what they are worth, w [rows, levels] float64.
+  Input(const Tensor& s, const Tensor& t, const std::optional<Tensor>& i, const std::optional<Tensor>& w = std::nullopt)
+      : scores((check(s, t, i, w), dense_columns(s))), target(dense_columns(t)) {
     if (i) ignore = dense_columns(*i);
+    if (w) worth = as_contiguous(*w);
     matrix.scores = scores.const_data_ptr();
     matrix.type = score_type(scores);
     matrix.rows = scores.size(0);
@@ -40,19 +43,22 @@ struct Input {
     relation.target_stride = target.stride(0);
     relation.ignore = ignore ? static_cast<const uint8_t*>(ignore->const_data_ptr()) : nullptr;
     relation.ignore_stride = ignore ? ignore->stride(0) : 0;
+    relation.levels = worth ? worth->size(1) : 1;
+    matrix.worth = worth ? data<double>(*worth) : nullptr;
   }
 
  private:
-  static void check(const Tensor& s, const Tensor& t, const std::optional<Tensor>& i) {
+  static void check(const Tensor& s, const Tensor& t, const std::optional<Tensor>& i, const std::optional<Tensor>& w) {
     STD_TORCH_CHECK(s.dim() == 2 && s.is_cpu(), "scores must be a 2-D CPU tensor");
     STD_TORCH_CHECK(s.size(1) < (int64_t(1) << 32), "scores must have less than 2^32 columns, got ", s.size(1));
-    check_mask(s, t, "target");
-    if (i) check_mask(s, *i, "ignore");
+    check_mask(s, t, "target", w ? ScalarType::Byte : ScalarType::Bool);
+    if (i) check_mask(s, *i, "ignore", ScalarType::Bool);
+    if (w) check_worth(*w, s.size(0));
   }
-  static void check_mask(const Tensor& s, const Tensor& mask, const char* name) {
-    STD_TORCH_CHECK(mask.dim() == 2 && mask.is_cpu() && mask.scalar_type() == ScalarType::Bool &&
-                        mask.size(0) == s.size(0) && mask.size(1) == s.size(1),
-                    name, " must be a bool CPU tensor of the shape of scores");
+  static void check_mask(const Tensor& s, const Tensor& mask, const char* name, ScalarType type) {
+    STD_TORCH_CHECK(mask.dim() == 2 && mask.is_cpu() && mask.scalar_type() == type && mask.size(0) == s.size(0) &&
+                        mask.size(1) == s.size(1),
+                    name, " must be a bool CPU tensor of the shape of scores (target: uint8 where there are levels)");
   }
 };
 
@@ -60,10 +66,34 @@ struct Input {
 struct Listed {
   std::vector<Tensor> alive;
   std::vector<std::vector<int64_t>> spans;  // copies: what has been checked must not change through another tensor
+  std::vector<roadmap::Lists> finer;
   roadmap::Relation relation;
+  const double* worth = nullptr;
 
-  Listed(int64_t rows, const PairLists& pairs) {
-    spans.reserve(3);  // whose addresses are handed out
+  Listed(int64_t rows, int64_t columns, const PairLists& pairs) {
+    spans.reserve(3 + pairs.finer.size());  // whose addresses are handed out
+    if (pairs.worth) {
+      check_worth(*pairs.worth, rows);
+      alive.push_back(as_contiguous(*pairs.worth));
+      worth = data<double>(alive.back());
+      relation.levels = pairs.worth->size(1);
+    }
+    STD_TORCH_CHECK(pairs.finer.empty() || static_cast<int64_t>(pairs.finer.size()) + 1 == relation.levels,
+                    "worth must have a column for each level");
+    STD_TORCH_CHECK(pairs.worth.has_value() <= (pairs.level.has_value() || !pairs.finer.empty()),
+                    "worth is that of levels");
+    if (pairs.level) {
+      const Tensor& level = *pairs.level;
+      STD_TORCH_CHECK(
+          level.is_cpu() && level.dim() == 2 && level.size(0) == rows && level.size(1) == columns &&
+              level.scalar_type() == (pairs.worth ? ScalarType::Byte : ScalarType::Bool) && pairs.finer.empty(),
+          "level must be a CPU tensor [rows, columns] of bool, or of uint8 where there is worth, and alone");
+      alive.push_back(dense_columns(level));
+      relation.target = static_cast<const uint8_t*>(alive.back().const_data_ptr());
+      relation.target_stride = alive.back().stride(0);
+    }
+    for (const ColumnLists& each : pairs.finer) finer.push_back(lists(rows, each, "finer"));
+    relation.finer = finer.data();
     relation.positive = lists(rows, pairs.positive, "positive");
     if (pairs.left_out) relation.left_out = lists(rows, *pairs.left_out, "left_out");
     if (pairs.negative) relation.negative = lists(rows, *pairs.negative, "negative");
@@ -133,13 +163,13 @@ Parallel torch_threads(int64_t elements) {
   return parallel;
 }
 
-std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                     std::vector<double> surrogate, int64_t reduction,
-                                                     bool want_gradient, int64_t method) {
-  const auto settings = surrogate_of(surrogate, method);
+std::tuple<Tensor, Tensor, Tensor> rank_loss(Tensor scores, Tensor level, std::optional<Tensor> worth,
+                                             std::optional<Tensor> ignore, std::vector<double> objective,
+                                             int64_t reduction, bool want_gradient, int64_t method) {
+  const EmbeddingObjective wanted = objective_of(objective, method);
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                   "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  const Input input(scores, target, ignore);
+  const Input input(scores, level, ignore, worth);
   const Matrix& m = input.matrix;
   const bool half = is_half(m.type), each = reduction == kNone;
   const ScalarType type = accumulation(scores);
@@ -158,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor targe
     T* const factors = data<T>(factor);
     std::fill(factors, factors + factor.numel(), T(1));
     void* const out = data<void>(gradient);
-    roadmap::average_precision_rows<T>(m, settings, parallel,
-                                       {data<T>(loss), out, out && half ? factors : nullptr, share});
+    roadmap::rank_loss_rows<T>(m, wanted.surrogate, wanted.parts.ranking, parallel,
+                               {data<T>(loss), out, out && half ? factors : nullptr, share});
     if (each) return;
     double sum = 0;  // in row order
     for (int64_t row = 0; row < m.rows; ++row) sum += static_cast<double>(data<T>(loss)[row]);
@@ -226,8 +256,9 @@ void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tens
   };
   check(values, 5, "values");
   check(weight, 3, "weight");
-  const Listed listed(rows, pairs_of(pairs, own));
+  const Listed listed(rows, scores.size(1), pairs_of(pairs, own));
   Matrix m = {scores.const_data_ptr(), score_type(scores), rows, scores.size(1), scores.size(1), listed.relation};
+  m.worth = listed.worth;
   STD_TORCH_CHECK(row_scale.has_value() == column_scale.has_value(), "row_scale and column_scale come together");
   const auto scale = [&](const Tensor& t, int64_t size, const char* name) {
     STD_TORCH_CHECK(
@@ -299,10 +330,43 @@ std::tuple<Tensor, Tensor> equal_lists(Tensor values, Tensor references) {
   return {span, column};
 }
 
+// Levels [rows, columns] of relevance, what they stand for [rows, kMostLevels], and how many a row has: see relation.h.
+std::tuple<Tensor, Tensor, Tensor> levels_of(Tensor relevance, std::optional<Tensor> ignore) {
+  STD_TORCH_CHECK(relevance.dim() == 2 && relevance.is_cpu() &&
+                      (relevance.scalar_type() == ScalarType::Float || relevance.scalar_type() == ScalarType::Double),
+                  "relevance must be a 2-D CPU tensor of float32 or float64");
+  const int64_t rows = relevance.size(0), columns = relevance.size(1);
+  STD_TORCH_CHECK(!ignore || (ignore->dim() == 2 && ignore->is_cpu() && ignore->scalar_type() == ScalarType::Bool &&
+                              ignore->size(0) == rows && ignore->size(1) == columns),
+                  "ignore must be a bool CPU tensor of the shape of relevance");
+  const Tensor from = dense_columns(relevance);
+  const std::optional<Tensor> ignored = ignore ? std::optional<Tensor>(dense_columns(*ignore)) : std::nullopt;
+  Tensor level = empty(from, {rows, columns}, ScalarType::Byte);
+  Tensor value = empty(from, {rows, roadmap::kMostLevels}, ScalarType::Double);
+  Tensor count = empty(from, {rows}, ScalarType::Long);
+  dispatch(from, [&](auto zero) {
+    using T = decltype(zero);
+    torch_threads(rows * columns).run(rows, [&](int64_t row, int) {
+      const uint8_t* const mask =
+          ignored && columns ? static_cast<const uint8_t*>(ignored->const_data_ptr()) + row * ignored->stride(0)
+                             : nullptr;
+      const T* const given = columns ? static_cast<const T*>(from.const_data_ptr()) + row * from.stride(0) : nullptr;
+      double* const values = data<double>(value) + row * roadmap::kMostLevels;
+      const int found = roadmap::row_levels<T>(given, mask, columns, data<uint8_t>(level) + row * columns, values);
+      data<int64_t>(count)[row] = found;
+      if (found >= 0) return;
+      // Where nobody looks at the count, the loss becomes NaN.
+      std::fill_n(data<uint8_t>(level) + row * columns, columns, uint8_t(1));
+      std::fill_n(values, roadmap::kMostLevels, std::numeric_limits<double>::quiet_NaN());
+    });
+  });
+  return {level, value, count};
+}
+
 Tensor count_pairs(std::vector<std::optional<Tensor>> pairs, int64_t own, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "rows and columns must not be negative");
   const PairLists lists = pairs_of(pairs, own);
-  const Listed listed(rows, lists);
+  const Listed listed(rows, columns, lists);
   Tensor counts = empty(lists.positive.span, {rows, 2}, ScalarType::Long);
   roadmap::count_pairs(listed.relation, rows, columns, torch_threads(rows * columns / 16), data<int64_t>(counts));
   return counts;
@@ -384,7 +448,7 @@ Tensor rank_rows(const Tensor& scores, const Matrix& m) {
 
 Tensor rank_metrics(Tensor scores, std::vector<std::optional<Tensor>> pairs, int64_t own) {
   check_rankable(scores);
-  const Listed listed(scores.size(0), pairs_of(pairs, own));
+  const Listed listed(scores.size(0), scores.size(1), pairs_of(pairs, own));
   const Tensor dense = dense_columns(scores);
   return rank_rows(dense, {dense.const_data_ptr(), score_type(dense), dense.size(0), dense.size(1), dense.stride(0),
                            listed.relation});
@@ -401,9 +465,10 @@ Tensor rank_metrics_masked(Tensor scores, Tensor target, std::optional<Tensor> i
 STABLE_TORCH_LIBRARY(roadmap_ext, m) { roadmap::ops::define(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(roadmap_ext, CPU, m) {
-  m.impl("average_precision", TORCH_BOX(&Op<&average_precision>::call));
+  m.impl("rank_loss", TORCH_BOX(&Op<&rank_loss>::call));
   m.impl("objective_rows_", TORCH_BOX(&Op<&objective_rows>::call));
   m.impl("equal_lists", TORCH_BOX(&Op<&equal_lists>::call));
+  m.impl("levels_of", TORCH_BOX(&Op<&levels_of>::call));
   m.impl("symmetrise_", TORCH_BOX(&Op<&symmetrise>::call));
   m.impl("remove_radial_", TORCH_BOX(&Op<&remove_radial>::call));
   m.impl("prefault_", TORCH_BOX(&Op<&prefault>::call));

@@ -56,13 +56,35 @@ struct EmbeddingObjective {
 };
 
 inline EmbeddingObjective objective_of(const std::vector<double>& given, int64_t method) {
-  STD_TORCH_CHECK(given.size() == 10,
-                  "an objective is 10 numbers: a surrogate's 6, whether the AP loss and the "
-                  "calibration loss are wanted, positive_margin and negative_margin; got ",
+  constexpr size_t kFirst = 16;  // of k
+  STD_TORCH_CHECK(given.size() >= kFirst,
+                  "an objective is 16 numbers: a surrogate's 6, whether the loss of ranks and the calibration loss are "
+                  "wanted, positive_margin and negative_margin, the loss of ranks, rank_temperature, leak, beta, "
+                  "gamma and gain; and k, of any number; got ",
                   given.size());
-  STD_TORCH_CHECK(std::fabs(given[8]) <= kLargestSetting && std::fabs(given[9]) <= kLargestSetting,
-                  "margins must be at most ", kLargestSetting, " in magnitude");
-  return {surrogate_of({given.begin(), given.begin() + 6}, method), {given[6] != 0, given[7] != 0, given[8], given[9]}};
+  for (size_t i = 8; i < given.size(); ++i) {
+    STD_TORCH_CHECK(std::fabs(given[i]) <= kLargestSetting, "settings must be at most ", kLargestSetting,
+                    " in magnitude");
+  }
+  STD_TORCH_CHECK(given[10] == 0 || given[10] == 1 || given[10] == 2 || given[10] == 3 || given[10] == 4,
+                  "the loss of ranks must be 0 (AP), 1 (recall), 2 (NDCG), 3 (MRR) or 4 (H-AP), got ", given[10]);
+  STD_TORCH_CHECK(given[11] > 0, "rank_temperature must be positive, got ", given[11]);
+  Ranking ranking = {static_cast<Loss>(static_cast<int64_t>(given[10])),
+                     given[11],
+                     given[12],
+                     given[13],
+                     given[14],
+                     given[15] == 0,
+                     {}};
+  ranking.k.assign(given.begin() + kFirst, given.end());
+  return {surrogate_of({given.begin(), given.begin() + 6}, method),
+          {given[6] != 0, given[7] != 0, given[8], given[9], ranking}};
+}
+
+// Of the CUDA kernels, which know AP alone.
+inline void check_is_ap(const EmbeddingObjective& objective) {
+  STD_TORCH_CHECK(!objective.parts.ranks || objective.parts.ranking.loss == Loss::kAp,
+                  "on CUDA there is no kernel of this loss of ranks yet");
 }
 
 // Pairs.flat() of roadmap_ext/pairs.py, and the column of row 0 itself.
@@ -74,12 +96,17 @@ struct PairLists {
   ColumnLists positive;
   std::optional<ColumnLists> left_out, negative;
   int64_t own;
+  std::optional<Tensor> level, worth;
+  std::vector<ColumnLists> finer;
 };
 
 inline PairLists pairs_of(const std::vector<std::optional<Tensor>>& given, int64_t own) {
-  STD_TORCH_CHECK(given.size() == 6,
-                  "pairs are 6 tensors, span and column of the positive, the left out and the negative, got ",
-                  given.size());
+  constexpr size_t kFiner = 10;
+  STD_TORCH_CHECK(
+      given.size() == 6 || (given.size() >= kFiner && given.size() % 2 == 0),
+      "pairs are 6 tensors, span and column of the positive, the left out and the negative; or further ones, "
+      "level, worth, two that are none, and span and column for each level from the second on; got ",
+      given.size());
   const auto lists = [&](size_t at) -> std::optional<ColumnLists> {
     STD_TORCH_CHECK(given[at].has_value() == given[at + 1].has_value(), "span and column of a list come together");
     if (!given[at]) return std::nullopt;
@@ -88,7 +115,24 @@ inline PairLists pairs_of(const std::vector<std::optional<Tensor>>& given, int64
   const std::optional<ColumnLists> positive = lists(0);
   STD_TORCH_CHECK(positive.has_value(), "pairs must say which are positive");
   STD_TORCH_CHECK(own < (int64_t(1) << 62), "own must be a column of row 0, or negative");
-  return {*positive, lists(2), lists(4), own};
+  PairLists pairs = {*positive, lists(2), lists(4), own, std::nullopt, std::nullopt, {}};
+  if (given.size() < kFiner) return pairs;
+  STD_TORCH_CHECK(!given[8] && !given[9], "classes have to become a mask before they come here");
+  pairs.level = given[6];
+  pairs.worth = given[7];
+  for (size_t at = kFiner; at < given.size(); at += 2) {
+    const std::optional<ColumnLists> finer = lists(at);
+    STD_TORCH_CHECK(finer.has_value(), "each level has its lists");
+    pairs.finer.push_back(*finer);
+  }
+  return pairs;
+}
+
+// Of the CUDA kernels.
+inline const PairLists& check_one_level(const PairLists& pairs) {
+  STD_TORCH_CHECK(!pairs.level && !pairs.worth && pairs.finer.empty(),
+                  "on CUDA pairs come from lists of one level yet");
+  return pairs;
 }
 
 inline ScoreType score_type(const Tensor& t) {
@@ -151,6 +195,13 @@ inline ScalarType accumulation(const Tensor& scores) {
   return scores.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// What an item of each level is worth to a query.
+inline void check_worth(const Tensor& worth, int64_t rows) {
+  STD_TORCH_CHECK(worth.is_cpu() && worth.dim() == 2 && worth.size(0) == rows && worth.size(1) >= 1 &&
+                      worth.size(1) <= kMostLevels && worth.scalar_type() == ScalarType::Double,
+                  "worth must be a CPU tensor [rows, 1 to 16] of float64");
+}
+
 // Calls body(T{}) with the accumulation type of the scores.
 template <typename Body>
 void dispatch(const Tensor& scores, const Body& body) {
@@ -170,13 +221,14 @@ T* data(const Tensor& t) {
 template <typename Library>
 void define(Library& m) {
   m.def(
-      "average_precision(Tensor scores, Tensor target, Tensor? ignore, float[] surrogate, int reduction, bool "
+      "rank_loss(Tensor scores, Tensor level, Tensor? worth, Tensor? ignore, float[] objective, int reduction, bool "
       "want_gradient, int method=0) -> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def(
       "objective_rows_(Tensor(a!) scores, Tensor(b!) values, Tensor?[] pairs, int own, Tensor weight, float[] "
       "objective, Tensor? row_scale, Tensor? column_scale, bool want_gradient, Tensor(c!)? gradient=None, int "
       "method=0) -> ()");
   m.def("equal_lists(Tensor values, Tensor references) -> (Tensor span, Tensor column)");
+  m.def("levels_of(Tensor relevance, Tensor? ignore) -> (Tensor level, Tensor value, Tensor count)");
   m.def("symmetrise_(Tensor(a!) matrix) -> ()");
   m.def("remove_radial_(Tensor(a!) gradient, Tensor x, Tensor scale) -> ()");
   m.def("prefault_(Tensor(a!) memory) -> ()");

@@ -6,9 +6,19 @@ from .caching import CachedLoss, cached_backward
 from .diagnosis import Diagnosis, diagnose
 from .evaluation import RetrievalMetrics
 from .extension import build_info
-from .losses import ap_loss, roadmap_loss, smooth_rank
+from .losses import ap_loss, hap_loss, mrr_loss, ndcg_loss, recall_loss, roadmap_loss, smooth_rank
 from .memory import EmbeddingMemory
-from .modules import APLoss, CalibrationLoss, RoadmapLoss, SmoothAPLoss, SupAPLoss
+from .modules import (
+    APLoss,
+    CalibrationLoss,
+    HierarchicalAPLoss,
+    MRRLoss,
+    NDCGLoss,
+    RecallAtKLoss,
+    RoadmapLoss,
+    SmoothAPLoss,
+    SupAPLoss,
+)
 from .reference import SmoothRank
 
 __all__ = [
@@ -17,6 +27,10 @@ __all__ = [
     "CalibrationLoss",
     "Diagnosis",
     "EmbeddingMemory",
+    "HierarchicalAPLoss",
+    "MRRLoss",
+    "NDCGLoss",
+    "RecallAtKLoss",
     "RetrievalMetrics",
     "RoadmapLoss",
     "SmoothAPLoss",
@@ -29,7 +43,11 @@ __all__ = [
     "data",
     "diagnose",
     "distributed",
+    "hap_loss",
     "metrics",
+    "mrr_loss",
+    "ndcg_loss",
+    "recall_loss",
     "reference",
     "roadmap_loss",
     "smooth_rank",

@@ -64,6 +64,14 @@ def resolve_method(method: str, *inputs: Tensor) -> str:
     return method
 
 
+def check_loss(device: torch.device, loss: str) -> None:
+    """Raise NotImplementedError where the kernels of a device do not have a loss of ranks."""
+    if device.type == "cuda" and loss != "ap":
+        raise NotImplementedError(
+            f"the CUDA kernels have the AP loss alone so far, not {loss!r}: pass method='reference', or CPU tensors"
+        )
+
+
 def check_no_transform(*inputs: Tensor) -> None:
     """Raise RuntimeError inside torch.func and forward mode: torch would return derivatives of zero without a word."""
     if torch.compiler.is_compiling():  # when a tensor does not say what it carries: forward mode at all is refused

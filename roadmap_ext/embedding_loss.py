@@ -24,6 +24,7 @@ from .autograd import (
     FirstDerivativeOnly,
     anchor,
     can_be_read,
+    check_loss,
     check_no_transform,
     is_known_to_be_1,
     may_overwrite,
@@ -55,13 +56,18 @@ def embedding_loss(
     method = resolve_method(settings.method, *tensors)
     if method == "reference":
         assert total is None  # the reference takes the whole batch
+        pairs = pairs.ready()
+        pairs = pairs.of_loss(objective.ranking, columns, lambda of: _count(of, columns))
         target, ignore = pairs.masks(columns)
-        if objective.calibration_weight < 1 and len(target) and can_be_read(target) and not (target & ~ignore).any():
+        none = objective.calibration_weight < 1 and len(target) and can_be_read(target)
+        if none and not target.masked_fill(ignore, 0).any():
             notices.without_positive()
-        return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries)
+        return reference.embedding_loss(embeddings, references, target, ignore, objective, pairs.queries, pairs.worth)
+    check_loss(embeddings.device, objective.ranking.loss if objective.calibration_weight < 1 else "ap")
     if objective.margins is not None:
         objective = margins.to_fit(objective, embeddings, references, partial(pairs.masks_of, columns=columns))
         settings = settings._replace(objective=objective)
+    pairs = pairs.of_loss(objective.ranking, columns, lambda of: ops.count_pairs(of, len(embeddings), columns))
     if settings.chunk_size is not None or settings.method != method:
         chunk_size = settings.chunk_size and min(settings.chunk_size, max(1, len(embeddings)))  # to fit in an int64
         settings = settings._replace(chunk_size=chunk_size, method=method)
@@ -76,6 +82,12 @@ def embedding_loss(
         return loss
     values, weight, _ = _evaluate(embeddings, references, pairs, counts, settings, total, (False, False))
     return _reduced(values, weight, objective, embeddings, references)
+
+
+def _count(pairs: Pairs, columns: int) -> Tensor:
+    """Positives of each query in plain PyTorch, [B, 1]."""
+    target, ignore = pairs.masks(columns)
+    return (target & ~ignore).sum(1, keepdim=True)
 
 
 class _EmbeddingLoss(torch.autograd.Function):
@@ -269,6 +281,7 @@ def sweep(
                 vectors, of_part = queries.vectors[part], every_pair if step >= rows else every_pair.rows(part)
                 scores, gradient = buffer[: len(vectors)], gradients[: len(vectors)]
                 _multiply(vectors, others.vectors.T, scores, first=True)
+                of_part = of_part.ready()
                 torch.ops.roadmap_ext.objective_rows_(
                     scores,
                     values[part],

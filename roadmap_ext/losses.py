@@ -1,7 +1,8 @@
-"""ap_loss and smooth_rank: autograd Functions around the ops; roadmap_loss: from embeddings, by embedding_loss.py.
+"""The losses of scores and smooth_rank: autograd Functions around the ops; roadmap_loss: from embeddings, by
+embedding_loss.py.
 
-ap_loss computes its gradient in the forward pass, in the launch that computes the loss, and keeps nothing else: one
-[B, N] tensor in the dtype of the scores. smooth_rank keeps the scores and masks, and one number a positive.
+A loss of scores computes its gradient in the forward pass, in the launch that computes the loss, and keeps nothing
+else: one [B, N] tensor in the dtype of the scores. smooth_rank keeps the scores and masks, and one number a positive.
 """
 
 from __future__ import annotations
@@ -12,21 +13,36 @@ import torch
 from torch import Tensor
 
 from . import distributed, notices, ops, reference
-from .autograd import FirstDerivativeOnly, anchor, can_be_read, may_overwrite, resolve_method, savable
+from .autograd import FirstDerivativeOnly, anchor, can_be_read, check_loss, may_overwrite, resolve_method, savable
 from .embedding_loss import embedding_loss
 from .memory import EmbeddingMemory
-from .pairs import Items, blank
+from .pairs import Items, blank, from_relation
 from .reference import SmoothRank
-from .settings import EmbeddingKeywords, RankKeywords, ScoreKeywords, Surrogate, accepts, checked, defaults_of
-from .validation import check_flag, check_scores
+from .relevance import of_levels, of_relevance
+from .settings import (
+    EmbeddingKeywords,
+    HAPKeywords,
+    NDCGKeywords,
+    Objective,
+    RankKeywords,
+    RecallKeywords,
+    ScoreKeywords,
+    Settings,
+    Surrogate,
+    accepts,
+    checked,
+    defaults_of,
+)
+from .validation import check_flag, check_levels, check_relation, check_relevance, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _RANK, _SCORE = defaults_of(RankKeywords), defaults_of(ScoreKeywords)
+_RECALL, _NDCG, _HAP = (defaults_of(keywords) for keywords in (RecallKeywords, NDCGKeywords, HAPKeywords))
 
 
-class _AveragePrecision(torch.autograd.Function):
+class _RankLoss(torch.autograd.Function):
     """The reduced loss; the gradient of each query's loss comes with it and waits for backward."""
 
     @staticmethod
@@ -34,13 +50,13 @@ class _AveragePrecision(torch.autograd.Function):
         ctx: Any,
         scores: Tensor,
         anchor: Tensor,
-        target: Tensor,
+        level: Tensor,
+        worth: Tensor | None,
         ignore: Tensor | None,
-        surrogate: Surrogate,
-        reduction: str,
+        objective: Objective,
         method: str,
     ) -> Tensor:
-        loss, gradient, factor = ops.average_precision(scores, target, ignore, surrogate, reduction, True, method)
+        loss, gradient, factor = ops.rank_loss(scores, level, worth, ignore, objective, True, method)
         ctx.save_for_backward(gradient, factor, anchor)
         return loss
 
@@ -147,20 +163,158 @@ def ap_loss(
         >>> print(f"{loss.item():.4f}", [round(x, 3) for x in scores.grad[0].tolist()])
         0.1065 [-8.382, 8.382, 0.0]
     """
-    made = checked(settings, _SCORE)
-    surrogate, reduction = made.objective.surrogate, made.objective.reduction
     check_scores(scores, target, ignore)
-    method = resolve_method(made.method, scores)
+    return _rank_loss(scores, target, None, ignore, checked(settings, _SCORE))
+
+
+@accepts(RecallKeywords)
+def recall_loss(
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[RecallKeywords]
+) -> Tensor:
+    """1 - recall at k of each query, smooth, averaged over several k (Patel et al., CVPR 2022; SupRank).
+
+    With the ranks of :func:`ap_loss`, rank = rank+ + rank-::
+
+        loss = 1 - mean over k of (sum over i in P of sigma((k - rank(i)) / rank_temperature)) / min(|P|, k)
+
+    The default is SupRank's, whose gradient does not vanish for a negative far above a positive; it bounds nothing, and
+    may fall below 0. ``surrogate="smooth"`` ranks by sigmoids, as Patel et al. do, who cap the sum at k.
+
+    Arguments, result and errors are those of :func:`ap_loss`, and:
+
+    Args:
+        scores: [B, N], target: [B, N] bool, ignore: [B, N] bool or None.
+        k: the k: one integer of at least 1, or several.
+        rank_temperature: of the sigmoid of ranks, in ranks; positive.
+
+    Example:
+        >>> scores = torch.tensor([[0.52, 0.5, 0.1]])
+        >>> print(f"{recall_loss(scores, torch.tensor([[True, False, False]]), k=1).item():.4f}")
+        0.5298
+    """
+    check_scores(scores, target, ignore)
+    return _rank_loss(scores, target, None, ignore, checked(settings, _RECALL, "recall"))
+
+
+@accepts(NDCGKeywords)
+def ndcg_loss(
+    scores: Tensor, relevance: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[NDCGKeywords]
+) -> Tensor:
+    """1 - NDCG of each query, smooth: an upper bound of 1 - NDCG for relevance of any number of grades.
+
+    What is at least as relevant as a reference counts in its rank by the true step, what is less by H- of
+    :func:`ap_loss`::
+
+        rank(i) = 1 + #{j != i: r_j >= r_i, s_j >= s_i} + sum over j with r_j < r_i of H-(s_j - s_i)
+        loss    = 1 - sum over i with r_i > 0 of gain(r_i) / log2(1 + rank(i)) / ideal
+
+    ``ideal`` is the same sum for the best order. The whole order counts: there is no cut at k.
+    ``surrogate="smooth"`` has sigmoids for all pairs, with gradients.
+
+    Arguments, result and errors are those of :func:`ap_loss`, and:
+
+    Args:
+        scores: [B, N].
+        relevance: [B, N] how relevant a reference is to a query: 0 for a negative; any dtype. Bool is 0 and 1. At most
+            16 different values above 0 in a row; ignored pairs may have any.
+        ignore: [B, N] bool or None.
+        gain: ``"exponential"``, 2^r - 1 (r up to 64), or ``"linear"``, r.
+
+    Raises:
+        ValueError: relevance is negative, NaN or too large, or has more than 16 values above 0 in a row.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.5, 0.3]])
+        >>> print(f"{ndcg_loss(scores, torch.tensor([[1, 3, 0]])).item():.4f}")
+        0.6948
+    """
+    made = checked(settings, _NDCG, "ndcg")
+    check_relevance(scores, relevance, ignore, made.objective.ranking.gain)
+    return _rank_loss(scores, *of_relevance(relevance, ignore), ignore, made)
+
+
+@accepts(ScoreKeywords)
+def mrr_loss(
+    scores: Tensor, target: Tensor, *, ignore: Tensor | None = None, **settings: Unpack[ScoreKeywords]
+) -> Tensor:
+    """1 - the reciprocal rank of the first positive of each query, smooth: an upper bound of 1 - MRR.
+
+    ``loss = 1 - 1 / (1 + rank-(i))`` for the positive i of the highest score, with rank- of :func:`ap_loss`; other
+    positives do not stand in its way, and get no gradient. Arguments, result and errors are those of :func:`ap_loss`.
+
+    Example:
+        >>> scores = torch.tensor([[0.52, 0.5, 0.1]])
+        >>> print(f"{mrr_loss(scores, torch.tensor([[True, False, True]])).item():.4f}")
+        0.1065
+    """
+    check_scores(scores, target, ignore)
+    return _rank_loss(scores, target, None, ignore, checked(settings, _SCORE, "mrr"))
+
+
+@accepts(HAPKeywords)
+def hap_loss(
+    scores: Tensor,
+    level: Tensor,
+    *,
+    relevance: Tensor | None = None,
+    ignore: Tensor | None = None,
+    **settings: Unpack[HAPKeywords],
+) -> Tensor:
+    """1 - hierarchical AP of each query, smooth: an upper bound of 1 - H-AP (Ramzi et al., HAPPIER, ECCV 2022).
+
+    Levels say what deserves to stand higher, relevance r what it is worth. With rank as in :func:`ndcg_loss`, by
+    levels::
+
+        hrank(i) = r_i + sum over j != i of min(r_i, r_j) * step(s_j - s_i)
+        loss     = 1 - sum over positives i of hrank(i) / rank(i) / sum of r_i
+
+    ``step`` is the true one; towards higher levels it is leak * t for t < 0 and min(beta * t + gamma, 1) from there on,
+    which with the defaults is the true step, too. ``surrogate="smooth"`` has sigmoids for all pairs, with gradients.
+    With one level it is :func:`ap_loss`.
+
+    Arguments, result and errors are those of :func:`ap_loss`, and:
+
+    Args:
+        scores: [B, N].
+        level: [B, N] integers from 0, a negative, to 16 at most; or bool.
+        relevance: [B, N] what items are worth to the query, positive, and the same for all items of a level in a row.
+            None: the level itself.
+        ignore: [B, N] bool or None.
+        leak: slope of the step towards a higher level that stands below; not negative. With ``leak`` or ``beta`` each
+            positive is compared with each higher one, one by one.
+        beta: slope of the step towards a higher level that stands above; not negative.
+        gamma: its value at equal scores, from 0 to 1.
+
+    Raises:
+        ValueError: levels are negative or above 16, relevance is not positive or differs within a level.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.5, 0.3]])
+        >>> print(f"{hap_loss(scores, torch.tensor([[1, 2, 0]])).item():.4f}")
+        0.6400
+    """
+    made = checked(settings, _HAP, "hap")
+    check_levels(scores, level, relevance, ignore)
+    return _rank_loss(scores, *of_levels(level, relevance, ignore), ignore, made)
+
+
+def _rank_loss(
+    scores: Tensor, level: Tensor, worth: Tensor | None, ignore: Tensor | None, settings: Settings
+) -> Tensor:
+    """The loss of ranks of what has been checked: ``level`` [B, N], ``worth`` [B, L] or None."""
+    objective, method = settings.objective, resolve_method(settings.method, scores)
     loss: Tensor
     if method == "reference":
-        loss = reference.rank_loss(scores, target, None, ignore, made.objective)
+        loss = reference.rank_loss(scores, level, worth, ignore, objective)
     elif torch.is_grad_enabled() and scores.requires_grad:
-        loss = _AveragePrecision.apply(scores, anchor(scores), target, ignore, surrogate, reduction, method)
+        check_loss(scores.device, objective.ranking.loss)
+        loss = _RankLoss.apply(scores, anchor(scores), level, worth, ignore, objective, method)
     else:
-        loss, *_ = ops.average_precision(scores, target, ignore, surrogate, reduction, False, method)
+        check_loss(scores.device, objective.ranking.loss)
+        loss, *_ = ops.rank_loss(scores, level, worth, ignore, objective, False, method)
     # The masks are read where the loss is 0 alone.
     all_zero = len(scores) > 0 and can_be_read(loss) and not loss.any()
-    if all_zero and can_be_read(target) and not (target if ignore is None else target & ~ignore).any():
+    if all_zero and can_be_read(level) and not (level if ignore is None else level.masked_fill(ignore, 0)).any():
         notices.without_positive()
     return loss
 
@@ -208,12 +362,14 @@ def smooth_rank(
 @accepts(EmbeddingKeywords)
 def roadmap_loss(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     ref_emb: Tensor | EmbeddingMemory | None = None,
     ref_labels: Tensor | None = None,
     *,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
+    relevance: Tensor | None = None,
     **settings: Unpack[EmbeddingKeywords],
 ) -> Tensor:
     """The ROADMAP objective straight from embeddings, by three matrix products and in the memory of a chunk of scores.
@@ -232,13 +388,30 @@ def roadmap_loss(
 
     Args:
         embeddings: [B, D] one row a query; float16, bfloat16, float32 or float64.
-        labels: [B] the class of each, any integer dtype.
+        labels: [B] the class of each, any integer dtype; [B, L] integers, its classes from coarse to fine, each of
+            which lies in one of the level before: NDCG and H-AP grade by the number of levels shared, to others those
+            of the same coarsest class are positive; or [B, C] bool, which classes it is of: positives share one. None:
+            see ``positives`` and ``relevance``. Several labels an item are not gathered across devices, nor in a
+            memory.
         ref_emb: [N, D] what to rank: a gallery, a second view of the batch; any float dtype. None, or the very tensor
             that ``embeddings`` is: the batch itself. An :class:`EmbeddingMemory` brings its own labels and ids, and
             needs ``ids``; while it is empty the batch ranks itself.
-        ref_labels: [N] its classes; given if and only if ``ref_emb`` is a tensor.
+        ref_labels: [N] its classes, or as many a row as labels; given if and only if ``ref_emb`` is a tensor.
         ids: [B] and ref_ids: [N], any integer dtype: what item a row is. Pairs of equal id are left out: references
             that contain the batch, or older copies of it, say so in this way.
+        positives: in place of labels, [B, N] bool, or a tuple of the indices of queries and of references, any integer
+            dtype, [n] each: which pairs are positive; all others are negative.
+        relevance: in place of labels, [B, N] how relevant a reference is, as for :func:`ndcg_loss`; what is above 0 is
+            positive. H-AP ranks by it and weighs by it. Neither goes together with a memory or
+            ``gather_across_devices``.
+        loss: the loss of ranks: ``"ap"``, ``"recall"``, ``"ndcg"``, ``"mrr"`` or ``"hap"``, the functions of scores of
+            these names.
+        k: integers, and rank_temperature: as for :func:`recall_loss`.
+        gain: as for :func:`ndcg_loss`.
+        leak: slope of H-AP's step towards higher levels, and beta: another, and gamma: its value at equal scores, as
+            for :func:`hap_loss`.
+        alpha: H-AP of labels: the relevance of a pair that shares l of L levels is (l / L)^alpha, divided by how many
+            references share as many with the query.
         calibration_weight: weight of the calibration loss, 0 to 1; the AP loss has the rest.
         positive_margin: similarity that positives should have.
         negative_margin: similarity that negatives should stay below.
@@ -291,13 +464,34 @@ def roadmap_loss(
         0.3336
     """
     gather = check_flag("gather_across_devices", settings.get("gather_across_devices", False))
+    if positives is not None or relevance is not None:
+        name = "relevance" if positives is None else "positives"
+        if gather or isinstance(ref_emb, EmbeddingMemory):
+            raise ValueError(
+                f"{name} was given together with {'gather_across_devices' if gather else 'an EmbeddingMemory'}, whose "
+                "references it does not know: pass labels"
+            )
+        made = checked(settings)
+        gain = made.objective.ranking.gain if made.objective.ranking.loss == "ndcg" else "linear"
+        listed = check_relation(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, positives, relevance, gain)
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        given = positives if listed is None else listed
+        pairs = from_relation(embeddings, ref_emb, ids, ref_ids, given, relevance, made.include_self)
+        return embedding_loss(embeddings, ref_emb, pairs, made)
+    if labels is None:
+        raise TypeError("labels must be a torch.Tensor of integers, got None; or pass positives or relevance")
     if gather and distributed.world_size() > 1:
         across_ranks = distributed.roadmap_loss
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
         loss: Tensor = across_ranks(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, settings)
         return loss
-    made, items = checked(settings), Items.checked(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    made, items = (
+        checked(settings),
+        Items.checked(
+            embeddings, labels, ref_emb, ref_labels, ids, ref_ids, several=not isinstance(ref_emb, EmbeddingMemory)
+        ),
+    )
     references, ignore_label = items.ref_emb, made.ignore_label
     if references is not None and not isinstance(ref_emb, EmbeddingMemory):  # whose entries are numbers
         references = blank(references, items.ref_labels, ignore_label)

@@ -13,7 +13,10 @@ from .losses import ap_loss, roadmap_loss
 from .memory import EmbeddingMemory
 from .settings import (
     CalibrationKeywords,
-    EmbeddingKeywords,
+    HierarchicalAPKeywords,
+    NDCGLossKeywords,
+    RecallAtKKeywords,
+    RoadmapKeywords,
     ScoreKeywords,
     SmoothAPKeywords,
     SupAPKeywords,
@@ -31,10 +34,11 @@ class _Loss(nn.Module):
     """What the losses share. The settings that a subclass takes become attributes, and may be changed."""
 
     _fixed: ClassVar[dict[str, Any]] = {}  # the settings that make a subclass what it is
+    _changed: ClassVar[dict[str, Any]] = {}  # the defaults that are not everybody's
 
     def __init__(self, keywords: type, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        accepted = defaults_of(keywords)
+        accepted = defaults_of(keywords) | self._changed
         checked(settings, accepted)
         self._names = tuple(accepted)
         for name, default in accepted.items():
@@ -91,13 +95,15 @@ class _EmbeddingLoss(_Loss):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         indices_tuple: None = None,
         ref_emb: Tensor | EmbeddingMemory | None = None,
         ref_labels: Tensor | None = None,
         *,
         ids: Tensor | None = None,
         ref_ids: Tensor | None = None,
+        positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        relevance: Tensor | None = None,
     ) -> Tensor:
         """The loss of embeddings [B, D] with labels [B]: see :func:`roadmap_ext.roadmap_loss`.
 
@@ -113,7 +119,17 @@ class _EmbeddingLoss(_Loss):
 
         if indices_tuple is not None:
             agreed("a loss", refuse) if self.settings["gather_across_devices"] and several() else refuse()
-        return roadmap_loss(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids, **self._keywords())
+        return roadmap_loss(
+            embeddings,
+            labels,
+            ref_emb,
+            ref_labels,
+            ids=ids,
+            ref_ids=ref_ids,
+            positives=positives,
+            relevance=relevance,
+            **self._keywords(),
+        )
 
 
 class RoadmapLoss(_EmbeddingLoss):
@@ -154,9 +170,9 @@ class RoadmapLoss(_EmbeddingLoss):
         0.3917
     """
 
-    @accepts(EmbeddingKeywords)
-    def __init__(self, **settings: Unpack[EmbeddingKeywords]) -> None:
-        super().__init__(EmbeddingKeywords, settings)
+    @accepts(RoadmapKeywords)
+    def __init__(self, **settings: Unpack[RoadmapKeywords]) -> None:
+        super().__init__(RoadmapKeywords, settings)
 
 
 class SupAPLoss(_EmbeddingLoss):
@@ -214,3 +230,89 @@ class CalibrationLoss(_EmbeddingLoss):
     @accepts(CalibrationKeywords)
     def __init__(self, **settings: Unpack[CalibrationKeywords]) -> None:
         super().__init__(CalibrationKeywords, settings)
+
+
+class _RankLoss(_EmbeddingLoss):
+    """What the losses of other ranks than AP's share: by default, no calibration."""
+
+    _changed: ClassVar[dict[str, Any]] = {"calibration_weight": 0.0}
+
+
+class RecallAtKLoss(_RankLoss):
+    """Recall@k of embeddings: :func:`roadmap_ext.recall_loss`, with all that :class:`RoadmapLoss` can do.
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``loss="recall", calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = RecallAtKLoss(k=1)
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.6904
+    """
+
+    _fixed: ClassVar[dict[str, Any]] = {"loss": "recall"}
+
+    @accepts(RecallAtKKeywords, calibration_weight=0.0)
+    def __init__(self, **settings: Unpack[RecallAtKKeywords]) -> None:
+        super().__init__(RecallAtKKeywords, settings)
+
+
+class NDCGLoss(_RankLoss):
+    """NDCG of embeddings: :func:`roadmap_ext.ndcg_loss`, with all that :class:`RoadmapLoss` can do.
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``loss="ndcg", calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = NDCGLoss()  # labels of two levels, coarse to fine
+        >>> labels = torch.tensor([[5, 50], [5, 51], [6, 60], [5, 50]])
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], labels):.4f}")
+        0.3765
+    """
+
+    _fixed: ClassVar[dict[str, Any]] = {"loss": "ndcg"}
+
+    @accepts(NDCGLossKeywords, calibration_weight=0.0)
+    def __init__(self, **settings: Unpack[NDCGLossKeywords]) -> None:
+        super().__init__(NDCGLossKeywords, settings)
+
+
+class MRRLoss(_RankLoss):
+    """The rank of the first positive: :func:`roadmap_ext.mrr_loss`, with all that :class:`RoadmapLoss` can do.
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``loss="mrr", calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = MRRLoss()
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 6])):.4f}")
+        0.3333
+    """
+
+    _fixed: ClassVar[dict[str, Any]] = {"loss": "mrr"}
+
+    @accepts(RoadmapKeywords, calibration_weight=0.0)
+    def __init__(self, **settings: Unpack[RoadmapKeywords]) -> None:
+        super().__init__(RoadmapKeywords, settings)
+
+
+class HierarchicalAPLoss(_RankLoss):
+    """Hierarchical AP of embeddings: :func:`roadmap_ext.hap_loss`, with all that :class:`RoadmapLoss` can do.
+
+    Labels [B, L] are the classes of each item from coarse to fine.
+
+    Args and errors are those of :func:`roadmap_ext.roadmap_loss` with ``loss="hap", calibration_weight=0``.
+
+    Example:
+        >>> import torch
+        >>> loss = HierarchicalAPLoss()
+        >>> labels = torch.tensor([[5, 50], [5, 51], [6, 60], [5, 50]])
+        >>> print(f"{loss(torch.eye(4)[[0, 0, 1, 2]], labels):.4f}")
+        0.4225
+    """
+
+    _fixed: ClassVar[dict[str, Any]] = {"loss": "hap"}
+
+    @accepts(HierarchicalAPKeywords, calibration_weight=0.0)
+    def __init__(self, **settings: Unpack[HierarchicalAPKeywords]) -> None:
+        super().__init__(HierarchicalAPKeywords, settings)

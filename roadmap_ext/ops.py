@@ -11,23 +11,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .chunks import rows_of_a_chunk, rows_that_fit
 from .extension import _C
 from .pairs import Pairs
-from .settings import METHODS, REDUCTIONS, Settings, Surrogate
+from .settings import METHODS, REDUCTIONS, Objective, Settings, Surrogate
 
 
-def average_precision(
+def rank_loss(
     scores: Tensor,
-    target: Tensor,
+    level: Tensor,
+    worth: Tensor | None,
     ignore: Tensor | None,
-    surrogate: Surrogate,
-    reduction: str,
+    objective: Objective,
     want_gradient: bool,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced loss; the gradient of each query's [B, N], and its factor [B] or [1], empty where not wanted."""
-    return torch.ops.roadmap_ext.average_precision(
-        scores, target, ignore, surrogate.flat(), REDUCTIONS.index(reduction), want_gradient, METHODS.index(method)
+    """The reduced loss; the gradient of each query's [B, N], and its factor [B] or [1], empty where not wanted.
+
+    ``level`` is bool, or uint8 where there is what levels are ``worth``, [B, L] float64.
+    """
+    place = REDUCTIONS.index(objective.reduction)
+    return torch.ops.roadmap_ext.rank_loss(
+        scores, level, worth, ignore, objective.flat(), place, want_gradient, METHODS.index(method)
     )
 
 
@@ -58,7 +63,12 @@ def smooth_rank_backward(
 
 def count_pairs(pairs: Pairs, rows: int, columns: int) -> Tensor:
     """Positives and negatives of each query, [B, 2] int64."""
-    return torch.ops.roadmap_ext.count_pairs(pairs.flat(), pairs.first_own, rows, columns)
+    if not pairs.made_by_rows:
+        return torch.ops.roadmap_ext.count_pairs(pairs.flat(), pairs.first_own, rows, columns)
+    step = rows_of_a_chunk(rows, rows_that_fit(columns, 4, pairs.positive.span.device.type), None)
+    parts = [slice(begin, min(begin + step, rows)) for begin in range(0, max(rows, 1), step)]
+    counts = [count_pairs(pairs.rows(part).ready(), part.stop - part.start, columns) for part in parts]
+    return torch.cat(counts)
 
 
 def rank_metrics(scores: Tensor, pairs: Pairs) -> Tensor:
@@ -99,11 +109,12 @@ def _accumulation(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def _average_precision(
+def _rank_loss(
     scores: Tensor,
-    target: Tensor,
+    level: Tensor,
+    worth: Tensor | None,
     ignore: Tensor | None,
-    surrogate: list[float],
+    objective: list[float],
     reduction: int,
     want_gradient: bool,
     method: int = 0,
@@ -150,6 +161,15 @@ def _equal_lists(values: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_empty((values.shape[0], 2)), references.new_empty(references.shape)
 
 
+def _levels_of(relevance: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = relevance.shape[0]
+    return (
+        relevance.new_empty(relevance.shape, dtype=torch.uint8),
+        relevance.new_empty((rows, 16), dtype=torch.float64),
+        relevance.new_empty((rows,), dtype=torch.int64),
+    )
+
+
 def _nothing(*arguments: object) -> None:
     pass
 
@@ -159,9 +179,9 @@ def _like_first(first: Tensor, *others: object) -> Tensor:
 
 
 # Once in a process: imported again, after it was removed from sys.modules, the package finds them in place.
-if _C is not None and not torch._C._dispatch_has_kernel_for_dispatch_key("roadmap_ext::average_precision", "Meta"):
+if _C is not None and not torch._C._dispatch_has_kernel_for_dispatch_key("roadmap_ext::rank_loss", "Meta"):
     fakes: dict[str, Callable[..., object]] = {
-        "average_precision": _average_precision,
+        "rank_loss": _rank_loss,
         "smooth_rank": _smooth_rank,
         "smooth_rank_backward": _like_first,
         "count_pairs": _count_pairs,
@@ -169,6 +189,7 @@ if _C is not None and not torch._C._dispatch_has_kernel_for_dispatch_key("roadma
         "rank_metrics": _rank_metrics,
         "rank_metrics_masked": _rank_metrics,
         "equal_lists": _equal_lists,
+        "levels_of": _levels_of,
         "symmetrise_": _nothing,
         "remove_radial_": _nothing,
         "prefault_": _nothing,

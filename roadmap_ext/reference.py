@@ -7,14 +7,14 @@ bfloat16 scores and embeddings are widened to float32 first, as the kernels do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import margins
 from .autograd import savable
-from .pairs import blank
+from .pairs import _ignored, blank
 from .relevance import of_levels, of_relevance
 from .settings import (
     GRADED,
@@ -32,7 +32,7 @@ from .settings import (
     checked,
     defaults_of,
 )
-from .validation import check_embeddings, check_levels, check_relevance, check_scores
+from .validation import check_embeddings, check_levels, check_relation, check_relevance, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -132,9 +132,10 @@ def _recall(query: _Ranked, ranking: Ranking) -> Tensor:
 
 
 def _ndcg(query: _Ranked, ranking: Ranking) -> Tensor:
+    gain = torch.exp2(query.worth) - 1 if ranking.gain == "exponential" else query.worth
     ideal_rank = torch.arange(1, 1 + len(query.rank), device=query.rank.device, dtype=query.rank.dtype)
-    ideal = (query.worth.sort(descending=True).values / torch.log2(1 + ideal_rank)).sum()
-    return 1 - (query.worth / torch.log2(1 + query.rank)).sum() / ideal
+    ideal = (gain.sort(descending=True).values / torch.log2(1 + ideal_rank)).sum()
+    return 1 - (gain / torch.log2(1 + query.rank)).sum() / ideal
 
 
 def _mrr(query: _Ranked, ranking: Ranking) -> Tensor:
@@ -216,7 +217,7 @@ def ndcg_loss(
     """:func:`roadmap_ext.ndcg_loss` in plain PyTorch, as :func:`ap_loss` here."""
     objective = checked(settings, defaults_of(PlainNDCGKeywords), "ndcg").objective
     check_relevance(scores, relevance, ignore, objective.ranking.gain)
-    return rank_loss(scores, *of_relevance(relevance, ignore, objective.ranking), ignore, objective)
+    return rank_loss(scores, *of_relevance(relevance, ignore), ignore, objective)
 
 
 @accepts(PlainHAPKeywords)
@@ -294,12 +295,14 @@ def smooth_rank_of(scores: Tensor, target: Tensor, ignore: Tensor | None, surrog
 @accepts(PlainEmbeddingKeywords)
 def roadmap_loss(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
     ids: Tensor | None = None,
     ref_ids: Tensor | None = None,
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
+    relevance: Tensor | None = None,
     **settings: Unpack[PlainEmbeddingKeywords],
 ) -> Tensor:
     """:func:`roadmap_ext.roadmap_loss` in plain PyTorch, differentiable any number of times.
@@ -307,21 +310,49 @@ def roadmap_loss(
     Arguments (but ``method``, ``chunk_size`` and ``gather_across_devices``), result and errors are the same.
     """
     objective, include_self, ignore_label, *_ = checked(settings, defaults_of(PlainEmbeddingKeywords))
-    check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
+    listed = None
+    if positives is not None or relevance is not None:
+        gain = objective.ranking.gain if objective.ranking.loss == "ndcg" else "linear"
+        listed = check_relation(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, positives, relevance, gain)
+    elif labels is None:
+        raise TypeError("labels must be a torch.Tensor of integers, got None; or pass positives or relevance")
+    else:
+        check_embeddings(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, several=True)
     alone = ref_emb is None or ref_emb is embeddings
-    known, ref_known = labels.long(), (labels if ref_labels is None else ref_labels).long()
-    target = known[:, None] == ref_known
-    ignore = torch.zeros_like(target)
+    columns = len(embeddings if ref_emb is None else ref_emb)
+    worth = queries = None
+    ignore = torch.zeros(len(embeddings), columns, dtype=torch.bool, device=embeddings.device)
     if alone and not include_self:
-        ignore |= torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        ignore |= torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    if labels is None:
+        if listed is not None:
+            target = torch.zeros_like(ignore)
+            target[listed] = True
+        elif relevance is None:
+            target = cast(Tensor, positives)
+        else:
+            target, worth = of_relevance(relevance, None)
+    else:
+        known, ref_known = labels.long(), (labels if ref_labels is None else ref_labels).long()
+        if labels.dtype == torch.bool and labels.dim() == 2:
+            target = known @ ref_known.T > 0
+        elif labels.dim() == 2:  # the number of levels shared, from the coarsest on
+            target = (known[:, None] == ref_known[None]).long().cumprod(2).sum(2)
+        else:
+            target = known[:, None] == ref_known
+        if ignore_label is not None and labels.dtype != torch.bool:
+            queries = ~_ignored(known, ignore_label)
+            ignore |= ~queries[:, None] | _ignored(ref_known, ignore_label)
+            embeddings = blank(embeddings, known, ignore_label)
+            ref_emb = ref_emb if ref_emb is None or alone else blank(ref_emb, ref_known, ignore_label)
     if ids is not None and ref_ids is not None and not include_self:
         ignore |= ids.long()[:, None] == ref_ids.long()[None]
-    queries = None
-    if ignore_label is not None:
-        queries = known != ignore_label
-        ignore |= ~queries[:, None] | (ref_known == ignore_label)
-    references = None if ref_emb is None or alone else blank(ref_emb, ref_known, ignore_label)
-    return embedding_loss(blank(embeddings, known, ignore_label), references, target, ignore, objective, queries)
+    if labels is not None and target.dtype == torch.int64:
+        levels = torch.arange(1, 1 + labels.shape[1], dtype=torch.float64, device=target.device)
+        number = (target.masked_fill(ignore, 0)[:, :, None] == levels).sum(1).clamp(min=1)
+        relative = (levels / len(levels)) ** objective.ranking.alpha
+        worth = relative / number if objective.ranking.loss == "hap" else levels.expand_as(number)
+    return embedding_loss(embeddings, None if alone else ref_emb, target, ignore, objective, queries, worth)
 
 
 def embedding_loss(

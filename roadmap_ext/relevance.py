@@ -1,42 +1,54 @@
 """What is relevant to a query, and how much: levels of its references, and what an item of each level is worth.
 
 A level is 0 for a negative and 1 to L, at most 16, for positives; ranks compare levels alone. What an item of a level
-is worth is a query's own, [B, L]: to NDCG its gain, to H-AP its relevance.
+is worth, its relevance, is a query's own: [B, L].
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .autograd import can_be_read
-from .settings import Ranking
+from .extension import _REFERENCE_ONLY
 
 MOST_LEVELS = 16
 
 
-def of_relevance(relevance: Tensor, ignore: Tensor | None, ranking: Ranking) -> tuple[Tensor, Tensor | None]:
-    """Levels [B, N] and worth [B, L] of relevance [B, N], whose distinct positive values in a row are its levels.
+def of_relevance(relevance: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Levels [B, N] of relevance [B, N], the distinct positive values in a row, and these values, [B, 16].
 
     A mask is its own level, and its worth is None. Raises ValueError where a row has more than 16 levels.
     """
     if relevance.dtype == torch.bool:
         return relevance, None
-    rows, _ = relevance.shape
-    level = torch.zeros_like(relevance, dtype=torch.uint8)
-    value = torch.zeros(rows, MOST_LEVELS, dtype=torch.float64, device=relevance.device)
-    for q, row in enumerate(relevance):
-        known = row if ignore is None else row.masked_fill(ignore[q], 0)
-        values = known.unique()
-        values = values[values > 0]
-        if len(values) > MOST_LEVELS:
-            raise ValueError(
-                f"relevance must have at most {MOST_LEVELS} distinct positive values in a row, got {len(values)} in "
-                f"row {q}: round them to fewer"
-            )
-        level[q] = torch.bucketize(known, values, right=True).to(torch.uint8)
-        value[q, : len(values)] = values
-    return level, worth_of(value, ranking)
+    wide = relevance if relevance.dtype in (torch.float32, torch.float64) else relevance.double()
+    if relevance.device.type in ("cpu", "meta") and not _REFERENCE_ONLY:
+        level, value, count = torch.ops.roadmap_ext.levels_of(wide, ignore)
+    else:
+        level, value, count = _levels_of(wide, ignore)
+    if can_be_read(count) and (count < 0).any():
+        raise ValueError(
+            f"relevance must have at most {MOST_LEVELS} distinct positive values in a row, got more in row "
+            f"{int(count.argmin())}: round them to fewer"
+        )
+    return level, value
+
+
+def _levels_of(relevance: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels [B, N], their values [B, 16] and their numbers [B], -1 where there are too many, in plain PyTorch."""
+    known = relevance if ignore is None else relevance.masked_fill(ignore, 0)
+    level = torch.zeros_like(known, dtype=torch.uint8)
+    value = torch.full((len(known), MOST_LEVELS), math.nan, dtype=torch.float64, device=known.device)
+    count = torch.full((len(known),), -1, device=known.device)
+    for q, row in enumerate(known):
+        values = torch.unique(row[row > 0])
+        if len(values) <= MOST_LEVELS:
+            level[q], count[q] = torch.bucketize(row, values, right=True), len(values)
+            value[q] = torch.nn.functional.pad(values, (0, MOST_LEVELS - len(values)))
+    return level, value, count
 
 
 def of_levels(level: Tensor, relevance: Tensor | None, ignore: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -65,8 +77,3 @@ def of_levels(level: Tensor, relevance: Tensor | None, ignore: Tensor | None) ->
             f"{lowest[q, at]:g} and {worth[q, at]:g} for level {at + 1} in row {q}"
         )
     return levels, worth
-
-
-def worth_of(value: Tensor, ranking: Ranking) -> Tensor:
-    """What items of some relevance are worth to a loss."""
-    return torch.exp2(value) - 1 if ranking.loss == "ndcg" and ranking.gain == "exponential" else value

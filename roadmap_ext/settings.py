@@ -69,6 +69,11 @@ class Ranking(NamedTuple):
     beta: float = 0.0  # hap
     gamma: float = 1.0  # hap
 
+    def flat(self) -> list[float]:
+        """The same as the ops take it; alpha is in what positives are worth."""
+        kind, gain = float(LOSSES.index(self.loss)), float(GAINS.index(self.gain))
+        return [kind, self.rank_temperature, self.leak, self.beta, self.gamma, gain, *map(float, self.k)]
+
 
 class Objective(NamedTuple):
     """What a loss of embeddings is: (1 - calibration_weight) loss of ranks + calibration_weight calibration loss."""
@@ -87,7 +92,7 @@ class Objective(NamedTuple):
         """The same as the ops take it: the surrogate, which of the two parts are asked for, and the margins."""
         # Not float() of a comparison: where torch.compile takes the weight for a variable, that stays one.
         parts = [1.0 if self.calibration_weight < 1 else 0.0, 1.0 if self.calibration_weight > 0 else 0.0]
-        return [*self.surrogate.flat(), *parts, self.positive_margin, self.negative_margin]
+        return [*self.surrogate.flat(), *parts, self.positive_margin, self.negative_margin, *self.ranking.flat()]
 
 
 class Settings(NamedTuple):
@@ -206,14 +211,39 @@ class HAPKeywords(PlainHAPKeywords, _Method, total=False):
     """hap_loss's."""
 
 
-class PlainEmbeddingKeywords(SurrogateKeywords, _Margins, _Ranked, total=False):
+class RoadmapKeywords(SurrogateKeywords, _Margins, _Ranked, _Run, total=False):
+    """RoadmapLoss's."""
+
+    calibration_weight: float
+
+
+class _Losses(_Recall, _NDCG, _HAP, total=False):
+    loss: str
+    alpha: float
+
+
+class PlainEmbeddingKeywords(_Losses, SurrogateKeywords, _Margins, _Ranked, total=False):
     """reference.roadmap_loss's."""
 
     calibration_weight: float
 
 
 class EmbeddingKeywords(PlainEmbeddingKeywords, _Run, total=False):
-    """roadmap_loss's and RoadmapLoss's: all there are."""
+    """roadmap_loss's: all there are."""
+
+
+class RecallAtKKeywords(_Recall, RoadmapKeywords, total=False):
+    """RecallAtKLoss's."""
+
+
+class NDCGLossKeywords(_NDCG, RoadmapKeywords, total=False):
+    """NDCGLoss's."""
+
+
+class HierarchicalAPKeywords(_HAP, RoadmapKeywords, total=False):
+    """HierarchicalAPLoss's."""
+
+    alpha: float
 
 
 class SupAPKeywords(_Shape, _Ranked, _Run, total=False):
@@ -228,8 +258,11 @@ class CalibrationKeywords(_Margins, _Ranked, _Run, total=False):
     """CalibrationLoss's."""
 
 
-def accepts(keywords: type) -> Callable[[_F], _F]:
-    """Shows the names and defaults of the settings that a function takes as ``**settings`` in its signature."""
+def accepts(keywords: type, **changed: Any) -> Callable[[_F], _F]:
+    """Shows the names and defaults of the settings that a function takes as ``**settings`` in its signature.
+
+    ``changed`` are defaults that are not everybody's.
+    """
 
     def written(function: _F) -> _F:
         signature = inspect.signature(function)
@@ -237,7 +270,7 @@ def accepts(keywords: type) -> Callable[[_F], _F]:
         kinds = {name: kind.__forward_arg__ for name, kind in keywords.__annotations__.items()}
         shown = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
-            for name, default in defaults_of(keywords).items()
+            for name, default in (defaults_of(keywords) | changed).items()
         ]
         # inspect reads it from any function, but typeshed does not declare it.
         function.__signature__ = signature.replace(parameters=[*named, *shown])  # type: ignore[attr-defined]

@@ -176,10 +176,16 @@ def check_embeddings(
     ref_labels: Tensor | None,
     ids: Tensor | None,
     ref_ids: Tensor | None,
+    several: bool = False,
 ) -> None:
-    """Check embeddings, labels and ids of queries and references: TypeError for types, ValueError for the rest."""
+    """Check embeddings, labels and ids of queries and references: TypeError for types, ValueError for the rest.
+
+    Where ``several`` labels an item are taken, these may be [B, L] integers whose levels nest, or [B, C] bool.
+    """
     check_matrices(embeddings, ref_emb)
-    _check_integers("labels", labels, "embeddings", embeddings)
+    many = several and _several("labels", labels, embeddings)
+    if not many:
+        _check_integers("labels", labels, "embeddings", embeddings)
     if (ref_emb is None) != (ref_labels is None):
         given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
         raise ValueError(
@@ -194,10 +200,111 @@ def check_embeddings(
     references, name = embeddings, "embeddings"
     if ref_emb is not None and ref_labels is not None:
         references, name = ref_emb, "ref_emb"
-        _check_integers("ref_labels", ref_labels, name, ref_emb)
+        if many:
+            if not _several("ref_labels", ref_labels, ref_emb):
+                _check_integers("ref_labels", ref_labels, name, ref_emb)
+            if ref_labels.shape[1:] != labels.shape[1:] or (ref_labels.dtype == torch.bool) != (
+                labels.dtype == torch.bool
+            ):
+                raise ValueError(
+                    f"ref_labels must be of the kind of labels, {labels.dtype} and [N, {labels.shape[1]}], got "
+                    f"{ref_labels.dtype} and shape {tuple(ref_labels.shape)}"
+                )
+        else:
+            _check_integers("ref_labels", ref_labels, name, ref_emb)
+    if many:
+        _check_nesting(labels if ref_labels is None else torch.cat([labels.long(), ref_labels.long()]))
     if ids is not None and ref_ids is not None:
         _check_integers("ids", ids, "embeddings", embeddings)
         _check_integers("ref_ids", ref_ids, name, references)
+
+
+def _several(name: str, labels: object, matrix: Tensor) -> bool:
+    """Whether labels are several an item, [B, L] or [B, C]: all else is for the check of one. Raises for 0 and 1."""
+    # A subclass may be a fake one, in a graph.
+    if not isinstance(labels, Tensor) or labels.is_nested or labels.layout != torch.strided:
+        return False
+    if labels.dim() != 2 or labels.shape[1] < 2 or len(labels) != len(matrix):
+        return False
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.is_quantized:
+        return False
+    if labels.device != matrix.device:
+        return False
+    if labels.dtype != torch.bool and can_be_read(labels) and labels.numel() and ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"{name} of 0 and 1 could be classes or levels: use {name}.bool() if each column is a class, or number the "
+            f"classes of each level, coarse to fine{for_labels(name, labels, len(matrix))}"
+        )
+    if labels.dtype != torch.bool and labels.shape[1] > 16:
+        raise ValueError(
+            f"{name} must have at most 16 levels, coarse to fine, got {labels.shape[1]} columns: classes of several "
+            f"are bool, [items, classes]"
+        )
+    return True
+
+
+def _check_nesting(labels: Tensor) -> None:
+    """Raise ValueError unless each class of a level lies in one of the level before."""
+    if labels.dtype == torch.bool or not can_be_read(labels) or not len(labels):
+        return
+    for level in range(1, labels.shape[1]):
+        fine, order = labels[:, level].sort()
+        coarse = labels[:, level - 1][order]
+        wrong = ((fine[1:] == fine[:-1]) & (coarse[1:] != coarse[:-1])).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                "labels must nest from coarse to fine, each class of a column in one of the column before: class "
+                f"{int(fine[at])} of column {level} lies in {int(coarse[at])} and in {int(coarse[at + 1])} of column "
+                f"{level - 1}; labels.flip(1) turns columns around"
+            )
+
+
+def check_relation(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    positives: Tensor | tuple[Tensor, Tensor] | None,
+    relevance: Tensor | None,
+    gain: str,
+) -> tuple[Tensor, Tensor] | None:
+    """Check embeddings whose relevance is given pair by pair. Returns positives that are lists of indices.
+
+    Raises TypeError for types and dtypes, ValueError for the rest.
+    """
+    name = "relevance" if positives is None else "positives"
+    given = [what for what, value in (("labels", labels), ("ref_labels", ref_labels)) if value is not None]
+    if given or (positives is not None and relevance is not None):
+        raise ValueError(
+            f"{' and '.join(given) or 'relevance'} was given beside {name}, which says all that is relevant: pass one "
+            f"of them (labels=None beside {name})"
+        )
+    check_matrices(embeddings, ref_emb)
+    references = embeddings if ref_emb is None else ref_emb
+    if (ids is None) != (ref_ids is None):
+        raise ValueError("ids and ref_ids belong together: an item is recognised by equal ids on both sides")
+    if ids is not None and ref_ids is not None:
+        _check_integers("ids", ids, "embeddings", embeddings)
+        _check_integers("ref_ids", ref_ids, "references", references)
+    if isinstance(positives, tuple | list):
+        if len(positives) != 2:
+            raise ValueError(f"positives must be a mask, or two tensors (query, reference), got {len(positives)}")
+        return check_pairs("positives", *positives, len(embeddings), len(references), embeddings.device)
+    value = relevance if positives is None else positives
+    check_plain(name, "a torch.Tensor [queries, references]", value, lambda: "")
+    shape = (len(embeddings), len(references))
+    made = cast(Tensor, value)
+    if made.shape != shape:
+        raise ValueError(f"{name} must be [queries, references], {shape}, got {tuple(made.shape)}")
+    if made.device != embeddings.device:
+        raise ValueError(f"{name} must be on the device of embeddings, {embeddings.device}, got {made.device}")
+    if positives is not None and made.dtype != torch.bool:
+        raise TypeError(f"positives must have dtype torch.bool, got {made.dtype}: grades are relevance=")
+    _check_grade_values(name, made, None, 64 if gain == "exponential" else 1e28)
+    return None
 
 
 def check_matrices(embeddings: Tensor, ref_emb: Tensor | None) -> None:
@@ -348,6 +455,12 @@ def _check_grades(name: str, value: Tensor, scores: Tensor, ignore: Tensor | Non
     if value.dtype.is_complex:
         raise TypeError(f"{name} must be bool or real numbers, got {value.dtype}")
     _check_beside(name, value, scores, "")
+    _check_grade_values(name, value, ignore, most)
+
+
+def _check_grade_values(name: str, value: Tensor, ignore: Tensor | None, most: float) -> None:
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be bool or real numbers, got {value.dtype}")
     if value.dtype == torch.bool or not value.numel() or not can_be_read(value):
         return
     low, high = (value if ignore is None else value.masked_fill(ignore, 0)).aminmax()

@@ -35,9 +35,9 @@ struct Workspace {
 };
 
 template <typename T>
-class Ranking {
+class RankCounts {
  public:
-  explicit Ranking(const Matrix& m)
+  explicit RankCounts(const Matrix& m)
       : m_(m), set_(instruction_set()), counting_(set_.counting<T>()), masks_(m.relation, set_.conversions) {}
 
   // The positives of a row, sorted. Returns false if one is NaN.
@@ -161,7 +161,7 @@ template <typename T>
 void rank_metrics(const Matrix& m, const Parallel& parallel, double* values) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
   constexpr double kNone[kRankValues] = {kNan, kNan, kNan, std::numeric_limits<double>::infinity()};
-  const Ranking<T> ranking(m);
+  const RankCounts<T> ranking(m);
   std::vector<Workspace<T>> work(parallel.workers);
   const auto settle = [&](int64_t row, bool good, Workspace<T>& w) {
     double* const out = values + kRankValues * row;

@@ -1,6 +1,7 @@
-// Lists from labels: see relation.h.
+// Lists from labels, and levels from relevance: see relation.h.
 #include "relation.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace roadmap {
@@ -53,5 +54,45 @@ void equal_lists(const int64_t* values, int64_t rows, const int64_t* references,
   }
   for (int64_t j = 0; j < columns; ++j) column[begin[of[j]]++] = j;  // columns ascend within a class
 }
+
+template <typename T>
+int row_levels(const T* relevance, const uint8_t* ignore, int64_t columns, uint8_t* level, double* value) {
+  T known[kMostLevels];  // ascending
+  int count = 0;
+  const auto place = [&](T of) { return static_cast<int>(std::lower_bound(known, known + count, of) - known); };
+  T last = 0;  // most are alike
+  for (int64_t j = 0; j < columns; ++j) {
+    const T of = relevance[j];
+    if (of == last || (ignore && ignore[j])) continue;
+    if (!(of >= 0)) return -1;
+    last = of;
+    if (of == 0) continue;
+    const int at = place(of);
+    if (at < count && known[at] == of) continue;
+    if (count == kMostLevels) return -1;
+    std::copy_backward(known + at, known + count, known + count + 1);
+    known[at] = of;
+    ++count;
+  }
+  std::fill_n(value, kMostLevels, 0.0);
+  std::copy_n(known, count, value);
+  uint8_t last_level = 0;
+  last = 0;
+  for (int64_t j = 0; j < columns; ++j) {
+    if (ignore && ignore[j]) {
+      level[j] = 0;
+      continue;
+    }
+    if (relevance[j] != last) {
+      last = relevance[j];
+      last_level = static_cast<uint8_t>(last == 0 ? 0 : place(last) + 1);
+    }
+    level[j] = last_level;
+  }
+  return count;
+}
+
+template int row_levels<float>(const float*, const uint8_t*, int64_t, uint8_t*, double*);
+template int row_levels<double>(const double*, const uint8_t*, int64_t, uint8_t*, double*);
 
 }  // namespace roadmap

@@ -17,6 +17,15 @@ void equal_lists(const int64_t* values,      // [rows]
                  int64_t* span,              // [rows, 2]
                  int64_t* column);           // [columns]
 
+// The level of each pair by its relevance: how many distinct positive values of the row it reaches. Returns how many
+// there are, or -1 if there are more than kMostLevels, or one that is NaN or negative.
+template <typename T>
+int row_levels(const T* relevance,     // [columns]
+               const uint8_t* ignore,  // [columns]  nonzero: whatever it is, its level is 0; may be null
+               int64_t columns,        //
+               uint8_t* level,         // [columns]
+               double* value);         // [kMostLevels]  relevance by level, from level 1 on; 0 beyond the last
+
 // A relation as bits, a block at a time.
 class PairMasks {
  public:
@@ -27,13 +36,14 @@ class PairMasks {
     const int words = static_cast<int>(divide_up(count, 64));
     if (r_.target) {
       convert_.mask_bits(r_.target + row * r_.target_stride + begin, count, bits.positive);
-      if (r_.ignore) {
-        convert_.mask_bits(r_.ignore + row * r_.ignore_stride + begin, count, bits.ignored);
-      } else {
-        std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
-      }
     } else {
-      fill_listed(row, begin, count, words, bits);
+      std::fill(bits.positive, bits.positive + words, uint64_t(0));
+      mark(r_.positive, row, begin, count, bits.positive);
+    }
+    if (r_.ignore) {
+      convert_.mask_bits(r_.ignore + row * r_.ignore_stride + begin, count, bits.ignored);
+    } else {
+      fill_left_out(row, begin, count, words, bits);
     }
     close(count, words, bits.ignored);
     for (int w = 0; w < words; ++w) {
@@ -44,20 +54,18 @@ class PairMasks {
 
   // The ignored columns alone: a pass that has the positives needs no more.
   void fill_ignored(int64_t row, int64_t begin, int count, BlockMasks& bits) const {
-    if (r_.target ? r_.ignore != nullptr : r_.negative.column != nullptr) {
+    if (r_.ignore || r_.negative.column) {
       fill(row, begin, count, bits);
       return;
     }
     const int words = static_cast<int>(divide_up(count, 64));
     std::fill(bits.ignored, bits.ignored + words, uint64_t(0));
-    if (!r_.target) mark_left_out(row, begin, count, bits);
+    mark_left_out(row, begin, count, bits);
     close(count, words, bits.ignored);
   }
 
  private:
-  void fill_listed(int64_t row, int64_t begin, int count, int words, BlockMasks& bits) const {
-    std::fill(bits.positive, bits.positive + words, uint64_t(0));
-    mark(r_.positive, row, begin, count, bits.positive);
+  void fill_left_out(int64_t row, int64_t begin, int count, int words, BlockMasks& bits) const {
     if (r_.negative.column) {  // a pair has to be listed to count
       std::copy(bits.positive, bits.positive + words, bits.ignored);
       mark(r_.negative, row, begin, count, bits.ignored);

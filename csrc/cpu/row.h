@@ -34,7 +34,7 @@ struct Row {
   std::vector<double> partial;                                                // [spans, 2, P]
   std::vector<HingeSum> hinges;                                               // [spans]  of the negatives
   bool nan = false;
-  double scale = 1;                                 // on the gradient of the AP loss; a power of two for half types
+  double scale = 1;  // on the gradient of the loss of ranks; a power of two for half types
   double positive_weight = 0, negative_weight = 0;  // of a hinge in the gradient
   int64_t negative_hinges = 0;                      // that are not 0
   Sorter<T> sorter;                                 // of its positives
@@ -104,8 +104,6 @@ struct Row {
   }
 };
 
-constexpr Objective kApAlone = {true, false, 0, 0};
-
 // What is asked of the rows of a matrix.
 template <typename T>
 struct Pass {
@@ -115,7 +113,7 @@ struct Pass {
   const Settings<T> settings;
   const Method method;
   const bool smooth;
-  const Objective objective;
+  const Objective& objective;
   const bool ranks;      // whether they are computed
   const bool slope;      // whether their slopes are
   void* const gradient;  // [rows, columns]  null: not wanted
@@ -143,16 +141,29 @@ Scratch<T>& scratch() {
   return *own;
 }
 
+// [columns] of a row whose positives are of several levels, and what graded.h makes of them.
+template <typename T>
+struct Levels {
+  std::vector<uint8_t> level;           // of each column: 0 for a negative, kLeftOut
+  std::vector<uint8_t> target, ignore;  // the same for one level
+  std::vector<int64_t> positive;        // [P]  columns
+  std::vector<std::vector<T>> score;    // [levels + 1]  of the positives of each, ascending
+  std::vector<double> worth, rank;      // [P]  of the positives in hand
+  std::vector<T> wide, part, sum;       // scores widened; gradients
+  std::vector<double> further;          // gradient beside that by ranks
+};
+
 // What a thread needs for its rows.
 template <typename T>
 struct Workspace {
   Row<T> row;
+  Levels<T> levels;
   Scan scan;
   std::vector<typename RowInput<T>::Found> found;  // of each span
   std::vector<int64_t> pieces;                     // see split_groups()
   std::vector<char> nan;                           // of each span and piece: whether it has met one
 
-  size_t bytes() const { return scan.bytes() + 90 * row.p.score.capacity(); }
+  size_t bytes() const { return scan.bytes() + 90 * row.p.score.capacity() + 64 * levels.level.capacity(); }
 };
 
 // The steps. Threads may share each; every sum is taken over fixed spans of columns in fixed order, so that bits do not
@@ -213,7 +224,7 @@ class RowSteps {
 
   // Whether the scan takes the row, as far as its positives can tell.
   bool scans() const {
-    if (row_.nan || !pass_.objective.ap || !row_.size() || pass_.method == Method::kPairwise) return false;
+    if (row_.nan || !pass_.objective.ranks || !row_.size() || pass_.method == Method::kPairwise) return false;
     if (!(reads() || pass_.gradient) || !row_.sorter.finite()) return false;
     if (columns_ > std::numeric_limits<int32_t>::max()) return false;
     return pass_.method == Method::kSorted ||
@@ -249,7 +260,7 @@ class RowSteps {
     for (int64_t k = 0; k < size; ++k) row_.column[k] = static_cast<int64_t>(entry[k].index);
     T* const score = row_.p.score.data();
     // A NaN has no place in an order; such a row is not computed at all.
-    if (row_.nan || !pass_.objective.ap) {
+    if (row_.nan || !pass_.objective.ranks) {
       for (int64_t i = 0; i < size; ++i) {
         score[i] = entry[i].value;
         row_.source[i] = entry[i].index;
@@ -269,7 +280,7 @@ class RowSteps {
   void group() {
     constexpr int64_t kMost = 64;  // positives of a group, which have to share its classes
     constexpr int64_t kFew = 8;    // rows with up to so many positives have groups twice as wide
-    if (row_.nan || !pass_.objective.ap) return;
+    if (row_.nan || !pass_.objective.ranks) return;
     Positives<T>& p = row_.p;
     const int64_t size = row_.size();
     p.exponential.resize(size);
@@ -454,20 +465,20 @@ class RowSteps {
       return;
     }
     double* const gradient = row_.gradient.data();
-    const bool ap = pass_.objective.ap;
-    if (!pass_.smooth || !ap) {
+    const bool ranks = pass_.objective.ranks;
+    if (!pass_.smooth || !ranks) {
       std::fill(gradient + begin, gradient + end, 0.0);
     } else if (!row_.scan) {  // a scan has left them here
       pass_.kernels.gradient_positives(row_.p, begin, end, pass_.settings, scratch<T>(), gradient + begin);
     }
     for (int64_t i = begin; i < end; ++i) {
       // A pair without slope carries nothing back, whatever arrives.
-      if (ap && row_.slope[i] != 0) gradient[i] -= row_.p.weight[i] * row_.slope[i];
+      if (ranks && row_.slope[i] != 0) gradient[i] -= row_.p.weight[i] * row_.slope[i];
     }
     for (int64_t i = begin; direct && i < end; ++i) direct[row_.source[i]] = own_gradient(i, gradient[i], by);
   }
 
-  // Of positive i by its own score: `gradient` is that of the AP loss; hinge and all.
+  // Of positive i by its own score: `gradient` is that of the loss of ranks; hinge and all.
   T own_gradient(int64_t i, double gradient, double by) const {
     const Objective& objective = pass_.objective;
     const bool below = objective.calibration && row_.p.score[i] < static_cast<T>(objective.positive_margin);
@@ -502,7 +513,7 @@ class RowSteps {
                                      out);
         }
       } else {
-        pass_.kernels.gradient_block(block, objective.ap ? row_.p : none, pass_.settings, row_.scale * by, hinged,
+        pass_.kernels.gradient_block(block, objective.ranks ? row_.p : none, pass_.settings, row_.scale * by, hinged,
                                      column_scale, own, out, saved);
       }
       auto k = std::lower_bound(row_.column.begin(), row_.column.end(), begin) - row_.column.begin();

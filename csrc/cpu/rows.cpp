@@ -6,27 +6,48 @@
 #include <limits>
 #include <vector>
 
+#include "graded.h"
 #include "half.h"
 #include "kernels.h"
 #include "relation.h"
 #include "row.h"
+#include "weights.h"
 #include "workspace.h"
 
 namespace roadmap {
 namespace {
 
-// The loss of a row and the weights of its ranks.
+// The loss of a row whose positives are all of one level, and the weights of its ranks.
 template <typename T>
-double ap_weights(Row<T>& row, const Pass<T>& pass) {
+double weigh(Row<T>& row, const Pass<T>& pass) {
   if (row.nan) return std::numeric_limits<double>::quiet_NaN();
   const int64_t size = row.size();
   if (!size) return 0;
   row.second.resize(pass.smooth ? size : 0);
-  double largest;
-  const double loss = pass.kernels.ap_weights(row.rank_positive.data(), row.rank_negative.data(), size,
-                                              row.p.weight.data(), pass.smooth ? row.second.data() : nullptr, largest);
-  row.set_weights(pass.smooth, largest);
-  return loss / static_cast<double>(size);
+  Weights weights = {row.p.weight.data(), pass.smooth ? row.second.data() : nullptr};
+  const Ranking& ranking = pass.objective.ranking;
+  const std::vector<T>& score = row.p.score;
+  Ranked ranked = {row.rank_positive.data(), row.rank_negative.data(), size, size, 0};
+  double loss = 0;
+  switch (ranking.loss) {
+    case Loss::kAp:
+    case Loss::kHap:  // which is AP, then
+      loss = pass.kernels.ap_weights(ranked.positive, ranked.negative, size, weights.negative, weights.positive,
+                                     weights.largest) /
+             static_cast<double>(size);
+      break;
+    case Loss::kRecall: loss = 1 - recall_weights(ranking, ranked, weights); break;
+    case Loss::kNdcg:
+      ranked.all = discounts(size);
+      loss = 1 - ndcg_weights(ranked, weights);
+      break;
+    case Loss::kMrr:
+      while (ranked.highest < size && score[size - 1 - ranked.highest] == score[size - 1]) ++ranked.highest;
+      loss = 1 - mrr_weights(ranked, weights);
+      break;
+  }
+  row.set_weights(pass.smooth, weights.largest);
+  return loss;
 }
 
 // Hinges of the positives below their margin. Decided in T, as the scores are; summed in double.
@@ -58,16 +79,32 @@ HingeSum negative_hinges(const Row<T>& row, const Objective& objective) {
 }
 
 // Many rows: a thread does a whole row. Few long ones: all threads share the steps of one row after the other.
-template <typename T, typename Weigh>
-void run_rows(const Pass<T>& pass, const Parallel& parallel, const Weigh& weigh) {
+template <typename T, typename Each>
+void run_rows(const Pass<T>& pass, const Parallel& parallel, const Each& each) {
   const int64_t rows = pass.input.rows();
   std::vector<Leased<Workspace<T>>> spaces(parallel.workers);
   if (parallel.workers > 1 && rows < 4 * parallel.workers && pass.input.columns() >= 2 * kBlock) {
-    for (int64_t row = 0; row < rows; ++row) RowSteps<T>(pass, parallel, spaces[0].get()).run(row, weigh);
+    for (int64_t row = 0; row < rows; ++row) each(row, parallel, spaces[0].get());
     return;
   }
   const Parallel alone;
-  parallel.run(rows, [&](int64_t row, int worker) { RowSteps<T>(pass, alone, spaces[worker].get()).run(row, weigh); });
+  parallel.run(rows, [&](int64_t row, int worker) { each(row, alone, spaces[worker].get()); });
+}
+
+// The same, where rows may have positives of several levels: level_row(graded, index) is called for those, and
+// weigh(row, index) for all others.
+template <typename T, typename LevelRow, typename WeighRow>
+void run_rows_of_levels(const Matrix& m, const SurrogateSettings& settings, const Pass<T>& pass,
+                        const Parallel& parallel, const LevelRow& level_row, const WeighRow& weigh_row) {
+  const Loss loss = pass.objective.ranking.loss;
+  const bool graded = pass.objective.ranks && m.relation.levels > 1 && (loss == Loss::kNdcg || loss == Loss::kHap);
+  run_rows(pass, parallel, [&](int64_t index, const Parallel& sharing, Workspace<T>& space) {
+    if (graded) {
+      GradedRow<T> row(m, settings, pass, sharing, space);
+      if (row.mark(index)) return level_row(row, index);
+    }
+    RowSteps<T>(pass, sharing, space).run(index, [&](Row<T>& row) { weigh_row(row, index); });
+  });
 }
 
 template <typename T, typename Factor>
@@ -82,30 +119,31 @@ void scale_block(const T* from, T* to, int64_t count, Factor by) {
 }  // namespace
 
 template <typename T>
-void average_precision_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
-                            const ApOutput<T>& out) {
-  const Pass<T> pass(m, settings, kApAlone, true, out.gradient, out.gradient, out.unscale);
-  run_rows(pass, parallel, [&](Row<T>& row) {
-    row.scale = out.share;
-    out.loss[row.index] = static_cast<T>(ap_weights(row, pass));
-  });
+void rank_loss_rows(const Matrix& m, const SurrogateSettings& settings, const Ranking& ranking,
+                    const Parallel& parallel, const LossOutput<T>& out) {
+  const Objective alone = {true, false, 0, 0, ranking};
+  const Pass<T> pass(m, settings, alone, true, out.gradient, out.gradient, out.unscale);
+  run_rows_of_levels(
+      m, settings, pass, parallel,
+      [&](GradedRow<T>& row, int64_t index) { out.loss[index] = static_cast<T>(row.run(out.share, [](Row<T>&) {})); },
+      [&](Row<T>& row, int64_t index) {
+        row.scale = out.share;
+        out.loss[index] = static_cast<T>(weigh(row, pass));
+      });
 }
 
 template <typename T>
 void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Objective& objective,
                     const Parallel& parallel, const ObjectiveOutput& out) {
-  const Pass<T> pass(m, settings, objective, objective.ap, objective.ap && out.gradient, out.gradient);
-  run_rows(pass, parallel, [&](Row<T>& row) {
-    const double* const weight = out.weight + 3 * row.index;
-    double* const value = out.value + 5 * row.index;
-    row.scale = weight[0];
+  const Pass<T> pass(m, settings, objective, objective.ranks, objective.ranks && out.gradient, out.gradient);
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  const auto calibrate = [&](Row<T>& row, int64_t index) {
+    const double* const weight = out.weight + 3 * index;
+    double* const value = out.value + 5 * index;
     row.positive_weight = weight[1];
     row.negative_weight = weight[2];
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    value[0] = objective.ap ? ap_weights(row, pass) : row.nan ? nan : 0;
-    if (!objective.calibration) return;
     // Nothing of a row with a NaN counts: what it has summed depends on where it met the NaN.
-    const HingeSum none = {nan, 0};
+    const HingeSum none = {kNan, 0};
     const HingeSum below = row.nan ? none : positive_hinges(row, objective);
     const HingeSum above = row.nan ? none : negative_hinges(row, objective);
     row.negative_hinges = above.count;
@@ -113,14 +151,25 @@ void objective_rows(const Matrix& m, const SurrogateSettings& settings, const Ob
     value[2] = above.sum;
     value[3] = static_cast<double>(below.count);
     value[4] = static_cast<double>(above.count);
-  });
+  };
+  run_rows_of_levels(
+      m, settings, pass, parallel,
+      [&](GradedRow<T>& row, int64_t index) {
+        out.value[5 * index] = row.run(out.weight[3 * index], [&](Row<T>& hinged) { calibrate(hinged, index); });
+      },
+      [&](Row<T>& row, int64_t index) {
+        row.scale = out.weight[3 * index];
+        out.value[5 * index] = objective.ranks ? weigh(row, pass) : row.nan ? kNan : 0;
+        if (objective.calibration) calibrate(row, index);
+      });
 }
 
 template <typename T>
 void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
                       const RankOutput<T>& out) {
-  const Pass<T> pass(m, settings, kApAlone, true, out.slope, nullptr);
-  run_rows(pass, parallel, [&](Row<T>& row) {
+  const Objective ranks = {true, false, 0, 0};
+  const Pass<T> pass(m, settings, ranks, true, out.slope, nullptr);
+  const auto write = [&](Row<T>& row) {
     constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
     row.place(m.columns);
     for (int64_t i = 0; i < row.size(); ++i) {
@@ -131,14 +180,18 @@ void smooth_rank_rows(const Matrix& m, const SurrogateSettings& settings, const 
       out.negative_rank[at] = row.nan ? kNan : static_cast<T>(row.rank_negative[i]);
       if (out.slope) out.slope[at] = row.nan ? kNan : static_cast<T>(row.slope[i]);
     }
+  };
+  run_rows(pass, parallel, [&](int64_t index, const Parallel& sharing, Workspace<T>& space) {
+    RowSteps<T>(pass, sharing, space).run(index, write);
   });
 }
 
 template <typename T>
 void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& settings, const Parallel& parallel,
                                const RankGradient<T>& in) {
-  const Pass<T> pass(m, settings, kApAlone, false, false, in.gradient);
-  run_rows(pass, parallel, [&](Row<T>& row) {
+  const Objective ranks = {true, false, 0, 0};
+  const Pass<T> pass(m, settings, ranks, false, false, in.gradient);
+  const auto read = [&](Row<T>& row) {
     const int64_t first = in.first[row.index];
     row.place(m.columns);
     for (int64_t i = 0; i < row.size(); ++i) {
@@ -155,6 +208,9 @@ void smooth_rank_gradient_rows(const Matrix& m, const SurrogateSettings& setting
       largest = std::max({largest, std::fabs(row.p.weight[i]), pass.smooth ? std::fabs(row.second[i]) : 0.0});
     }
     row.set_weights(pass.smooth, largest);
+  };
+  run_rows(pass, parallel, [&](int64_t index, const Parallel& sharing, Workspace<T>& space) {
+    RowSteps<T>(pass, sharing, space).run(index, read);
   });
 }
 
@@ -231,8 +287,8 @@ void scale_rows(const void* gradient, ScoreType type, int64_t rows, int64_t colu
 }
 
 #define ROADMAP_INSTANTIATE(T)                                                                                       \
-  template void average_precision_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,                  \
-                                          const ApOutput<T>&);                                                       \
+  template void rank_loss_rows<T>(const Matrix&, const SurrogateSettings&, const Ranking&, const Parallel&,          \
+                                  const LossOutput<T>&);                                                             \
   template void smooth_rank_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&, const RankOutput<T>&); \
   template void smooth_rank_gradient_rows<T>(const Matrix&, const SurrogateSettings&, const Parallel&,               \
                                              const RankGradient<T>&);                                                \

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "parallel.h"
 
@@ -18,9 +19,11 @@ struct Lists {
   const int64_t* column = nullptr;  // null: there are none of this kind
 };
 
-// Which pairs are positive, negative or left out; the last wins. Either masks say it, or lists.
+constexpr int kMostLevels = 16;
+
+// Which pairs are positive, negative or left out; the last wins. Masks say it, or lists: of either question.
 struct Relation {
-  const uint8_t* target = nullptr;  // [rows, columns]  nonzero: positive; null: lists
+  const uint8_t* target = nullptr;  // [rows, columns]  0, or the level of a positive; null: lists
   int64_t target_stride = 0;
   const uint8_t* ignore = nullptr;  // [rows, columns]  nonzero: left out; may be null
   int64_t ignore_stride = 0;
@@ -28,6 +31,9 @@ struct Relation {
   Lists positive, left_out;
   Lists negative;    // null: every other column
   int64_t own = -1;  // row r's own column is own + r and left out; negative for none
+
+  int64_t levels = 1;            // of positives, up to kMostLevels: the higher, the more relevant
+  const Lists* finer = nullptr;  // [levels - 1]  of lists: which positives have at least level 2, 3, ...
 };
 
 // Scores [rows, columns] and what the pairs are. Strides are in elements; columns are contiguous. What is ranked is
@@ -41,6 +47,7 @@ struct Matrix {
   Relation relation;
   const void* row_scale = nullptr;     // [rows]  null for 1; scales have the type of the scores, float or double
   const void* column_scale = nullptr;  // [columns]  null if and only if row_scale is
+  const double* worth = nullptr;       // [rows, levels]  relevance of each level to a query; null for one level
 };
 
 // Which kernels: pairwise meets every positive with every negative in reach; sorted sorts these and reads sums instead.
@@ -53,9 +60,20 @@ struct SurrogateSettings {
   Method method = Method::kAuto;
 };
 
-// Outputs of the average-precision op. T is double for double scores, float for all others.
+// What the loss is of the ranks of a row's positives. NDCG and H-AP know levels; to the others a positive is one.
+enum class Loss : int64_t { kAp = 0, kRecall = 1, kNdcg = 2, kMrr = 3, kHap = 4 };
+
+struct Ranking {
+  Loss loss = Loss::kAp;
+  double temperature = 1;                // recall: on ranks
+  double leak = 0, beta = 0, gamma = 1;  // H-AP: of the step towards higher levels
+  bool exponential = true;               // NDCG: an item of relevance r gains 2^r - 1, else r
+  std::vector<double> k;                 // recall
+};
+
+// Outputs of the op that has scores. T is double for double scores, float for all others.
 template <typename T>
-struct ApOutput {
+struct LossOutput {
   T* loss;  // [rows]
   void*
       gradient;  // [rows, columns]  of `share` times the losses, in the type of the scores, contiguous; null: not wanted
@@ -63,15 +81,16 @@ struct ApOutput {
   double share = 1;
 };
 
-// The ROADMAP objective of a row: which parts are wanted, and the margins of the calibration loss.
+// The objective of a row: which parts are wanted, the loss of ranks and the calibration loss, and how they are made.
 struct Objective {
-  bool ap, calibration;
+  bool ranks, calibration;
   double positive_margin, negative_margin;
+  Ranking ranking = {};
 };
 
 // Outputs of the objective. The gradient is that of the weighted sum of the first three values.
 struct ObjectiveOutput {
-  const double* weight;  // [rows, 3]  of the AP loss, of the sums of positive and of negative hinges
+  const double* weight;  // [rows, 3]  of the loss of ranks, of the sums of positive and of negative hinges
   double* value;         // [rows, 5]  these three, then how many hinges of each kind are not 0
   void* gradient;        // [rows, columns]  may be the scores themselves where these are contiguous; null: not wanted
 };
@@ -97,7 +116,7 @@ struct RankGradient {
 };
 
 template <typename T>
-void average_precision_rows(const Matrix&, const SurrogateSettings&, const Parallel&, const ApOutput<T>&);
+void rank_loss_rows(const Matrix&, const SurrogateSettings&, const Ranking&, const Parallel&, const LossOutput<T>&);
 template <typename T>  // scores of type T alone
 void objective_rows(const Matrix&, const SurrogateSettings&, const Objective&, const Parallel&, const ObjectiveOutput&);
 template <typename T>

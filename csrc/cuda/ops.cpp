@@ -220,10 +220,13 @@ void set_gradient(RowParams<S>& p, const Tensor& gradient) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> average_precision(Tensor scores, Tensor target, std::optional<Tensor> ignore,
-                                                     std::vector<double> surrogate, int64_t reduction,
-                                                     bool want_gradient, int64_t method) {
-  const auto settings = surrogate_of(surrogate, method);
+std::tuple<Tensor, Tensor, Tensor> rank_loss(Tensor scores, Tensor target, std::optional<Tensor> worth,
+                                             std::optional<Tensor> ignore, std::vector<double> objective,
+                                             int64_t reduction, bool want_gradient, int64_t method) {
+  const EmbeddingObjective wanted = objective_of(objective, method);
+  check_is_ap(wanted);
+  STD_TORCH_CHECK(!worth, "on CUDA there are no levels yet");
+  const SurrogateSettings& settings = wanted.surrogate;
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum,
                   "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   const Masked input(scores, target, ignore);
@@ -325,6 +328,7 @@ void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tens
                     std::vector<double> objective, std::optional<Tensor> row_scale, std::optional<Tensor> column_scale,
                     bool want_gradient, std::optional<Tensor> gradient, int64_t method) {
   const EmbeddingObjective wanted = objective_of(objective, method);
+  check_is_ap(wanted);
   STD_TORCH_CHECK(scores.dim() == 2 && on_device(scores) && scores.is_contiguous() &&
                       (scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double),
                   "scores must be a contiguous 2-D tensor of float32 or float64 on the device");
@@ -336,7 +340,7 @@ void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tens
   };
   check_rows(values, 5, "values");
   check_rows(weight, 3, "weight");
-  const PairLists lists = pairs_of(pairs, own);
+  const PairLists lists = check_one_level(pairs_of(pairs, own));
   const Listed listed(rows, lists);
   STD_TORCH_CHECK(together(scores, lists.positive.span), "lists must be on the device of scores");
   STD_TORCH_CHECK(row_scale.has_value() == column_scale.has_value(), "row_scale and column_scale come together");
@@ -369,7 +373,7 @@ void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tens
     p.score_stride = columns;
     p.scores = global_of<const T>(scores);
     p.relation = listed.relation;
-    p.ap = wanted.parts.ap;
+    p.ap = wanted.parts.ranks;
     p.calibration = wanted.parts.calibration;
     p.positive_margin = wanted.parts.positive_margin;
     p.negative_margin = wanted.parts.negative_margin;
@@ -388,7 +392,7 @@ void objective_rows(Tensor scores, Tensor values, std::vector<std::optional<Tens
 
 Tensor count_pairs(std::vector<std::optional<Tensor>> pairs, int64_t own, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "rows and columns must not be negative");
-  const PairLists lists = pairs_of(pairs, own);
+  const PairLists lists = check_one_level(pairs_of(pairs, own));
   const Listed listed(rows, lists);
   const Tensor& like = lists.positive.span;
   const Device device(like);
@@ -548,7 +552,7 @@ void remove_radial(Tensor gradient, Tensor x, Tensor scale) {
 
 template <typename Library>
 void implement(Library& m) {
-  m.impl("average_precision", TORCH_BOX(&average_precision));
+  m.impl("rank_loss", TORCH_BOX(&rank_loss));
   m.impl("objective_rows_", TORCH_BOX(&objective_rows));
   m.impl("count_pairs", TORCH_BOX(&count_pairs));
   m.impl("symmetrise_", TORCH_BOX(&symmetrise));

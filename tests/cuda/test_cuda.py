@@ -86,7 +86,7 @@ DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MIB = 1 << 20
 INF, NAN = math.inf, math.nan
-SURROGATE = settings.Surrogate().flat()  # as the ops take it
+SURROGATE, OBJECTIVE = settings.Surrogate().flat(), settings.Objective().flat()  # as the ops take them
 
 
 def on_device(value):
@@ -585,7 +585,7 @@ def test_opcheck(dtype):
     for mask in (ignore, None):
         for reduction in (0, 1, 2):
             for want in (True, False):
-                check(of.average_precision.default, (scores, target, mask, SURROGATE, reduction, want))
+                check(of.rank_loss.default, (scores, target, None, mask, OBJECTIVE, reduction, want))
         for want in (True, False):
             check(of.smooth_rank.default, (scores, target, mask, SURROGATE, want))
     for weight in (torch.rand(3, dtype=wide, device=DEVICE), torch.rand((), dtype=wide, device=DEVICE)):
@@ -701,11 +701,11 @@ def test_the_ops_check_for_themselves():
         (scores, target, SURROGATE[:5]),
     ):
         with pytest.raises(RuntimeError):
-            ops.average_precision(bad_scores, bad_target, None, arguments, 1, True)
+            ops.rank_loss(bad_scores, bad_target, None, None, arguments + OBJECTIVE[6:], 1, True)
         with pytest.raises(RuntimeError):
             ops.smooth_rank(bad_scores, bad_target, None, arguments, True)
     with pytest.raises(RuntimeError):
-        ops.average_precision(scores, target, None, SURROGATE, 3, True)
+        ops.rank_loss(scores, target, None, None, OBJECTIVE, 3, True)
     for weight in (torch.ones(2, device=DEVICE), torch.ones(5)):
         with pytest.raises(RuntimeError):
             ops.scale_rows(scores, weight, torch.ones(1, device=DEVICE))

@@ -212,7 +212,7 @@ def test_nothing_is_touched_where_the_product_is_one(emulated):
     target[:, 7] = True
     for empty in (False, True):
         target[3, 7] = not empty
-        _, gradient, factor = ops.average_precision(scores, target, None, Surrogate(), "mean", True, "auto")
+        _, gradient, factor = ops.rank_loss(scores, target, None, None, Objective(), True, "auto")
         assert (factor == 1).all() == (not empty)
         truth = scores.double().requires_grad_()
         reference.ap_loss(truth, target).backward()

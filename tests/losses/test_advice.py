@@ -33,10 +33,12 @@ from roadmap_ext import (
     distributed,
     extension,
     metrics,
+    ndcg_loss,
     reference,
     roadmap_loss,
     validation,
 )
+from roadmap_ext.autograd import check_loss
 from roadmap_ext.data import PerClassBatchSampler
 
 pytestmark = pytest.mark.host
@@ -151,19 +153,15 @@ CLASSES = [
     ({"pixels": X, "labels": LABELS}, "labels['labels']"),
     (ONE_HOT, "labels.argmax(1)"),
     (ONE_HOT.float(), "labels.argmax(1)"),
-    (ONE_HOT.bool(), "labels.int().argmax(1)"),
     (ONE_HOT.tolist(), "torch.as_tensor(labels).argmax(1)"),
     (ONE_HOT.to_sparse(), "labels.to_dense().argmax(1)"),
     (MULTI_HOT, "ap_loss(scores, labels.float() @ labels.float().T > 0, ignore=itself)"),
-    (MULTI_HOT.bool(), "ap_loss(scores, labels.float() @ labels.float().T > 0, ignore=itself)"),
     (MULTI_HOT.double(), "ap_loss(scores, labels @ labels.T > 0, ignore=itself)"),
     (MULTI_HOT.float().to_sparse(), "ap_loss(scores, labels.to_dense() @ labels.to_dense().T > 0, ignore=itself)"),
     (SOFT, "ap_loss(scores, labels @ labels.T > 0.5, ignore=itself)"),
     ((4 * X).softmax(1), "ap_loss(scores, labels @ labels.T > 0.5, ignore=itself)"),
-    (RELATION, "ap_loss(scores, labels.bool(), ignore=itself)"),
     (RELATION.int(), "ap_loss(scores, labels.bool(), ignore=itself)"),
     (0.8 * RELATION, "ap_loss(scores, labels > 0.5, ignore=itself)"),
-    (torch.stack([LABELS, LABELS // 2], dim=1), "labels[:, 0]"),
     (LABELS[:, None], "labels.flatten()"),
     (LABELS[None], "labels.flatten()"),
     (LABELS[:, None].float(), "labels.flatten().long()"),
@@ -212,10 +210,11 @@ CASES = [
     ("gallery", "ref_labels", ONE_HOT, "ref_labels.argmax(1)"),
     ("gallery", "ids", IDS.tolist(), "torch.as_tensor(ids)"),
     ("gallery", "ref_ids", IDS.double(), "ref_ids.long()"),
-    ("reference", "labels", ONE_HOT.bool(), "labels.int().argmax(1)"),
     ("metrics", "embeddings", X.tolist(), "torch.as_tensor(embeddings)"),
     ("metrics", "embeddings", (10 * X).int().numpy(), "torch.as_tensor(embeddings).float()"),
     ("metrics", "labels", ONE_HOT.numpy(), "torch.as_tensor(labels).argmax(1)"),
+    ("metrics", "labels", ONE_HOT.bool(), "labels.int().argmax(1)"),
+    ("metrics", "labels", torch.stack([LABELS, LABELS // 2], dim=1), "labels[:, 0]"),
     ("metrics", "labels", LABELS.double().numpy(), "torch.as_tensor(labels).long()"),
     ("metrics", "labels", (LABELS > 0).numpy(), "torch.as_tensor(labels).long()"),
     ("metrics", "labels", numpy.array([0, 0, 1, 1, NAN, 2]), "torch.as_tensor(labels).nan_to_num(nan=-1).long()"),
@@ -338,6 +337,21 @@ OTHERS = [
         lambda: roadmap_loss(X, LABELS, filled(), LABELS, ids=IDS),
         "which has its own: leave it out",
         lambda: roadmap_loss(X, LABELS, filled(), ids=IDS),
+    ),
+    (
+        lambda: roadmap_loss(X, LABELS, positives=RELATION),
+        "pass one of them (labels=None beside positives)",
+        lambda: roadmap_loss(X, positives=RELATION),
+    ),
+    (
+        lambda: roadmap_loss(X, ref_emb=filled(), ids=IDS, positives=RELATION),
+        "whose references it does not know: pass labels",
+        lambda: roadmap_loss(X, LABELS, filled(), ids=IDS),
+    ),
+    (
+        lambda: check_loss(torch.device("cuda"), "ndcg"),
+        "pass method='reference', or CPU tensors",
+        lambda: ndcg_loss(S, T, method="reference"),
     ),
     (
         lambda: RoadmapLoss()(X, LABELS, X, LABELS),

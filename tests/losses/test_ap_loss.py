@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import roadmap_ext
 from roadmap_ext import APLoss, ap_loss, reference, roadmap_loss
+from roadmap_ext.settings import Objective
 
 pytestmark = pytest.mark.ops
 
@@ -274,11 +275,13 @@ def test_autocast_leaves_the_scores_alone():
 @pytest.mark.parametrize("want", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.host
-def test_opcheck_average_precision(dtype, want, reduction):
+def test_opcheck_rank_loss(dtype, want, reduction):
     scores, target, ignore = case(3, 40, dtype)
-    settings = ([0.0, 0.01, 100.0, 0.05, 0.5, 1.49], ["none", "mean", "sum"].index(reduction), want)
+    settings = (Objective().flat(), ["none", "mean", "sum"].index(reduction), want)
     for mask in (ignore, None):
-        torch.library.opcheck(torch.ops.roadmap_ext.average_precision.default, (scores, target, mask, *settings))
+        torch.library.opcheck(torch.ops.roadmap_ext.rank_loss.default, (scores, target, None, mask, *settings))
+    level, worth = target.to(torch.uint8) * 2, torch.ones(3, 2, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.roadmap_ext.rank_loss.default, (scores, level, worth, None, *settings))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -619,11 +622,26 @@ class TestBadInput:
             (self.scores, self.target, []),
         ):
             with pytest.raises(RuntimeError):
-                ops.average_precision(scores, target, None, arguments, 1, True)
+                ops.rank_loss(scores, target, None, None, arguments + Objective().flat()[6:], 1, True)
             with pytest.raises(RuntimeError):
                 ops.smooth_rank(scores, target, None, arguments, True)
         with pytest.raises(RuntimeError):
-            ops.average_precision(self.scores, self.target, None, settings, 3, True)
+            ops.rank_loss(self.scores, self.target, None, None, Objective().flat(), 3, True)
+        worth = torch.ones(3, 2, dtype=torch.float64)
+        for level, of in (
+            (self.target, worth),
+            (self.target.byte(), worth[:2]),
+            (self.target.byte(), worth.float()),
+            (self.target.byte(), None),
+            (self.target.byte(), torch.ones(3, 17, dtype=torch.float64)),
+        ):
+            with pytest.raises(RuntimeError):
+                ops.rank_loss(self.scores, level, of, None, Objective().flat(), 1, True)
+        for place, wrong in ((10, 5.0), (10, 0.5), (11, 0.0), (12, NAN)):
+            given = Objective().flat()
+            given[place] = wrong
+            with pytest.raises(RuntimeError):
+                ops.rank_loss(self.scores, self.target, None, None, given, 1, True)
         with pytest.raises(RuntimeError):
             ops.scale_rows(self.scores, torch.ones(2), torch.ones(1))
         with pytest.raises(RuntimeError):

@@ -50,8 +50,8 @@ TARGET, WEIGHT = SCORES > 0.4, torch.ones(2, 3, dtype=torch.float64)
 PAIRS = from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 0]), *[torch.arange(2), torch.arange(3)], False, False)
 SURROGATE, OBJECTIVE = Surrogate().flat(), Objective().flat()
 CALLS = {
-    "numbers": ("average_precision", (SCORES, TARGET, None, SURROGATE, 1, True)),
-    "optional tensor": ("average_precision", (SCORES, TARGET, TARGET, SURROGATE, 1, False)),
+    "numbers": ("rank_loss", (SCORES, TARGET, None, None, OBJECTIVE, 1, True)),
+    "optional tensor": ("rank_loss", (SCORES, TARGET, None, TARGET, OBJECTIVE, 1, False)),
     "tensors": ("count_pairs", (PAIRS.flat(), 0, 2, 3)),
     "both": (
         "objective_rows_",
@@ -59,7 +59,7 @@ CALLS = {
     ),
     "ranks": ("smooth_rank", (SCORES, TARGET, None, SURROGATE, True)),
     "metrics": ("rank_metrics", (SCORES, PAIRS.flat(), -1)),
-    "too few numbers": ("average_precision", (SCORES, TARGET, None, SURROGATE[:5], 1, True)),
+    "too few numbers": ("rank_loss", (SCORES, TARGET, None, None, OBJECTIVE[:15], 1, True)),
     "too few tensors": ("count_pairs", (PAIRS.flat()[:5], 0, 2, 3)),
     "a list without its columns": ("count_pairs", ([*PAIRS.flat()[:5], TARGET], 0, 2, 3)),
 }

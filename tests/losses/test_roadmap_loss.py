@@ -758,7 +758,8 @@ def test_defaults_agree():
         assert shown == {name: settings.DEFAULTS[name] for name in shown}, other
         assert len(shown) >= 6, other
     assert set(inspect.signature(RoadmapLoss).parameters) == set(defaults) - {
-        "embeddings", "labels", "ref_emb", "ref_labels", "ids", "ref_ids"
+        "embeddings", "labels", "ref_emb", "ref_labels", "ids", "ref_ids", "positives", "relevance",
+        *settings.Ranking._fields,
     }  # fmt: skip
 
 
@@ -947,8 +948,8 @@ class TestBadInput:
             of.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
         with pytest.raises(RuntimeError, match="contiguous CPU tensor"):
             of.remove_radial_(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
-        for wrong in (objective[:9], [*objective, 0.0], [], [*objective[:9], NAN]):
-            with pytest.raises(RuntimeError, match=r"10 numbers|margins"):
+        for wrong in (objective[:15], [], [*objective[:9], NAN, *objective[10:]]):
+            with pytest.raises(RuntimeError, match=r"16 numbers|settings must"):
                 of.objective_rows_(scores, values, [alias, column, *none], 0, weight, wrong, None, None, True)
         for scores, values, weight in (
             (torch.zeros(2, 3).half(), torch.zeros(2, 5).double(), torch.zeros(2, 3).double()),

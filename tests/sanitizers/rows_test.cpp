@@ -109,8 +109,8 @@ void check(ScoreType type, int64_t rows, int64_t columns, unsigned seed) {
     std::vector<T> first_loss;
     for (int workers : {1, 3}) {
       Guarded<T> loss(rows), unscale(rows);
-      average_precision_rows<T>(m, settings, threads(workers),
-                                {loss.data(), gradient.data(), half ? unscale.data() : nullptr, 0.25});
+      rank_loss_rows<T>(m, settings, Ranking{}, threads(workers),
+                        {loss.data(), gradient.data(), half ? unscale.data() : nullptr, 0.25});
       for (int64_t row = 0; row < rows; ++row) {
         expect(loss[row] != loss[row] || (loss[row] >= -1e-6 && loss[row] <= 1 + 1e-6), "a loss lies in [0, 1]");
       }
@@ -181,11 +181,11 @@ void check_sorted(int64_t rows, int64_t columns, unsigned seed) {
     SurrogateSettings settings = {surrogate, kTau, 100.0, delta, 0.5, 1.44};
     Guarded<float> loss(rows), pairwise_loss(rows), gradient(rows * columns), pairwise(rows * columns);
     settings.method = Method::kPairwise;
-    average_precision_rows<float>(m, settings, threads(3), {pairwise_loss.data(), pairwise.data(), nullptr});
+    rank_loss_rows<float>(m, settings, Ranking{}, threads(3), {pairwise_loss.data(), pairwise.data(), nullptr});
     settings.method = Method::kSorted;
     std::vector<float> first;
     for (int workers : {1, 3}) {
-      average_precision_rows<float>(m, settings, threads(workers), {loss.data(), gradient.data(), nullptr});
+      rank_loss_rows<float>(m, settings, Ranking{}, threads(workers), {loss.data(), gradient.data(), nullptr});
       for (int64_t row = 0; row < rows; ++row) {
         expect(std::fabs(loss[row] - pairwise_loss[row]) < 1e-5, "the loss of the pairwise kernels");
         double error = 0, norm = 0;
