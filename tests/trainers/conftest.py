@@ -31,6 +31,7 @@ def library():
         losses=losses,
         modules=modules,
         ours=ours,
+        version=tuple(map(int, sentence_transformers.__version__.split(".")[:2])),
         pretrained=str(get_model_path()),
     )
 

@@ -5,6 +5,7 @@ Expected values come from the losses of embeddings that the model's own encode()
 
 import csv
 import functools
+import gc
 import json
 import re
 import subprocess
@@ -298,8 +299,15 @@ class TestEvaluator:
 
 
 def ranked(rank, world, folder, path, size, by):
-    """One of several ranks with its share of the batch, in DistributedDataParallel."""
+    """One of several ranks."""
     begin(rank, world, folder, 60)
+    torch.save(trained(rank, folder, path, size, by), folder / f"{rank}.pt")
+    gc.collect()  # DistributedDataParallel must be gone before its group
+    torch.distributed.destroy_process_group()
+
+
+def trained(rank, folder, path, size, by):
+    """Loss and gradients of a rank with its share of the batch, in DistributedDataParallel."""
     from sentence_transformers import SentenceTransformer
 
     from roadmap_ext.integrations.sentence_transformers import SupAPLoss
@@ -313,15 +321,15 @@ def ranked(rank, world, folder, path, size, by):
     given = [{key: x[mine] for key, x in column.items()} for column in batch["columns"]]
     value = loss(given, batch["labels"][mine] if by == "labels" else None)
     value.backward()
-    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.save((value.detach(), grads), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("by", ["labels", "columns"])
 @pytest.mark.parametrize("size", [None, 4])
 def test_gather_across_devices(library, tiny, tiny_path, texts, tmp_path, size, by):
     """Two processes have the loss and the gradients of one with the whole batch."""
+    if size and library.version < (6, 2):
+        pytest.skip("the library's cached backward exchanges gradients with every mini-batch before 6.2")
     every, labels = texts
     columns = features(tiny, every[:18]) if by == "labels" else features(tiny, every[:18], every[18:36])
     batch = {"columns": columns, "labels": torch.tensor(labels[:18])}
