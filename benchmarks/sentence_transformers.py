@@ -16,7 +16,6 @@ import argparse
 import csv
 import gc
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -45,6 +44,7 @@ from roadmap_ext.metrics import retrieval_metrics
 
 from . import report
 from .measure import Spread
+from .quality.wordnet import definitions
 
 STEPS, TEXTS, PER_CLASS = 24, 48, 4
 ROUNDS = 16  # in which times are measured
@@ -67,17 +67,6 @@ LOSSES: dict[str, tuple[Callable[[Any], torch.nn.Module], bool]] = {
     "SupAPLoss(tau=0.01)": (lambda model: ours.SupAPLoss(model, tau=0.01), False),
     "BatchHardSoftMarginTripletLoss": (losses.BatchHardSoftMarginTripletLoss, False),
 }
-
-
-def definitions(text: str) -> list[tuple[str, str]]:
-    """Hypernym and definition of each noun of a data.noun (wndb(5WN)): its first hypernym, without examples, once."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        facts, _, gloss = line.partition(" | ")
-        hypernym = re.search(r" @ (\d{8}) n ", facts)
-        if hypernym and not line.startswith("  "):  # the licence
-            found.setdefault(gloss.split('; "')[0].strip(), hypernym[1])
-    return [(hypernym, definition) for definition, hypernym in found.items()]
 
 
 def glosses(folder: Path, seed: int) -> tuple[list[list[str]], list[list[str]]]:
