@@ -71,7 +71,7 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 2244),
+    Cell("quick", "not deep and not gpu and not timm", 2245),
     Cell("kernels", "deep and (kernels or losses or metrics)", 1438),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(

@@ -305,6 +305,19 @@ OTHERS = [
         "use batches.to('meta')",
         lambda: validation.check_index("batches", IDS.to("meta"), torch.device("meta")),
     ),
+    (
+        lambda: roadmap_loss(X, None),
+        "or pass positives or relevance",
+        lambda: (
+            roadmap_loss(X, None, positives=LABELS[:, None] == LABELS),
+            roadmap_loss(X, None, relevance=(LABELS[:, None] == LABELS).long()),
+        ),
+    ),
+    (
+        lambda: RoadmapLoss(margins="auto", positive_margin=0.8),
+        "leave positive_margin out, or margins",
+        lambda: (RoadmapLoss(margins="auto"), RoadmapLoss(positive_margin=0.8)),
+    ),
     (measured, "call update(embeddings, labels) first", lambda: measured((X, LABELS))),
     (
         lambda: measured((X, LABELS), (X.double(), LABELS)),
@@ -516,7 +529,6 @@ def test_the_code_in_a_message_is_taken(call, argument, value, code):
         ("loss", "embeddings", ["a"], "got list"),
         ("loss", "embeddings", [[1.0], [2.0, 3.0]], "got list"),
         ("loss", "embeddings", torch.tensor(1.0), r"got shape \(\)"),
-        ("loss", "labels", None, "got NoneType"),
         ("loss", "labels", {"names": ["a"]}, "got dict"),
         ("loss", "labels", LABELS[:4], r"got shape \(4,\)"),
         ("loss", "labels", torch.randn(ROWS, 3), r"got shape \(6, 3\)"),
