@@ -28,7 +28,7 @@ from .autograd import resolve_method, savable
 from .embedding_loss import embedding_loss
 from .pairs import Items, References, blank, from_labels
 from .settings import Settings, checked
-from .validation import check_plain
+from .validation import check_given, check_plain
 
 dist = torch.distributed
 
@@ -109,17 +109,21 @@ def world_size() -> int:
 
 def roadmap_loss(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_emb: Tensor | References | None,
     ref_labels: Tensor | None,
     ids: Tensor | None,
     ref_ids: Tensor | None,
+    positives: object,
+    relevance: object,
     given: Mapping[str, Any],
 ) -> Tensor:
     """:func:`roadmap_ext.roadmap_loss` of the batches of all ranks as one; arguments as there, not checked before."""
     everywhere = isinstance(ref_emb, References)  # the same on every rank, and need not be gathered
 
     def describe() -> Facts[tuple[Settings, Items]]:
+        check_given(labels, positives, relevance, "gather_across_devices")
+        assert labels is not None
         settings = checked(given)
         items = Items.checked(embeddings, labels, ref_emb, ref_labels, ids, ref_ids)
         _check_backend(embeddings.device)
@@ -136,6 +140,7 @@ def roadmap_loss(
         return (settings, items), common, own
 
     (settings, items), brought = handshake(describe, embeddings)
+    labels = items.labels
     rank, rows, ignore_label = dist.get_rank(), brought["rows"], settings.ignore_label
     first, alone, whole = sum(rows[:rank]), items.ref_emb is None, settings.method == "reference"
     queries = blank(_joined(embeddings, brought["gradient"]), labels, ignore_label)

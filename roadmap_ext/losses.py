@@ -33,7 +33,7 @@ from .settings import (
     checked,
     defaults_of,
 )
-from .validation import check_flag, check_levels, check_relation, check_relevance, check_scores
+from .validation import check_flag, check_given, check_levels, check_relation, check_relevance, check_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -464,13 +464,18 @@ def roadmap_loss(
         0.3336
     """
     gather = check_flag("gather_across_devices", settings.get("gather_across_devices", False))
+    if gather and distributed.world_size() > 1:
+        across_ranks = distributed.roadmap_loss
+        if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
+            across_ranks = torch.compiler.disable(across_ranks)
+        loss: Tensor = across_ranks(
+            embeddings, labels, ref_emb, ref_labels, ids, ref_ids, positives, relevance, settings
+        )
+        return loss
+    beside = "gather_across_devices" if gather else "an EmbeddingMemory" if isinstance(ref_emb, EmbeddingMemory) else ""
+    check_given(labels, positives, relevance, beside)
     if positives is not None or relevance is not None:
-        name = "relevance" if positives is None else "positives"
-        if gather or isinstance(ref_emb, EmbeddingMemory):
-            raise ValueError(
-                f"{name} was given together with {'gather_across_devices' if gather else 'an EmbeddingMemory'}, whose "
-                "references it does not know: pass labels"
-            )
+        assert not isinstance(ref_emb, EmbeddingMemory)  # as checked above
         made = checked(settings)
         gain = made.objective.ranking.gain if made.objective.ranking.loss == "ndcg" else "linear"
         listed = check_relation(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, positives, relevance, gain)
@@ -478,14 +483,7 @@ def roadmap_loss(
         given = positives if listed is None else listed
         pairs = from_relation(embeddings, ref_emb, ids, ref_ids, given, relevance, made.include_self)
         return embedding_loss(embeddings, ref_emb, pairs, made)
-    if labels is None:
-        raise TypeError("labels must be a torch.Tensor of integers, got None; or pass positives or relevance")
-    if gather and distributed.world_size() > 1:
-        across_ranks = distributed.roadmap_loss
-        if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
-            across_ranks = torch.compiler.disable(across_ranks)
-        loss: Tensor = across_ranks(embeddings, labels, ref_emb, ref_labels, ids, ref_ids, settings)
-        return loss
+    assert labels is not None  # as checked above
     made, items = (
         checked(settings),
         Items.checked(

@@ -169,6 +169,15 @@ def check_progress(value: object) -> bool:
     return value is True
 
 
+def check_given(labels: object, positives: object, relevance: object, beside: str) -> None:
+    """Raise where nothing says what is relevant, or what cannot be known of references ``beside`` the batch's own."""
+    if beside and (positives is not None or relevance is not None):
+        name = "relevance" if positives is None else "positives"
+        raise ValueError(f"{name} was given together with {beside}, whose references it does not know: pass labels")
+    if labels is None and positives is None and relevance is None:
+        raise TypeError("labels must be a torch.Tensor of integers, got None; or pass positives or relevance")
+
+
 def check_embeddings(
     embeddings: Tensor,
     labels: Tensor,

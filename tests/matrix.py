@@ -71,8 +71,8 @@ class Cell:
 OPS = "ops and not host"
 EACH_SET = "(ops or cpu_kernels) and not host and not long"
 CELLS = [
-    Cell("quick", "not deep and not gpu and not timm", 2245),
-    Cell("kernels", "deep and (kernels or losses or metrics)", 1438),
+    Cell("quick", "not deep and not gpu and not timm", 2246),
+    Cell("kernels", "deep and (kernels or losses or metrics)", 1437),
     Cell("sorted", OPS, 797, plugin="every_row_sorted"),
     *(
         cell

@@ -48,6 +48,14 @@ def fails(*_):
 
 
 SETTINGS = {
+    "loss": ["mean", None, "mrr"],
+    "k": [0, (), "a", None, (1, 2)],
+    "rank_temperature": [0, "a", None, 2.0],
+    "gain": ["square", None, "linear"],
+    "alpha": [0, "a", 2.0],
+    "leak": [-1, "a", 0.1],
+    "beta": [-1, "a", 0.1],
+    "gamma": [-1, "a", 0.5],
     "calibration_weight": [-1, 2.0, "a", None, 0.4],
     "positive_margin": ["a", float("nan"), 0.8],
     "negative_margin": [None, float("inf"), 0.5],
@@ -66,7 +74,12 @@ SETTINGS = {
     "reduction": ["median", None, "none", "sum"],
     "method": ["fast", None, "reference"],
 }
-QUERIES = {"embeddings": wrong_rows(), "labels": wrong_integers(), "ids": wrong_integers(), "ref_ids": wrong_integers()}
+QUERIES = {
+    **{"embeddings": wrong_rows(), "labels": wrong_integers(), "ids": wrong_integers(), "ref_ids": wrong_integers()},
+    # of what one rank brings the others know nothing
+    "positives": [torch.ones(ROWS, ROWS).bool(), 3],
+    "relevance": [torch.ones(ROWS, ROWS), "a"],
+}
 REFERENCES = {
     "ref_emb": [*wrong_rows(), EmbeddingMemory(9, DIM)],
     "ref_labels": wrong_integers(),
