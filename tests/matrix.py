@@ -84,11 +84,11 @@ CELLS = [
     ),
     Cell("emulated-ops", f"{OPS} and not long", 720, plugin="emulated_ops"),
     *(
-        Cell(f"ptx-{arch}", f"{OPS} and not long or deep and emulated", 1087, {"ROADMAP_PTX": arch}, "emulated_ops")
+        Cell(f"ptx-{arch}", f"{OPS} and not long or deep and emulated", 1105, {"ROADMAP_PTX": arch}, "emulated_ops")
         for arch in ("80", "90")
     ),
     Cell("ptx", "deep and ptx", 71),
-    Cell("emulated", "deep and emulated", 367),
+    Cell("emulated", "deep and emulated", 385),
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),
     Cell("packaging", "deep and package", 10),

@@ -83,7 +83,11 @@ Resources device_resources() {
   int device = 0, count = 0;
   // A failure leaves 0 and shows at the launch.
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return {count > 0 ? count : 1};
+  int shared = 0;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  Resources resources = {count > 0 ? count : 1};
+  resources.boxes = shared >= shared_bytes<float>(kBoxPiece, kMostThreads, true);
+  return resources;
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -165,10 +165,11 @@ Tensor run_rows(RowParams<S>& p, const Tensor& like, uint32_t steps, Method meth
   STD_TORCH_CHECK(p.columns < kMostColumns, "on CUDA scores must have less than 2^30 columns, got ", p.columns);
   const Resources resources = device_resources();
   const bool count_only = p.op == Op::kCountPairs;
-  // float64 is there for gradient checks: it is not scanned.
-  const bool scan = sizeof(T) == 4 && method != Method::kPairwise && (steps & kSort);
-  const int scan_above = !scan ? kNever : method == Method::kSorted ? 0 : resources.scan_above;
-  const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, scan_above, resources);
+  // float64 is there for gradient checks: it goes pair by pair.
+  const bool boxes = sizeof(T) == 4 && resources.boxes && method != Method::kPairwise && (steps & kSort);
+  const int chosen = resources.boxes_above < 0 ? boxes_pay_above(p.columns) : resources.boxes_above;
+  const int boxes_above = !boxes ? kNever : method == Method::kSorted ? 0 : chosen;
+  const Plan plan = make_plan<T>(p.rows, p.columns, count_only, steps, boxes_above, p.grid.reach, resources);
   Tensor memory = allocate(like, {std::max<int64_t>(plan.bytes, 1)}, ScalarType::Byte);
   for (const Schedule& schedule : plan.launches) {
     STD_TORCH_CHECK(schedule.slots * schedule.blocks_per_row <= kMostBlocks, "too many rows for a launch");
@@ -190,12 +191,12 @@ uint32_t steps_of(const RowParams<S>& p) {
   const bool gradient = p.gradient_type != GradientType::kNone, own = p.pair.smooth && p.ap;
   if (gradient) steps |= kGradient | kScatter | (own ? kOwn : 0);
   if (!p.ap) return steps;
-  // The same for rows that are scanned.
-  steps |= kSortKeys;
-  if (p.op != Op::kRankGradient) steps |= kSums | kJoin | kRead;
-  if (own && (p.op != Op::kRankGradient || gradient)) steps |= kSumsAmong | kJoinAmong | kReadAmong;
-  if (gradient) steps |= kSumsWeighted | kJoinWeighted | kReadWeighted;
-  if (gradient && own) steps |= kSumsOwn | kJoinOwn | kReadOwn;
+  // The same for rows by boxes.
+  steps |= kLoad | kSortChunks | kMerge | kKeys | kEdges | kSumMoments | kTotals;
+  if (p.op != Op::kRankGradient) steps |= kPrefix | kRanks;
+  if (own && (p.op != Op::kRankGradient || gradient)) steps |= kWeighOnes | kPrefixOnes | kRanksAmong;
+  if (gradient) steps |= kWeigh | kPrefixWeights | kTable | kBoxGradient;
+  if (gradient && own) steps |= kWeighOwn | kPrefixOwn | kGradientAmong;
   return steps;
 }
 

@@ -27,9 +27,9 @@ namespace roadmap::cuda {
 constexpr int kWord = 32;   // places of a word of a bitmap
 constexpr int kTiles = 32;  // after which sums leave their thread: longer ones would drift
 
-// kShared: rows of one piece, which stays in shared memory; else any row, by way of the workspace. kScan: rows may be
-// scanned, by the class in scan.cuh.
-template <typename S, int kCapacity, bool kShared, bool kScan = false>
+// kShared: rows of one piece, which stays in shared memory; else any row, by way of the workspace. kByBoxes: rows may go
+// by boxes, by the class in boxes.cuh.
+template <typename S, int kCapacity, bool kShared, bool kByBoxes = false>
 class RowKernel {
  protected:
   using T = Accumulation<S>;
@@ -85,7 +85,7 @@ class RowKernel {
     }
     if (!kShared && !(wanted & (kMasks | kCollect))) {
       size_ = positives_of_blocks(blocks());
-      if (!kScan && may_scan() && all_finite()) return;  // shared, and the other kernel's
+      if (!kByBoxes && may_go_by_boxes() && all_finite()) return;  // shared, and the other kernel's
     }
     if constexpr (sizeof(T) == 4) {
       if (wanted & kSort) sort();
@@ -99,9 +99,9 @@ class RowKernel {
   }
 
  protected:
-  // Whether a row is one to be scanned; it is, where all of it is finite.
-  ROADMAP_DEVICE bool may_scan() const {
-    return p_.schedule.scan_above != kNever && size_ > p_.schedule.scan_above && weighs();
+  // Whether a row is one for boxes; it goes by them where all of it is finite.
+  ROADMAP_DEVICE bool may_go_by_boxes() const {
+    return p_.schedule.boxes_above != kNever && size_ > p_.schedule.boxes_above && weighs();
   }
   // What the first `blocks` blocks have counted of a row's keys: see Workspace::block_items.
   ROADMAP_DEVICE int sum_of_blocks(int what, int blocks) const {
@@ -120,7 +120,7 @@ class RowKernel {
     for (; row_ < s.last_row; row_ += s.slots * simt::threads()) {
       const int64_t row = row_ + s.slots * simt::thread();
       bool longer = row < s.last_row && p_.workspace.count[row] > s.most;
-      if (longer && p_.workspace.done && !s.scan) longer = p_.workspace.done[row] == 0;
+      if (longer && s.skip_done) longer = p_.workspace.done[row] == 0;
       if (!simt::barrier_or(longer)) continue;
       double nearest[] = {static_cast<double>(longer ? -simt::thread() : -simt::threads())};
       over_block<0>(nearest);
@@ -133,9 +133,11 @@ class RowKernel {
   // Whether ranks are computed, and whether they weigh in a gradient.
   ROADMAP_DEVICE bool ranks() const { return p_.op != Op::kRankGradient && weighs(); }
   ROADMAP_DEVICE bool weighs() const { return p_.op != Op::kObjective || p_.ap; }
-  ROADMAP_DEVICE int pieces() const { return (size_ + kCapacity - 1) / kCapacity; }
+  // By boxes all positives are one piece, which stays in the workspace.
+  ROADMAP_DEVICE int pieces() const { return kByBoxes ? size_ > 0 : (size_ + kCapacity - 1) / kCapacity; }
   ROADMAP_DEVICE int piece_begin(int piece) const { return piece * kCapacity; }
   ROADMAP_DEVICE int piece_size(int piece) const {
+    if (kByBoxes) return size_;
     const int rest = size_ - piece_begin(piece);
     return rest < kCapacity ? rest : kCapacity;
   }
@@ -148,7 +150,8 @@ class RowKernel {
   ROADMAP_DEVICE int shift() const { return kShared ? shift_ : 0; }
   ROADMAP_DEVICE int last_place() const { return shift() + static_cast<int>(p_.columns); }
   ROADMAP_DEVICE int64_t word_at(int64_t word) const { return slot() * p_.workspace.words + word; }
-  ROADMAP_DEVICE int64_t place(int64_t i) const { return slot() * p_.columns + i; }  // of positive i in the workspace
+  // Of positive i in the workspace.
+  ROADMAP_DEVICE int64_t place(int64_t i) const { return slot() * p_.schedule.places + i; }
   ROADMAP_DEVICE int64_t block_at(int64_t block) const { return slot() * blocks() + block; }
   // Words [begin, end) of share `index` of `count`.
   ROADMAP_DEVICE void share_words(int index, int count, int& begin, int& end) const {
@@ -372,8 +375,8 @@ class RowKernel {
     return sum_over_warp(sum);
   }
 
-  // Writes their columns, ascending, to shared memory or to the workspace. False: too many for shared memory, so that
-  // another launch has to take this row.
+  // Writes their columns, ascending, to shared memory or to the workspace. False: too many, so that another launch has
+  // to take this row.
   ROADMAP_DEVICE bool collect() {
     int at = 0;
     if (kShared) {
@@ -382,6 +385,7 @@ class RowKernel {
       simt::barrier();  // the count has been written
       at = positives_of_blocks(block());
       size_ = positives_of_blocks(blocks());
+      if (size_ > p_.schedule.places) return false;
     }
     int begin, end;
     share_words(block(), blocks(), begin, end);
@@ -391,7 +395,7 @@ class RowKernel {
       if (!simt::barrier_or(bits != 0)) continue;
       int total;
       int to = at + sum_before(simt::count_bits(bits), total);
-      if constexpr (kScan) {
+      if constexpr (kByBoxes) {
         if (w < end) p_.workspace.before[word_at(w)] = to;
       }
       for (int j = 0; bits; ++j, bits >>= 1) {
@@ -418,6 +422,7 @@ class RowKernel {
   // Loads columns and scores of a piece to shared memory. Where the row stays there, so are the columns already; else
   // other threads may still read the piece before.
   ROADMAP_DEVICE void load(int piece) {
+    if (kByBoxes) return;
     const int n = piece_size(piece);
     if (!kShared) simt::barrier();
     for (int i = simt::thread(); i < n; i += simt::threads()) {
@@ -426,6 +431,22 @@ class RowKernel {
       score_[i] = score_of(column);
     }
     simt::barrier();
+  }
+
+  // Positive i of the piece that is loaded.
+  ROADMAP_DEVICE T score_at(int i) const {
+    if constexpr (kByBoxes) {
+      return p_.workspace.sorted[0][slot() * p_.schedule.room + i];
+    } else {
+      return score_[i];
+    }
+  }
+  ROADMAP_DEVICE int32_t column_at(int i) const {
+    if constexpr (kByBoxes) {
+      return p_.workspace.column[place(i)];
+    } else {
+      return column_[i];
+    }
   }
 
   // Pieces sorted by score, ties by column. float64 has no use for an order.
@@ -466,12 +487,10 @@ class RowKernel {
 
   // The number of a positive in its piece by column, which is the order of smooth_rank.
   ROADMAP_DEVICE int ordinal(int i, int n) const {
-    const int32_t column = column_[i];
-    if constexpr (kScan) {
-      if (scanned_) {
-        const uint32_t lower = p_.workspace.positive[word_at(column / kWord)] & ((1u << (column % kWord)) - 1);
-        return p_.workspace.before[word_at(column / kWord)] + simt::count_bits(lower);
-      }
+    const int32_t column = column_at(i);
+    if constexpr (kByBoxes) {
+      const uint32_t lower = p_.workspace.positive[word_at(column / kWord)] & ((1u << (column % kWord)) - 1);
+      return p_.workspace.before[word_at(column / kWord)] + simt::count_bits(lower);
     }
     int before = 0;
     for (int j = 0; j < n; ++j) before += column_[j] < column;
@@ -841,7 +860,7 @@ class RowKernel {
   // For rows in the workspace: rank- and slope of every positive, summed over spans, a warp a positive.
   ROADMAP_DEVICE void sum_spans() {
     const int spans = blocks() / pieces();
-    if (spans <= 1 || scanned_) return;
+    if (spans <= 1 || kByBoxes) return;
     for (int i = warp(); i < size_; i += warps_) {
       const int piece = i / kCapacity;
       double rank = 0, slope = 0;
@@ -881,7 +900,7 @@ class RowKernel {
 
   // Where the numbers of a positive lie among those of all, or -1.
   ROADMAP_DEVICE int64_t entry(int piece, int i) const {
-    const int64_t at = p_.first[row_] + (scanned_ ? 0 : piece_begin(piece)) + ordinal(i, piece_size(piece));
+    const int64_t at = p_.first[row_] + piece_begin(piece) + ordinal(i, piece_size(piece));
     return at >= 0 && at < p_.entries ? at : -1;
   }
 
@@ -896,7 +915,7 @@ class RowKernel {
     for (int piece = 0; piece < count; ++piece) {
       if (!kShared) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
-        const T u = score_[i];
+        const T u = score_at(i);
         nan |= u != u;
         if (p_.op == Op::kRank) continue;
         const Weight w = weight_of(piece, i);
@@ -916,7 +935,7 @@ class RowKernel {
       for (int piece = 0; piece < pieces(); ++piece) {
         if (!kShared) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
-          const T u = score_[i];
+          const T u = score_at(i);
           nan |= u != u;
         }
       }
@@ -977,7 +996,7 @@ class RowKernel {
     }
     const int count = ranks() && pieces() ? pieces() : 1;
     int spans = blocks() / count > 1 ? blocks() / count : 1;
-    if (scanned_) spans = blocks();
+    if (kByBoxes) spans = blocks();
     bool nan = false;
     for (int span = lane(); span < spans; span += simt::kWarp) {
       seen.hinge_sum += p_.workspace.hinge[block_at(span)];
@@ -998,7 +1017,7 @@ class RowKernel {
       if (at < 0) continue;
       const Ranks r = ranks_of(piece, i);
       p_.query[at] = row_;
-      p_.reference[at] = column_[i];
+      p_.reference[at] = column_at(i);
       p_.positive_rank[at] = is_nan ? nan : static_cast<T>(r.above);
       p_.negative_rank[at] = is_nan ? nan : static_cast<T>(r.below);
       if (p_.slope_out) p_.slope_out[at] = is_nan ? nan : static_cast<T>(r.slope);
@@ -1034,7 +1053,7 @@ class RowKernel {
       for (int piece = 0; piece < pieces(); ++piece) {
         if (!kShared) load(piece);
         for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
-          const T u = score_[i];
+          const T u = score_at(i);
           if (!(u < margin)) continue;  // decided in T, as scores are; summed in double
           positive += p_.positive_margin - static_cast<double>(u);
           hinges += 1;
@@ -1273,8 +1292,8 @@ class RowKernel {
     for (int piece = block(); piece < pieces(); piece += blocks()) {
       if (!kShared) load(piece);
       for (int i = simt::thread(); i < piece_size(piece); i += simt::threads()) {
-        const int32_t column = column_[i];
-        const T u = score_[i];
+        const int32_t column = column_at(i);
+        const T u = score_at(i);
         double own = 0;
         if (weighs()) {
           own = kShared ? static_cast<double>(slope_[i]) : p_.workspace.slope[place(piece_begin(piece) + i)];
@@ -1310,8 +1329,7 @@ class RowKernel {
   int64_t slot_ = 0, row_ = 0;
   int size_ = 0;  // positives of the row
   int shift_ = 0;
-  bool limits_ = false;   // whether a score or a weight of the piece is not finite
-  bool scanned_ = false;  // whether the row is scanned
+  bool limits_ = false;  // whether a score or a weight of the piece is not finite
 
   // Hinges of the negatives that this thread has seen.
   double hinge_ = 0;

@@ -91,6 +91,32 @@ struct PairConstants {
   static constexpr double kLog2E = 1.4426950408889634;
 };
 
+// Boxes of boxes.cuh are this wide, and their middles are multiples of it.
+struct BoxGrid {
+  double width = 0;  // a power of two, at most tau / 10
+  float inverse = 0;
+  int reach = 0;     // boxes so far apart do not count, sigma being 0 or 1; 0: there is no such grid
+  int whole = 0;     // a box that is less far above a positive's is below its threshold as a whole
+  double delta = 0;  // the threshold, as the settings have it
+
+  template <typename T>
+  explicit BoxGrid(const PairConstants<T>& k)
+      : width(std::exp2(std::floor(std::log2(k.tau / 10)))),
+        inverse(static_cast<float>(1 / width)),
+        delta(static_cast<double>(k.origin) - k.beyond) {
+    if (!(width > 1e-30 && width < 1e30)) return;
+    reach = static_cast<int>(std::ceil(static_cast<double>(k.cut) / width)) + 1;
+    // Two boxes for what rounding moves.
+    whole = k.smooth ? kFarAbove : static_cast<int>(std::fmin(std::floor(k.delta / width) - 2, kFarAbove));
+  }
+  static constexpr int kFarAbove = 1 << 20;
+};
+constexpr int kMostBoxes = 2816;     // of a row; and cells whose sums stay in shared memory
+constexpr int kBoxWords = 6;         // a box, or a cell
+constexpr int kFewPositives = 1024;  // of a row by boxes: those with more have a launch of their own
+constexpr int kSortChunk = 2048;     // positives that one block sorts
+constexpr int kDerivatives = 10;     // of the sigmoid
+
 enum class Op { kLoss, kObjective, kRank, kRankGradient, kCountPairs };
 enum class GradientType { kNone, kFull, kHalf, kBFloat };
 
@@ -98,42 +124,45 @@ enum class GradientType { kNone, kFull, kHalf, kBFloat };
 enum Step : uint32_t {
   kMasks = 1u << 0,
   kCollect = 1u << 1,
-  // Rows that are scanned (scan.cuh):
-  kKeys = 1u << 2,
-  kCountDigit = 1u << 3,  // and kScatterDigit, one after the other for each of four digits: bits 3 to 10
-  kScatterDigit = 1u << 4,
-  kSplit = 1u << 11,
-  kPlaces = 1u << 12,
-  kSums = 1u << 13,
-  kJoin = 1u << 14,
-  kRead = 1u << 15,
-  kSumsAmong = 1u << 16,  // smooth: of the positives
-  kJoinAmong = 1u << 17,
-  kReadAmong = 1u << 18,
-  // Rows that are not:
-  kSort = 1u << 19,
-  kPositives = 1u << 20,
-  kNegatives = 1u << 21,
+  // By boxes (boxes.cuh):
+  kLoad = 1u << 2,
+  kSortChunks = 1u << 3,
+  kMerge = 1u << 4,  // a launch for each pass, where blocks share a row
+  kKeys = 1u << 5,
+  kEdges = 1u << 6,
+  kSumMoments = 1u << 7,
+  kTotals = 1u << 8,
+  kPrefix = 1u << 9,
+  kRanks = 1u << 10,
+  kWeighOnes = 1u << 11,  // smooth: among the positives
+  kPrefixOnes = 1u << 12,
+  kRanksAmong = 1u << 13,
+  // Pairwise:
+  kSort = 1u << 14,
+  kPositives = 1u << 15,
+  kNegatives = 1u << 16,
   // All:
-  kWeights = 1u << 22,
-  // Scanned:
-  kSumsWeighted = 1u << 23,
-  kJoinWeighted = 1u << 24,
-  kReadWeighted = 1u << 25,
-  kSumsOwn = 1u << 26,  // smooth: of the positives, weighted
-  kJoinOwn = 1u << 27,
-  kReadOwn = 1u << 28,
-  // Not scanned:
-  kOwn = 1u << 29,
-  kGradient = 1u << 30,
-  kScatter = 1u << 31,
+  kWeights = 1u << 17,
+  // By boxes:
+  kWeigh = 1u << 18,
+  kPrefixWeights = 1u << 19,
+  kTable = 1u << 20,
+  kBoxGradient = 1u << 21,
+  kWeighOwn = 1u << 22,  // smooth: among the positives
+  kPrefixOwn = 1u << 23,
+  kGradientAmong = 1u << 24,
+  // Pairwise:
+  kOwn = 1u << 25,
+  kGradient = 1u << 26,
+  // All:
+  kScatter = 1u << 27,
+  // Of a launch, not of a row:
+  kSigmoidTable = 1u << 28,
 };
-constexpr int kDigits = 4;  // of 8 bits
-constexpr uint32_t kSortKeys = ((1u << 2 * kDigits) - 1) * kCountDigit | kKeys | kSplit | kPlaces;
-constexpr uint32_t kScanSteps = ~(kSort | kPositives | kNegatives | kOwn | kGradient);
 constexpr uint32_t kPairwiseSteps =
     kMasks | kCollect | kSort | kPositives | kNegatives | kWeights | kOwn | kGradient | kScatter;
-constexpr uint32_t kAllSteps = ~0u;
+constexpr uint32_t kAllSteps = kSigmoidTable - 1;
+constexpr uint32_t kBoxSteps = kAllSteps & ~(kSort | kPositives | kNegatives | kOwn | kGradient);
 // More positives than there can be.
 constexpr int kNever = 1 << 30;
 
@@ -147,55 +176,59 @@ struct Schedule {
   bool in_shared = true;     // rows of one piece, which stays in shared memory; else any row, by way of the workspace
   bool only_longer = false;  // by way of the workspace: leave out the rows that were done in shared memory
   int most = kNever;         // positives of a row that is done in shared memory
-  int scan_above = kNever;   // rows of more positives are scanned, in the workspace: kNever where none is
-  bool scan = false;         // by this launch, which leaves all others to that of the pairwise kernel
+  int boxes_above = kNever;  // rows of more positives go by boxes, in the workspace: kNever where none does
+  bool by_boxes = false;     // by this launch, which leaves all others to that of the pairwise kernel
+  bool skip_done = false;    // leave out the rows that a launch before has done by boxes
+  int run = 0;               // kMerge: positives of a sorted run; 0: all passes
+  int64_t places = 0;        // positives that the workspace has space for
+  int64_t room = 0;          // and those of a row by boxes
+  int reach = 0;             // of BoxGrid
 };
 
 // Memory for the rows in flight, [slots] each.
 template <typename T>
 struct Workspace {
   int64_t words = 0;            // of a bitmap: a bit a column
+  int64_t sums = 0;             // of a slot
   Global<uint32_t> negative{};  // [slots, words]
   Global<uint32_t> positive{};  // [slots, words]
   Global<int32_t> count{};      // [rows]  positives of a row
-  Global<int32_t> done{};       // [rows]  whether a row was scanned; null where none is, defined for the longer ones
+  Global<int32_t> done{};  // [rows]  whether a row went by boxes; null where none does, defined for the longer ones
   // Rows that do not stay in shared memory; `blocks` are those of a row:
   Global<int32_t> block_positives{};  // [slots, blocks]  positives that a block found
-  Global<int32_t> column{};  // [slots, columns]  of the positives: ascending, then sorted by score within a piece
-  Global<double> above{};    // [slots, columns]  rank+, then dloss/drank+
-  Global<double> below{};    // [slots, columns]  rank-, then dloss/drank-
-  Global<double> slope{};    // [slots, columns]  slope of rank-, then the positive's own gradient
+  Global<int32_t> column{};  // [slots, places]  of the positives: ascending, then sorted by score within a piece
+  Global<double> above{};    // [slots, places]  rank+, then dloss/drank+
+  Global<double> below{};    // [slots, places]  rank-, then dloss/drank-
+  Global<double> slope{};    // [slots, places]  slope of rank-, then the positive's own gradient
   Global<double> partial{};  // [slots, blocks, 2, capacity]  rank- and slope over a span of columns
   Global<double> hinge{};    // [slots, blocks]  sum of the negative hinges over a span
   Global<int32_t> flag{};    // [slots, blocks, 2]  how many of them are not 0; whether a score is NaN
   Global<double> outcome{};  // [slots, kOutcome]
-  // Scanned rows. Items are columns, sorted by score, what is left out at the end; 32 of them are a leaf.
-  // [1] of both lie over `below`, a slot's keys and then its indices over the slot's share: [slots, 2, columns]
-  Global<uint32_t> key[2]{};      // [slots, columns]  scores in the order of unsigned numbers
-  Global<uint32_t> index[2]{};    // [slots, columns]  their columns
-  Global<uint32_t> sorted{};      // [slots, words]  which items are positives, a bit each
-  Global<int32_t> before{};       // [slots, words]  positives before a word of columns
-  Global<int32_t> leaf_before{};  // [slots, words]  positives before a leaf
-  Global<int32_t> position{};     // [slots, columns]  the item that a positive is; ascending
-  Global<double> among{};         // [slots, columns]  smooth: sum of sigma' over the other positives
-  Global<double> state_below{};   // [slots, words + 1, kTerms]  exponential sums of all below a leaf
-  Global<double> state_above{};   // [slots, words + 1, kTerms]  of a leaf and all above
-  Global<double> leaf_weight{};   // [slots, words + 1]  weights of a leaf and all above
-  Global<double> leaf_sum{};      // [slots, words + 1]  of their scores, from that of its first item on
-  Global<int32_t> digits{};       // [slots, blocks, 256]
-  Global<int32_t> block_items{};  // [slots, blocks, 3]  items, positives among the sorted ones, and whether a score or
-                                  // weight is not finite
+  // By boxes:
+  Global<float> sigmoid{};             // [kDerivatives, 2 reach + 1]  see tabulate_sigmoid()
+  Global<float> sorted[2]{};           // [slots, room]  scores of the positives, ascending in [0]
+  Global<int32_t> sorted_column[2]{};  // [slots, room]  their columns
+  Global<int32_t> before{};            // [slots, words]  positives before a word of columns
+  Global<float> key{};                 // [slots, 2 room]  steps and thresholds of the positives, ascending
+  Global<int32_t> first{};             // [slots, kMostBoxes + 1]  the first cell of a box
+  Global<int32_t> first_positive{};    // [slots, kMostBoxes + 1]  in it
+  Global<int64_t> sum{};               // [slots, sums]  moments of cells, four each; then of positives
+  Global<float> cubic{};               // the same memory
+  Global<int64_t> block_sum{};         // [slots, blocks, 4]
+  Global<double> among{};              // [slots, room]  smooth: sum of sigma' over the positives
+  Global<int32_t>
+      block_items{};  // [slots, blocks, 3]  whether a positive is not finite; -; whether the row is pairwise
 };
-constexpr int kTerms = Series::kDegree;
 constexpr int kOutcome = 5;
 
 template <typename S>
 struct RowParams {
   using T = Accumulation<S>;
 
-  explicit RowParams(const PairConstants<T>& pair) : pair(pair) {}
+  explicit RowParams(const PairConstants<T>& pair) : pair(pair), grid(pair) {}
 
   PairConstants<T> pair;
+  BoxGrid grid;
   Op op = Op::kLoss;
   int64_t rows = 0, columns = 0, score_stride = 0;
   Global<const S> scores{};  // [rows, columns]
@@ -232,6 +265,7 @@ struct RowParams {
 
 // Positives of a piece, which is what a block works on at a time.
 constexpr int kPiece = 512;
+constexpr int kBoxPiece = 1;  // by boxes there are none
 // Threads of a block at most.
 constexpr int kMostThreads = 384;
 // Blocks of the kernel for rows in shared memory: while one waits at a barrier, the other works. 80 registers a thread,
@@ -241,9 +275,9 @@ constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 1 : 2;
 
 // Shared memory of a block, in bytes.
 template <typename T>
-constexpr int shared_bytes(int capacity, int threads, bool scan) {
-  const int arrays =
-      (4 * static_cast<int>(sizeof(T)) + 3 * 8 + 2 * 4) * capacity + (scan ? (threads / 32 + 1) * 1024 : 0);
+constexpr int shared_bytes(int capacity, int threads, bool by_boxes) {
+  const int arrays = (4 * static_cast<int>(sizeof(T)) + 3 * 8 + 2 * 4) * capacity +
+                     (by_boxes ? (kBoxWords + 2) * 4 * kMostBoxes + 4 * kFewPositives + threads / 32 * 32 + 64 : 0);
   return arrays + threads / 32 * 8 * 8 + kOutcome * 8 + 16 * 16;  // sums of each warp, and rounding up of each array
 }
 

@@ -76,11 +76,16 @@ ROADMAP_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
 }
 ROADMAP_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x) != 0; }
-// The lanes that hold the same x as this one, a bit each.
-ROADMAP_DEVICE uint32_t match(uint32_t x) { return __match_any_sync(0xFFFFFFFFu, x); }
+// The lanes that say true, a bit each.
+ROADMAP_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 
 ROADMAP_DEVICE void atomic_or(Global<uint32_t> p, int64_t i, uint32_t bits) { atomicOr(p + i, bits); }
 ROADMAP_DEVICE void atomic_and(Global<uint32_t> p, int64_t i, uint32_t bits) { atomicAnd(p + i, bits); }
+// Integers alone, whose sums do not depend on the order; the first returns what was there.
+ROADMAP_DEVICE uint32_t atomic_add(Shared<uint32_t> p, int64_t i, uint32_t x) { return atomicAdd(p + i, x); }
+ROADMAP_DEVICE void atomic_add(Global<int64_t> p, int64_t i, int64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(p + i), static_cast<unsigned long long>(x));
+}
 ROADMAP_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 ROADMAP_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 ROADMAP_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }

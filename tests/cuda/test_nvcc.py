@@ -30,7 +30,7 @@ BOUNDS = {
     "row_kernel": Bound(384, 2, 800),  # between the tiles of a row, not between pairs
     "row_kernel<double>": Bound(384, 1),
     "long_row_kernel": Bound(384, 1),
-    "scan_kernel": Bound(384, 1),
+    "box_kernel": Bound(384, 2, 2000),  # between the steps of a row, not in its loops over columns
     "scale_kernel": Bound(256, 3),
     "radial_kernel": Bound(256, 8),
     "symmetrise_kernel": Bound(256, 8),

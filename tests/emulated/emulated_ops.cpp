@@ -7,8 +7,8 @@
 
 #include "../../csrc/cuda/ops.cpp"
 #if !defined(ROADMAP_PTX)
+#include "../../csrc/cuda/boxes.cuh"
 #include "../../csrc/cuda/elements.cuh"
-#include "../../csrc/cuda/scan.cuh"
 #endif
 
 namespace roadmap::cuda {
@@ -74,11 +74,11 @@ void end_op() {}
 template <typename S, int kCapacity>
 int emulate_rows(const RowParams<S>& p) {
   const Schedule& s = p.schedule;
-  const int bytes = shared_bytes<Accumulation<S> >(kCapacity, s.threads, s.scan);
+  const int bytes = shared_bytes<Accumulation<S> >(s.by_boxes ? kBoxPiece : kCapacity, s.threads, s.by_boxes);
   return emulate(s.slots * s.blocks_per_row, s.threads, bytes, [&](char* shared) {
     if (s.in_shared) return RowKernel<S, kCapacity, true>(p, shared).run();
     if constexpr (!std::is_same_v<S, double>) {
-      if (s.scan) return ScanKernel<S, kCapacity>(p, shared).run();
+      if (s.by_boxes) return BoxKernel<S>(p, shared).run();
     }
     RowKernel<S, kCapacity, false>(p, shared).run();
   });
@@ -124,10 +124,10 @@ int read_back(Global<const int64_t> from, int64_t& to, void*) {
 #define ROADMAP_EXPORT extern "C" __attribute__((visibility("default")))
 
 ROADMAP_EXPORT void emulate_device(int multiprocessors, int64_t workspace, int threads, int parts, int short_pieces,
-                                   int scan_above, uint64_t seed, uint64_t noise) {
+                                   int boxes_above, uint64_t seed, uint64_t noise) {
   roadmap::cuda::emulated = {
       multiprocessors, workspace, threads, parts, short_pieces ? roadmap::cuda::kShortPiece : roadmap::cuda::kPiece,
-      scan_above};
+      boxes_above};
 #if defined(ROADMAP_PTX)
   ptx::machine.seed = seed;
   ptx::machine.noise = noise;
@@ -143,8 +143,8 @@ ROADMAP_EXPORT int64_t launches() { return roadmap::cuda::launched; }
 ROADMAP_EXPORT void plan_of(int64_t rows, int64_t columns, int is_double, int multiprocessors, int64_t* out) {
   using namespace roadmap::cuda;
   const Resources r = {multiprocessors};
-  const Plan plan = is_double ? make_plan<double>(rows, columns, false, kAllSteps, kNever, r)
-                              : make_plan<float>(rows, columns, false, kAllSteps, r.scan_above, r);
+  const Plan plan = is_double ? make_plan<double>(rows, columns, false, kAllSteps, kNever, 0, r)
+                              : make_plan<float>(rows, columns, false, kAllSteps, boxes_pay_above(columns), 300, r);
   out[0] = static_cast<int64_t>(plan.launches.size());
   out[1] = plan.bytes;
   out[2] = 0;  // blocks in flight at least, over the launches that do most of the work

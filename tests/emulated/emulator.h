@@ -121,6 +121,8 @@ struct Fiber {
 struct Cell {
   uint32_t written = 0, written_warp = 0, read = 0, read_warp = 0;  // epochs of the block and of the warp
   uint16_t writer = 0, reader = 0, other = 0;
+  uint32_t changed = 0;  // by atomics, likewise
+  uint16_t changer = 0, other_changer = 0;
 };
 
 struct Array {  // in shared memory
@@ -498,13 +500,11 @@ inline bool warp_any(bool x, detail::Site site = detail::Site::here()) {
     std::fill_n(warp.out, kWarp, std::any_of(warp.in, warp.in + kWarp, [](uint64_t x) { return x != 0; }));
   });
 }
-inline uint32_t match(uint32_t x, detail::Site site = detail::Site::here()) {
-  return static_cast<uint32_t>(detail::meet_warp(x, 0, {"match", site}, [](detail::Warp& warp) {
-    for (int lane = 0; lane < kWarp; ++lane) {
-      uint64_t mask = 0;
-      for (int other = 0; other < kWarp; ++other) mask |= uint64_t(warp.in[other] == warp.in[lane]) << other;
-      warp.out[lane] = mask;
-    }
+inline uint32_t ballot(bool x, detail::Site site = detail::Site::here()) {
+  return static_cast<uint32_t>(detail::meet_warp(x, 0, {"ballot", site}, [](detail::Warp& warp) {
+    uint64_t lanes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) lanes |= warp.in[lane] << lane;
+    std::fill_n(warp.out, kWarp, lanes);
   }));
 }
 
@@ -594,6 +594,11 @@ inline void atomic_and(Global<uint32_t> p, const detail::Index& at, uint32_t bit
   detail::access(detail::kAtomic, word, sizeof *word, at.site);
   *word &= bits;
 }
+inline void atomic_add(Global<int64_t> p, const detail::Index& at, int64_t x) {
+  int64_t* const sum = p.checked(at.i, 1);
+  detail::access(detail::kAtomic, sum, sizeof *sum, at.site);
+  *sum += x;
+}
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 template <typename V, typename T>
@@ -660,13 +665,28 @@ class Shared {
     const bool now = c.written == detail::state.barrier.epoch;
     if (now && detail::unordered(c.writer, c.written_warp)) race(i, does, "wrote", c.writer);
   }
+  // Atomics are ordered among themselves alone, until the next barrier.
+  void check_changers(int64_t i, const detail::Cell& c, const char* does) const {
+    if (c.changed != detail::state.barrier.epoch) return;
+    const int self = detail::state.current->thread;
+    if (c.changer != self) race(i, does, "has changed", c.changer);
+    if (c.other_changer != self) race(i, does, "has changed", c.other_changer);
+  }
   char* bytes(int64_t i) const { return detail::state.bytes() + begin_ + (at_ + i) * static_cast<int64_t>(sizeof(T)); }
+
+  void check_readers(int64_t i, const detail::Cell& c, const char* does) const {
+    if (c.read != detail::state.barrier.epoch) return;
+    for (const int thread : {c.reader, c.other}) {
+      if (detail::unordered(thread, c.read_warp)) race(i, does, "read", thread);
+    }
+  }
 
   Value read(int64_t i) const {
     detail::State& s = detail::state;
     detail::Cell& c = cell(i);
     if (c.written < s.first_epoch) fail(i, "uninitialised shared memory: reads ");
     check_writer(i, c, "reads");
+    check_changers(i, c, "reads");
     const auto self = static_cast<uint16_t>(s.current->thread);
     const uint32_t epoch = s.warp().meeting.epoch;
     const bool one_warp = c.reader / kWarp == c.other / kWarp, its_warp = c.reader / kWarp == self / kWarp;
@@ -687,11 +707,8 @@ class Shared {
     detail::State& s = detail::state;
     detail::Cell& c = cell(i);
     check_writer(i, c, "writes");
-    if (c.read == s.barrier.epoch) {
-      for (const int thread : {c.reader, c.other}) {
-        if (detail::unordered(thread, c.read_warp)) race(i, "writes", "read", thread);
-      }
-    }
+    check_changers(i, c, "writes");
+    check_readers(i, c, "writes");
     c.written = s.barrier.epoch;
     c.written_warp = s.warp().meeting.epoch;
     c.writer = static_cast<uint16_t>(s.current->thread);
@@ -699,8 +716,27 @@ class Shared {
     return x;
   }
 
+  Value add(int64_t i, const Value& x) const {
+    detail::Cell& c = cell(i);
+    if (c.written < detail::state.first_epoch) fail(i, "uninitialised shared memory: changes ");
+    check_writer(i, c, "changes");
+    check_readers(i, c, "changes");
+    const uint32_t epoch = detail::state.barrier.epoch;
+    const auto self = static_cast<uint16_t>(detail::state.current->thread);
+    if (c.changed != epoch) c.changer = c.other_changer = self;
+    if (c.changer != self) c.other_changer = self;
+    c.changed = epoch;
+    Value old;
+    std::memcpy(&old, bytes(i), sizeof old);
+    const Value sum = old + x;
+    std::memcpy(bytes(i), &sum, sizeof sum);
+    return old;
+  }
+  friend uint32_t atomic_add(Shared<uint32_t> p, int64_t i, uint32_t x);
+
   int64_t begin_ = 0, count_ = 0, at_ = 0;
 };
+inline uint32_t atomic_add(Shared<uint32_t> p, int64_t i, uint32_t x) { return p.add(i, x); }
 
 // Every thread constructs its own over the same bytes, and takes the same arrays in the same order.
 class SharedMemory {

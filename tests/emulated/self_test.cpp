@@ -187,6 +187,25 @@ Results atomics(uint64_t seed) {
   return {bits.begin(), bits.end()};
 }
 
+Results atomic_sums(uint64_t seed) {  // of which the first returns what was there
+  std::vector<int64_t> sums(2);
+  const Global<int64_t> out = all(sums);
+  run({5, 64, 256, seed}, [&](char* memory) {
+    const Shared<uint32_t> sum = SharedMemory(memory).take<uint32_t>(4);
+    if (thread() < 4) sum[thread()] = 0;
+    barrier();
+    const uint32_t before = atomic_add(sum, thread() % 4, 3u);
+    expect(before % 3 == 0 && before < 48, "what was there");
+    barrier();
+    const uint32_t all = sum[thread() % 4];
+    expect(all == 48, "a sum in shared memory");
+    atomic_add(out, 0, int64_t(all) << 32);
+    atomic_add(out, 1, int64_t(-1));
+  });
+  expect(sums[0] == (int64_t(5 * 64 * 48) << 32) && sums[1] == -5 * 64, "sums");
+  return {sums.begin(), sums.end()};
+}
+
 Results vectors(uint64_t seed) {
   alignas(16) float x[64], y[64] = {};
   alignas(8) uint16_t h[128] = {};
@@ -444,6 +463,22 @@ Results race_with_late_reader(uint64_t seed) {  // another lane's read is long p
   return {};
 }
 
+template <bool reads>
+Results shared_atomic_and_plain(uint64_t seed) {
+  run({2, 64, 256, seed}, [&](char* memory) {
+    const Shared<uint32_t> x = SharedMemory(memory).take<uint32_t>(64);
+    x[thread()] = 0;
+    barrier();
+    atomic_add(x, 7, 1u);
+    if (reads && thread() == 40) {
+      const uint32_t sum = x[7];
+      (void)sum;
+    }
+    if (!reads && thread() == 40) x[7] = 0;
+  });
+  return {};
+}
+
 Results strict_warp(uint64_t seed) {
   Launch launch = {2, 64, 256, seed};
   exchange_in_warp(launch);
@@ -670,6 +705,7 @@ const Case kCases[] = {
     {"shuffles", shuffles},
     {"votes", votes},
     {"atomics", atomics},
+    {"atomic_sums", atomic_sums},
     {"vectors", vectors},
     {"warp_exchange", warp_exchange},
     {"shared_elements", shared_elements},
@@ -684,6 +720,8 @@ const Case kCases[] = {
     {"race_of_warps", race_of_warps},
     {"race_with_readers", race_with_readers},
     {"race_with_late_reader", race_with_late_reader},
+    {"shared_atomic_and_read", shared_atomic_and_plain<true>},
+    {"shared_atomic_and_write", shared_atomic_and_plain<false>},
     {"strict_warp", strict_warp},
     {"global_no_barrier_after_write", global_no_barrier<true>},
     {"global_no_barrier_after_read", global_no_barrier<false>},

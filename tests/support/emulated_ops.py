@@ -27,15 +27,15 @@ from tools.cuda import is_toolkit, toolkit_candidates
 ROOT = Path(__file__).resolve().parents[2]
 EMULATED, PTX = ROOT / "tests" / "emulated", ROOT / "tests" / "ptx"
 ARCHS = (80, 90)
-# (multiprocessors, bytes of workspace, threads a block, blocks a row, short pieces, positives from which on rows are
-# scanned): 0 for what the plan chooses.
+# (multiprocessors, bytes of workspace, threads a block, blocks a row, short pieces, positives from which on rows go
+# by boxes): 0 for what the plan chooses, -1 for the last.
 NEVER = 1 << 30
 DEVICES = [
-    (2, 64 << 20, 0, 0, 0, 256),  # as it is chosen for a small GPU
+    (2, 64 << 20, 0, 0, 0, -1),  # as it is chosen for a small GPU
     (2, 64 << 20, 64, 0, 1, NEVER),  # longer rows by way of the workspace
     (3, 64 << 20, 64, 2, 0, NEVER),  # rows shared by two blocks
     (3, 1 << 15, 32, 5, 1, NEVER),  # the same in pieces, with room for few rows at a time
-    (2, 64 << 20, 96, 0, 1, 0),  # all rows scanned
+    (2, 64 << 20, 96, 0, 1, 0),  # all rows by boxes
     (3, 1 << 15, 64, 3, 1, 8),  # most rows, shared by three blocks
 ]
 SOURCES = {".cpp", ".h", ".cuh", ".cu"}

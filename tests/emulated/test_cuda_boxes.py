@@ -1,4 +1,4 @@
-"""Rows that are scanned (csrc/cuda/scan.cuh), under the emulator."""
+"""Rows by boxes (csrc/cuda/boxes.cuh), under the emulator."""
 
 import math
 
@@ -12,11 +12,11 @@ from roadmap_ext import ap_loss, reference, smooth_rank
 
 pytestmark = [pytest.mark.usefixtures("emulated"), pytest.mark.deep]
 
-# As in emulated_ops.DEVICES, all rows scanned: by blocks that own a row, and by 2, 3 and 5 that share it.
+# As in emulated_ops.DEVICES, all rows by boxes: by blocks that own a row, and by 2, 3 and 5 that share it.
 OWNING = [
     (2, 64 << 20, 96, 1, 1, 0),  # a slot a row
     (1, 1 << 14, 32, 1, 0, 0),  # one slot, one warp
-    (2, 64 << 20, 64, 1, 1, 40),  # pieces shorter than rows that are not scanned
+    (2, 64 << 20, 64, 1, 1, 40),  # pieces shorter than rows that go pairwise
 ]
 SHARED = [
     (3, 64 << 20, 64, 2, 0, 0),
@@ -46,7 +46,7 @@ def rows_of_all_kinds(columns=333, seed=0):
 
     order = torch.randperm(columns, generator=g)
     scores = [
-        (torch.arange(columns) // 70 / 64)[order],  # runs of 70 equal ones, across leaves
+        (torch.arange(columns) // 70 / 64)[order],  # runs of 70 equal ones
         integers(-8, 9) / 64,  # gaps of just the knee
         integers(0, 3) / 8 + integers(0, 1 << 12) / 2**24,  # crowds that differ in their last bits
         integers(-20_000, 20_000) / 64,
@@ -76,7 +76,7 @@ def test_settings(name, shared, emulated):
 @pytest.mark.parametrize("device", [OWNING[0], SHARED[2]])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_flat(surrogate, device, emulated):
-    """A temperature so far above all gaps that the series are read where their terms cancel most."""
+    """A temperature so far above all gaps that a row lies in one box or two, far from their middles."""
     emulated.emulate_device(*device, 3, 3)
     scores, target, ignore = rows_of_all_kinds()
     options = {"ignore": ignore, "surrogate": surrogate, "tau": 10.0, "rho": 0.5, "delta": 1.0}
@@ -100,11 +100,55 @@ def test_sizes(columns, surrogate, device, emulated):
 
 @pytest.mark.parametrize("device", [OWNING[1], SHARED[1]])
 @pytest.mark.parametrize("name", ["paper", "soft", "smooth"])
-def test_more_leaves_than_threads(name, device, emulated):
+def test_more_boxes_than_threads(name, device, emulated):
     emulated.emulate_device(*device, 7, 7)
     scores = (torch.randn(2, 4128) * 16).round() / 64
     scores[1] = torch.randint(0, 6, (4128,)) / 16 + torch.randint(0, 1 << 10, (4128,)) / 2**22
     assert_accurate(scores, torch.rand(2, 4128) < 0.1, method="auto", **SETTINGS[name])
+
+
+def anywhere(rows, columns, width, positives):
+    """Scores at no multiple of a box, and no gap so close to the threshold 0.05 that rounding would decide."""
+    scores, target = torch.rand(rows, columns) * width, torch.rand(rows, columns) < positives
+    for row in range(rows):
+        while True:
+            gap = scores[row, ~target[row]] - scores[row, target[row], None] - 0.05
+            close = (gap.abs() < 1e-6 * max(1, width)).any(0)
+            if not close.any():
+                break
+            scores[row, (~target[row]).nonzero()[close, 0]] += 0.001
+    return scores, target
+
+
+@pytest.mark.parametrize("device", [OWNING[0], SHARED[1]])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+@pytest.mark.parametrize("width", [0.003, 0.3, 2.0])
+def test_anywhere_in_a_box(width, surrogate, device, emulated):
+    emulated.emulate_device(*device, 3, 3)
+    scores, target = anywhere(4, 700, width, 0.2)
+    scores[3] = (1000 + scores[3] * 64).round() / 64 + 1 / 4096  # far from 0, and off the middle of each box
+    assert_accurate(scores, target, method="auto", surrogate=surrogate)
+
+
+@pytest.mark.parametrize("device", [OWNING[0], SHARED[0]])
+def test_ties_at_the_end_of_a_box(device, emulated):
+    """The moments of thousands of scores so far from the middle do not fit in 32 bits."""
+    emulated.emulate_device(*device, 3, 3)
+    width = 2.0**-10
+    scores = torch.full((3, 6000), 300.48 * width)
+    scores[1], scores[2] = 300.52 * width, 4 * width
+    scores[:, :50] = (torch.arange(50) * 5 + 270.3) * width
+    target = torch.arange(6000).expand(3, 6000) < 50
+    assert_accurate(scores, target, method="auto")
+
+
+@pytest.mark.parametrize("device", [OWNING[0], SHARED[0]])
+@pytest.mark.parametrize("surrogate", ["sup", "smooth"])
+def test_more_cells_than_shared_memory_holds(surrogate, device, emulated):
+    """And more positives than a block sorts at a time, or than have a place in the first launch."""
+    emulated.emulate_device(*device, 3, 3)
+    scores, target = anywhere(2, 6000, 0.3, 0.4)
+    assert_accurate(scores, target, method="auto", surrogate=surrogate)
 
 
 @pytest.mark.parametrize("device", [OWNING[0], SHARED[0]])
@@ -171,7 +215,7 @@ def test_bits(surrogate, emulated):
 
 
 def odd_rows():
-    """Rows to be scanned among rows that cannot be: infinities of both roles, and NaN."""
+    """Rows for boxes among rows that are not: infinities of both roles, and NaN."""
     scores, target, ignore = rows_of_all_kinds(seed=3)
     positive, negative = target & ~ignore, ~target & ~ignore
     for row, roles, value in ((0, positive, 1), (1, negative, 1), (3, positive, -1), (8, negative, -1)):
@@ -313,7 +357,7 @@ def test_slopes_that_are_not_finite(value, device, emulated):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("surrogate", ["sup", "smooth"])
 def test_between_the_kernels(surrogate, parts, emulated):
-    """Rows of a piece, longer ones that are not scanned, and ones that just are: each is done once."""
+    """Rows of a piece, longer ones that go pairwise, and ones that just go by boxes: each is done once."""
     emulated.emulate_device(2, 64 << 20, 64, parts, 1, 40, 3, 3)
     scores, target = (torch.randn(8, 130) * 16).round() / 64, torch.zeros(8, 130, dtype=torch.bool)
     for row, positives in enumerate((0, 31, 32, 33, 36, 40, 41, 130)):
