@@ -330,6 +330,7 @@ template <typename... D>
 void define_conversions_from_float() {
   (define<D, f32>("cvt.rzi." + name_of<D>() + ".f32", Truncated<D>()), ...);
   (define<D, f64>("cvt.rzi." + name_of<D>() + ".f64", Truncated<D>()), ...);
+  (define<D, f64>("cvt.rni." + name_of<D>() + ".f64", [](f64 a) { return Truncated<D>()(std::nearbyint(a)); }), ...);
 }
 template <typename T>
 void define_rounding() {
