@@ -87,7 +87,7 @@ CELLS = [
         Cell(f"ptx-{arch}", f"{OPS} and not long or deep and emulated", 1087, {"ROADMAP_PTX": arch}, "emulated_ops")
         for arch in ("80", "90")
     ),
-    Cell("ptx", "deep and ptx", 71),
+    Cell("ptx", "deep and ptx", 5),
     Cell("emulated", "deep and emulated", 367),
     Cell("nvcc", "deep and cuda and not gpu", 1),
     Cell("sanitizers", "deep and sanitizers", 1),

@@ -33,86 +33,75 @@ void each_lane(u32 mask, const F& f) {
 
 // --- functions of the values of a lane -------------------------------------------------------------------------------
 
-template <typename F, typename D, typename... A>
-void over_lanes(u32 mask, D* d, const A*... a) {
-  if (mask == kAll) {
-#pragma GCC ivdep
-    for (int l = 0; l < kLanes; ++l) d[l] = static_cast<D>(F()(a[l]...));
-  } else if (__builtin_popcount(mask) < 8) {
-    each_lane(mask, [&](int l) { d[l] = static_cast<D>(F()(a[l]...)); });
-  } else {
-    D all[kLanes];
-#pragma GCC ivdep
-    for (int l = 0; l < kLanes; ++l) all[l] = static_cast<D>(F()(a[l]...));
-#pragma GCC ivdep
-    for (int l = 0; l < kLanes; ++l) d[l] = mask >> l & 1 ? all[l] : d[l];
-  }
+// A source by lanes; bool stands for a predicate.
+template <typename T>
+auto source(const Warp& w, const Instruction& i, int k) {
+  struct Bits {
+    u32 bits;
+    bool operator[](int l) const { return bits >> l & 1; }
+  };
+  if constexpr (std::is_same_v<T, bool>) return Bits{w.predicate(i, k)};
+  if constexpr (!std::is_same_v<T, bool>) return static_cast<const T*>(w.lanes<T>(i.from[k]));
 }
 
 template <typename F, typename D, typename... A>
-struct Function_ {
+struct Apply {
+  static void execute(Warp& w, const Instruction& i, u32 mask) { with(w, i, mask, std::index_sequence_for<A...>()); }
   template <size_t... k>
-  static void apply(Warp& w, const Instruction& i, u32 mask, std::index_sequence<k...>) {
-    over_lanes<F>(mask, w.lanes<D>(i.to[0]), w.lanes<A>(i.from[k])...);
+  static void with(Warp& w, const Instruction& i, u32 mask, std::index_sequence<k...>) {
+    over_lanes(w, i, mask, source<A>(w, i, k)...);
   }
-  static void execute(Warp& w, const Instruction& i, u32 mask) { apply(w, i, mask, std::index_sequence_for<A...>()); }
-};
-
-template <typename F, typename T>
-void compare(Warp& w, const Instruction& i, u32 mask) {
-  const T *a = w.lanes<T>(i.from[0]), *b = w.lanes<T>(i.from[1]);
-  u32 bits = 0;
+  template <typename... S>
+  static void over_lanes(Warp& w, const Instruction& i, u32 mask, const S... a) {
+    if constexpr (std::is_same_v<D, bool>) {
+      u32 bits = 0;
 #pragma GCC ivdep
-  for (int l = 0; l < kLanes; ++l) bits |= static_cast<u32>(F()(a[l], b[l])) << l;
-  w.set_predicate(i.to[0], mask, bits);
-}
-
-template <typename T>
-void select(Warp& w, const Instruction& i, u32 mask) {
-  const u32 chosen = w.predicate(i, 2);
-  const T *a = w.lanes<T>(i.from[0]), *b = w.lanes<T>(i.from[1]);
-  T* const d = w.lanes<T>(i.to[0]);
+      for (int l = 0; l < kLanes; ++l) bits |= static_cast<u32>(F()(a[l]...)) << l;
+      w.set_predicate(i.to[0], mask, bits);
+    } else {
+      D* const d = w.lanes<D>(i.to[0]);
+      if (__builtin_popcount(mask) < 8) {
+        for (; mask; mask &= mask - 1) d[__builtin_ctz(mask)] = static_cast<D>(F()(a[__builtin_ctz(mask)]...));
+        return;
+      }
+      D all[kLanes];
 #pragma GCC ivdep
-  for (int l = 0; l < kLanes; ++l) {
-    const T x = chosen >> l & 1 ? a[l] : b[l];
-    d[l] = mask >> l & 1 ? x : d[l];
-  }
-}
-
-// --- the names of types ----------------------------------------------------------------------------------------------
-
-template <typename T>
-std::string name_of(bool untyped = false) {
-  return (untyped                       ? "b"
-          : std::is_floating_point_v<T> ? "f"
-          : std::is_signed_v<T>         ? "s"
-                                        : "u") +
-         std::to_string(8 * sizeof(T));
-}
-template <typename T>
-void each_name(const std::string& name, const Operation& o) {
-  table[name + "." + name_of<T>()] = o;
-  if (std::is_unsigned_v<T>) table[name + "." + name_of<T>(true)] = o;
-}
-
-// name.T for each of the types: D(A...) given, or T(T), T(T, T), T(T, T, T) by the number of arguments.
-template <typename D, typename... A, typename F>
-void define(const std::string& name, F) {
-  table[name] = {Function_<F, D, A...>::execute, {static_cast<int>(sizeof(A))...}};
-}
-template <int n, typename... T, typename F>
-void each(std::initializer_list<const char*> names, F) {
-  for (const char* name : names) {
-    if constexpr (n == 1) (each_name<T>(name, {Function_<F, T, T>::execute, {sizeof(T)}}), ...);
-    if constexpr (n == 2) (each_name<T>(name, {Function_<F, T, T, T>::execute, {sizeof(T), sizeof(T)}}), ...);
-    if constexpr (n == 3) {
-      (each_name<T>(name, {Function_<F, T, T, T, T>::execute, {sizeof(T), sizeof(T), sizeof(T)}}), ...);
+      for (int l = 0; l < kLanes; ++l) all[l] = static_cast<D>(F()(a[l]...));
+#pragma GCC ivdep
+      for (int l = 0; l < kLanes; ++l) d[l] = mask >> l & 1 ? all[l] : d[l];
     }
   }
+};
+
+template <typename T>
+std::string name_of(char of_unsigned = 'u') {
+  const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 's' : of_unsigned;
+  return "." + (kind + std::to_string(8 * sizeof(T)));
+}
+// name.T, of untyped bits, too.
+template <typename T>
+void name_it(const std::string& name, const Operation& o) {
+  table[name + name_of<T>()] = table[name + name_of<T>(std::is_unsigned_v<T> ? 'b' : 'u')] = o;
+}
+template <typename... A>
+std::vector<int> bytes_of() {
+  return {(std::is_same_v<A, bool> ? 0 : static_cast<int>(sizeof(A)))...};
+}
+// D(A...), by its full name.
+template <typename D, typename... A, typename F>
+void define(const std::string& name, F) {
+  table[name] = {Apply<F, D, A...>::execute, bytes_of<A...>()};
+}
+// name.T for each of the types: T(T), T(T, T) or T(T, T, T) by the number of arguments; and bool(T, T).
+template <int n, typename... T, typename F>
+void each(const char* name, F) {
+  if constexpr (n == 1) (name_it<T>(name, {Apply<F, T, T>::execute, bytes_of<T>()}), ...);
+  if constexpr (n == 2) (name_it<T>(name, {Apply<F, T, T, T>::execute, bytes_of<T, T>()}), ...);
+  if constexpr (n == 3) (name_it<T>(name, {Apply<F, T, T, T, T>::execute, bytes_of<T, T, T>()}), ...);
 }
 template <typename... T, typename F>
-void each_comparison(const char* name, F) {
-  (each_name<T>(std::string("setp.") + name, {compare<F, T>, {sizeof(T), sizeof(T)}}), ...);
+void compare(const char* name, F) {
+  (name_it<T>(std::string("setp.") + name, {Apply<F, bool, T, T>::execute, bytes_of<T, T>()}), ...);
 }
 #define INTEGERS s16, u16, s32, u32, s64, u64
 #define UNSIGNED u16, u32, u64
@@ -122,18 +111,16 @@ void each_comparison(const char* name, F) {
 template <typename T>
 constexpr bool kIsFloat = std::is_floating_point_v<T>;
 
-struct Smaller {
+// The smaller or larger one; of a number and a NaN the number, and -0 lies below 0.
+template <bool smaller>
+struct Extreme {
   template <typename T>
   T operator()(T a, T b) const {
-    if constexpr (kIsFloat<T>) return a != a ? b : a < b || (a == b && std::signbit(a)) || b != b ? a : b;
-    return a < b ? a : b;
-  }
-};
-struct Larger {
-  template <typename T>
-  T operator()(T a, T b) const {
-    if constexpr (kIsFloat<T>) return a != a ? b : a > b || (a == b && std::signbit(b)) || b != b ? a : b;
-    return a > b ? a : b;
+    if constexpr (kIsFloat<T>) {
+      if (a != a || b != b) return a != a ? b : a;
+      if (a == b) return std::signbit(a) == smaller ? a : b;
+    }
+    return (a < b) == smaller ? a : b;
   }
 };
 
@@ -191,54 +178,54 @@ struct ReciprocalOfDouble {
 };
 
 void define_arithmetic() {
-  each<2, INTEGERS, f32, f64>({"add", "add.rn"}, [](auto a, auto b) { return a + b; });
-  each<2, INTEGERS, f32, f64>({"sub", "sub.rn"}, [](auto a, auto b) { return a - b; });
-  each<2, f32, f64>({"mul", "mul.rn"}, [](auto a, auto b) { return a * b; });
-  each<2, f32, f64>({"div.rn"}, [](auto a, auto b) { return a / b; });
-  each<3, f32, f64>({"fma.rn"}, [](auto a, auto b, auto c) { return std::fma(a, b, c); });
-  each<1, f32, f64>({"rcp.rn"}, [](auto a) { return 1 / a; });
-  each<1, f32, f64>({"sqrt.rn"}, [](auto a) { return std::sqrt(a); });
-  each<2, UNSIGNED>({"mul.lo"}, [](u64 a, u64 b) { return a * b; });
-  each<2, s16, s32, s64>({"mul.lo"}, [](u64 a, u64 b) { return a * b; });
-  each<3, INTEGERS>({"mad.lo"}, [](u64 a, u64 b, u64 c) { return a * b + c; });
-  each<2, s32, u32>({"mul.hi"}, [](auto a, auto b) { return static_cast<u64>(s64(a) * s64(b)) >> 32; });
-  each<2, u64>({"mul.hi"}, [](u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); });
-  each<2, s64>({"mul.hi"}, [](s64 a, s64 b) { return static_cast<s64>(static_cast<__int128>(a) * b >> 64); });
+  const auto sum = [](auto a, auto b) { return a + b; };
+  const auto difference = [](auto a, auto b) { return a - b; };
+  const auto product_of_floats = [](auto a, auto b) { return a * b; };
+  each<2, INTEGERS, f32, f64>("add", sum), each<2, f32, f64>("add.rn", sum);
+  each<2, INTEGERS, f32, f64>("sub", difference), each<2, f32, f64>("sub.rn", difference);
+  each<2, f32, f64>("mul", product_of_floats), each<2, f32, f64>("mul.rn", product_of_floats);
+  each<2, f32, f64>("div.rn", [](auto a, auto b) { return a / b; });
+  each<3, f32, f64>("fma.rn", [](auto a, auto b, auto c) { return std::fma(a, b, c); });
+  each<1, f32, f64>("rcp.rn", [](auto a) { return 1 / a; });
+  each<1, f32, f64>("sqrt.rn", [](auto a) { return std::sqrt(a); });
+  each<2, UNSIGNED>("mul.lo", [](u64 a, u64 b) { return a * b; });
+  each<2, s16, s32, s64>("mul.lo", [](u64 a, u64 b) { return a * b; });
+  each<3, INTEGERS>("mad.lo", [](u64 a, u64 b, u64 c) { return a * b + c; });
+  each<2, s32, u32>("mul.hi", [](auto a, auto b) { return static_cast<u64>(s64(a) * s64(b)) >> 32; });
+  each<2, u64>("mul.hi", [](u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); });
+  each<2, s64>("mul.hi", [](s64 a, s64 b) { return static_cast<s64>(static_cast<__int128>(a) * b >> 64); });
   const auto product = [](u64 a, u64 b) { return a * b; };
   const auto product_and_sum = [](u64 a, u64 b, u64 c) { return a * b + c; };
   define<u32, u16, u16>("mul.wide.u16", product), define<s32, s16, s16>("mul.wide.s16", product);
   define<u64, u32, u32>("mul.wide.u32", product), define<s64, s32, s32>("mul.wide.s32", product);
   define<u64, u32, u32, u64>("mad.wide.u32", product_and_sum);
   define<s64, s32, s32, s64>("mad.wide.s32", product_and_sum);
-  each<2, INTEGERS>({"div"}, [](auto a, auto b) {
+  each<2, INTEGERS>("div", [](auto a, auto b) {
     using T = decltype(a);
     if (b == 0) return static_cast<T>(-1);
     return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(0 - a) : static_cast<T>(a / b);
   });
-  each<2, INTEGERS>({"rem"}, [](auto a, auto b) {
+  each<2, INTEGERS>("rem", [](auto a, auto b) {
     using T = decltype(a);
     if (b == 0) return a;
     return std::is_signed_v<T> && b == static_cast<T>(-1) ? T(0) : static_cast<T>(a % b);
   });
-  each<2, INTEGERS, f32, f64>({"min"}, Smaller());
-  each<2, INTEGERS, f32, f64>({"max"}, Larger());
-  each<1, s16, s32, s64, f32, f64>({"neg"}, [](auto a) { return -a; });
-  each<1, s16, s32, s64, f32, f64>({"abs"}, [](auto a) {
-    if constexpr (kIsFloat<decltype(a)>) return std::fabs(a);
-    return a < 0 ? -a : a;
-  });
-  each<2, f32, f64>({"copysign"}, [](auto a, auto b) { return std::copysign(b, a); });
-  each<2, UNSIGNED>({"and"}, [](auto a, auto b) { return a & b; });
-  each<2, UNSIGNED>({"or"}, [](auto a, auto b) { return a | b; });
-  each<2, UNSIGNED>({"xor"}, [](auto a, auto b) { return a ^ b; });
-  each<1, UNSIGNED>({"not"}, [](auto a) { return ~a; });
+  each<2, INTEGERS, f32, f64>("min", Extreme<true>());
+  each<2, INTEGERS, f32, f64>("max", Extreme<false>());
+  each<1, s16, s32, s64, f32, f64>("neg", [](auto a) { return -a; });
+  each<1, s16, s32, s64>("abs", [](auto a) { return a < 0 ? -a : a; });
+  each<1, f32, f64>("abs", [](auto a) { return std::fabs(a); });
+  each<2, UNSIGNED>("and", [](auto a, auto b) { return a & b; });
+  each<2, UNSIGNED>("or", [](auto a, auto b) { return a | b; });
+  each<2, UNSIGNED>("xor", [](auto a, auto b) { return a ^ b; });
+  each<1, UNSIGNED>("not", [](auto a) { return ~a; });
   define<f32, f32>("ex2.approx.ftz.f32", Exp2());
   define<f32, f32>("rcp.approx.ftz.f32", Reciprocal());
   define<f64, f64>("rcp.approx.ftz.f64", ReciprocalOfDouble());
   // Shifts, whose second source has 32 bits.
   const auto shift = [](auto type, const char* name, auto f) {
     using T = decltype(type);
-    each_name<T>(name, {Function_<decltype(f), T, T, u32>::execute, {sizeof(T), 4}});
+    name_it<T>(name, {Apply<decltype(f), T, T, u32>::execute, bytes_of<T, u32>()});
   };
   const auto left = [](auto a, u32 b) { return b < 8 * sizeof a ? a << b : 0; };
   const auto right = [](auto a, u32 b) { return a >> (b < 8 * sizeof a ? b : 8 * sizeof a - 1); };
@@ -246,16 +233,13 @@ void define_arithmetic() {
   shift(u16(), "shl", left), shift(u32(), "shl", left), shift(u64(), "shl", left);
   shift(s16(), "shr", right), shift(s32(), "shr", right), shift(s64(), "shr", right);
   shift(u16(), "shr", right_unsigned), shift(u32(), "shr", right_unsigned), shift(u64(), "shr", right_unsigned);
-  each<3, u32>({"shf.l.wrap"}, [](u32 a, u32 b, u32 c) { return (u64(b) << 32 | a) << (c & 31) >> 32; });
-  each<3, u32>({"shf.r.wrap"}, [](u32 a, u32 b, u32 c) { return (u64(b) << 32 | a) >> (c & 31); });
-  each<3, u32>({"bfe"}, [](u32 a, u32 at, u32 n) {
-    return u64(a) >> std::min(at & 255, 63u) & ((u64(1) << std::min(n & 255, 32u)) - 1);
-  });
+  each<3, u32>("shf.l.wrap", [](u32 a, u32 b, u32 c) { return (u64(b) << 32 | a) << (c & 31) >> 32; });
+  each<3, u32>("shf.r.wrap", [](u32 a, u32 b, u32 c) { return (u64(b) << 32 | a) >> (c & 31); });
   define<u32, u32, u32, u32, u32>("bfi.b32", [](u32 a, u32 b, u32 at, u32 n) {
     const u64 mask = ((u64(1) << std::min(n & 255, 32u)) - 1) << std::min(at & 255, 32u);
     return static_cast<u32>((b & ~mask) | (u64(a) << std::min(at & 255, 32u) & mask));
   });
-  each<3, u32>({"prmt"}, [](u32 a, u32 b, u32 c) {
+  each<3, u32>("prmt", [](u32 a, u32 b, u32 c) {
     const u64 all = u64(b) << 32 | a;
     u32 result = 0;
     for (int k = 0; k < 4; ++k) {
@@ -267,33 +251,24 @@ void define_arithmetic() {
   define<u32, u32>("popc.b32", [](u32 a) { return __builtin_popcount(a); });
   define<u32, u64>("popc.b64", [](u64 a) { return __builtin_popcountll(a); });
   define<u32, u32>("clz.b32", [](u32 a) { return a ? __builtin_clz(a) : 32; });
-  define<u32, u32>("bfind.shiftamt.u32", [](u32 a) { return a ? __builtin_clz(a) : -1; });
-  define<u32, u64>("clz.b64", [](u64 a) { return a ? __builtin_clzll(a) : 64; });
-  define<u32, u32>("brev.b32", [](u32 a) {
-    u32 result = 0;
-    for (int k = 0; k < 32; ++k) result |= (a >> k & 1) << (31 - k);
-    return result;
-  });
 }
 
 void define_comparisons() {
-  const auto ordered = [](auto a, auto b) { return a == a && b == b; };
-  each_comparison<INTEGERS, f32, f64>("eq", [](auto a, auto b) { return a == b; });
-  each_comparison<INTEGERS>("ne", [](auto a, auto b) { return a != b; });
-  each_comparison<INTEGERS, f32, f64>("lt", [](auto a, auto b) { return a < b; });
-  each_comparison<INTEGERS, f32, f64>("le", [](auto a, auto b) { return a <= b; });
-  each_comparison<INTEGERS, f32, f64>("gt", [](auto a, auto b) { return a > b; });
-  each_comparison<INTEGERS, f32, f64>("ge", [](auto a, auto b) { return a >= b; });
-  each_comparison<f32, f64>("ne", [](auto a, auto b) { return a < b || a > b; });
-  each_comparison<f32, f64>("equ", [](auto a, auto b) { return !(a < b || a > b); });
-  each_comparison<f32, f64>("neu", [](auto a, auto b) { return a != b; });
-  each_comparison<f32, f64>("ltu", [](auto a, auto b) { return !(a >= b); });
-  each_comparison<f32, f64>("leu", [](auto a, auto b) { return !(a > b); });
-  each_comparison<f32, f64>("gtu", [](auto a, auto b) { return !(a <= b); });
-  each_comparison<f32, f64>("geu", [](auto a, auto b) { return !(a < b); });
-  each_comparison<f32, f64>("num", ordered);
-  each_comparison<f32, f64>("nan", [](auto a, auto b) { return a != a || b != b; });
-  table["setp.lo.u32"] = table["setp.lt.u32"], table["setp.hi.u32"] = table["setp.gt.u32"];
+  compare<INTEGERS, f32, f64>("eq", [](auto a, auto b) { return a == b; });
+  compare<INTEGERS>("ne", [](auto a, auto b) { return a != b; });
+  compare<INTEGERS, f32, f64>("lt", [](auto a, auto b) { return a < b; });
+  compare<INTEGERS, f32, f64>("le", [](auto a, auto b) { return a <= b; });
+  compare<INTEGERS, f32, f64>("gt", [](auto a, auto b) { return a > b; });
+  compare<INTEGERS, f32, f64>("ge", [](auto a, auto b) { return a >= b; });
+  compare<f32, f64>("ne", [](auto a, auto b) { return a < b || a > b; });
+  compare<f32, f64>("equ", [](auto a, auto b) { return !(a < b || a > b); });
+  compare<f32, f64>("neu", [](auto a, auto b) { return a != b; });
+  compare<f32, f64>("ltu", [](auto a, auto b) { return !(a >= b); });
+  compare<f32, f64>("leu", [](auto a, auto b) { return !(a > b); });
+  compare<f32, f64>("gtu", [](auto a, auto b) { return !(a <= b); });
+  compare<f32, f64>("geu", [](auto a, auto b) { return !(a < b); });
+  compare<f32, f64>("num", [](auto a, auto b) { return a == a && b == b; });
+  compare<f32, f64>("nan", [](auto a, auto b) { return a != a || b != b; });
 }
 
 // --- moves and conversions -------------------------------------------------------------------------------------------
@@ -321,19 +296,14 @@ void define_conversions() {  // by the bytes of both registers
   ((table[name(4, sizeof(A))] = {convert_integers<u32, A>, {sizeof(A)}}), ...);
   ((table[name(8, sizeof(A))] = {convert_integers<u64, A>, {sizeof(A)}}), ...);
 }
-template <typename D, typename... A>
-void define_conversions_to_float() {
-  const auto convert = [](auto a) { return static_cast<D>(a); };
-  (define<D, A>("cvt.rn." + name_of<D>() + "." + name_of<A>(), convert), ...);
-}
-template <typename... D>
-void define_conversions_from_float() {
-  (define<D, f32>("cvt.rzi." + name_of<D>() + ".f32", Truncated<D>()), ...);
-  (define<D, f64>("cvt.rzi." + name_of<D>() + ".f64", Truncated<D>()), ...);
+template <typename F, typename... I>
+void define_conversions_of_floats() {
+  (define<F, I>("cvt.rn" + name_of<F>() + name_of<I>(), [](auto a) { return a; }), ...);
+  (define<I, F>("cvt.rzi" + name_of<I>() + name_of<F>(), Truncated<I>()), ...);
 }
 template <typename T>
 void define_rounding() {
-  const std::string type = "." + name_of<T>() + "." + name_of<T>();
+  const std::string type = name_of<T>() + name_of<T>();
   define<T, T>("cvt.rmi" + type, [](T a) { return std::floor(a); });
   define<T, T>("cvt.rpi" + type, [](T a) { return std::ceil(a); });
   define<T, T>("cvt.rzi" + type, [](T a) { return std::trunc(a); });
@@ -364,18 +334,18 @@ void join(Warp& w, const Instruction& i, u32 mask) {
 
 void define_moves() {
   const auto same = [](auto a) { return a; };
-  each<1, INTEGERS, f32, f64>({"mov", "cvta.to.global", "cvta.global", "cvta.param", "cvta.to.param"}, same);
-  // Generic addresses of shared memory have their highest bit set.
-  each<1, u64>({"cvta.shared"}, [](u64 a) { return a | u64(1) << 63; });
-  each<1, u64>({"cvta.to.shared"}, [](u64 a) { return a & ~(u64(1) << 63); });
-  (void)std::initializer_list<int>{
-      (each_name<u16>("selp", {select<u16>, {2, 2, 0}}), 0), (each_name<s16>("selp", {select<u16>, {2, 2, 0}}), 0),
-      (each_name<u32>("selp", {select<u32>, {4, 4, 0}}), 0), (each_name<s32>("selp", {select<u32>, {4, 4, 0}}), 0),
-      (each_name<u64>("selp", {select<u64>, {8, 8, 0}}), 0), (each_name<s64>("selp", {select<u64>, {8, 8, 0}}), 0),
-      (each_name<f32>("selp", {select<u32>, {4, 4, 0}}), 0), (each_name<f64>("selp", {select<u64>, {8, 8, 0}}), 0)};
+  for (const char* name : {"mov", "cvta.to.global", "cvta.global", "cvta.param"})
+    each<1, INTEGERS, f32, f64>(name, same);
+  const auto choose = [](auto type) {
+    using T = decltype(type);
+    const auto f = [](auto a, auto b, bool first) { return first ? a : b; };
+    name_it<T>("selp", {Apply<decltype(f), T, T, T, bool>::execute, bytes_of<T, T, bool>()});
+  };
+  choose(u16()), choose(s16()), choose(u32()), choose(s32()), choose(u64()), choose(s64()), choose(f32()),
+      choose(f64());
   define_conversions<UNSIGNED>();
-  define_conversions_to_float<f32, INTEGERS, f64>(), define_conversions_to_float<f64, INTEGERS>();
-  define_conversions_from_float<INTEGERS>();
+  define_conversions_of_floats<f32, INTEGERS>(), define_conversions_of_floats<f64, INTEGERS>();
+  define<f32, f64>("cvt.rn.f32.f64", [](f64 a) { return a; });
   define_rounding<f32>(), define_rounding<f64>();
   define<f64, f32>("cvt.f64.f32", [](f32 a) { return f64(a); });
   define<f32, u16>("cvt.f32.f16", [](u16 a) { return half_to_float(a); });
@@ -389,15 +359,6 @@ void define_moves() {
 }
 
 // --- predicates, and what a warp does together -----------------------------------------------------------------------
-
-template <typename F>
-void of_predicates(Warp& w, const Instruction& i, u32 mask) {
-  w.set_predicate(i.to[0], mask, F()(w.predicate(i, 0), i.from[1] < 0 ? 0 : w.predicate(i, 1)));
-}
-template <typename F>
-void define_of_predicates(const char* name, int sources, F) {
-  table[name] = {of_predicates<F>, std::vector<int>(sources, 0)};
-}
 
 template <typename F>  // the lane to take from, by lane, by and limits
 void shuffle(Warp& w, const Instruction& i, u32 mask) {
@@ -424,10 +385,9 @@ void ballot(Warp& w, const Instruction& i, u32 mask) {
   const u32 bits = w.predicate(i, 0) & mask;
   each_lane(mask, [&](int l) { w.lanes<u32>(i.to[0])[l] = bits; });
 }
-template <typename T>
 void match_any(Warp& w, const Instruction& i, u32 mask) {
-  T a[kLanes];
-  std::memcpy(a, w.lanes<T>(i.from[0]), sizeof a);
+  u32 a[kLanes];
+  std::memcpy(a, w.lanes<u32>(i.from[0]), sizeof a);
   each_lane(mask, [&](int l) {
     u32 same = 0;
     each_lane(mask, [&](int other) { same |= static_cast<u32>(a[other] == a[l]) << other; });
@@ -443,11 +403,11 @@ void define_vote(const char* name, F) {
   table[std::string("vote.sync.") + name + ".pred"] = {vote<F>, {0, 4}, Kind::kWarpWide};
 }
 void define_warps() {
-  define_of_predicates("and.pred", 2, [](u32 a, u32 b) { return a & b; });
-  define_of_predicates("or.pred", 2, [](u32 a, u32 b) { return a | b; });
-  define_of_predicates("xor.pred", 2, [](u32 a, u32 b) { return a ^ b; });
-  define_of_predicates("not.pred", 1, [](u32 a, u32) { return ~a; });
-  define_of_predicates("mov.pred", 1, [](u32 a, u32) { return a; });
+  define<bool, bool, bool>("and.pred", [](bool a, bool b) { return a && b; });
+  define<bool, bool, bool>("or.pred", [](bool a, bool b) { return a || b; });
+  define<bool, bool, bool>("xor.pred", [](bool a, bool b) { return a != b; });
+  define<bool, bool>("not.pred", [](bool a) { return !a; });
+  define<bool, bool>("mov.pred", [](bool a) { return a; });
   define_shuffle("down", [](int& l, int by, int, int last) { return (l += by) <= last; });
   define_shuffle("up", [](int& l, int by, int, int last) { return (l -= by) >= last; });
   define_shuffle("bfly", [](int& l, int by, int, int last) { return (l ^= by) <= last; });
@@ -455,15 +415,11 @@ void define_warps() {
                  [](int& l, int by, int segment, int last) { return (l = (l & segment) | (by & ~segment)) <= last; });
   define_vote("any", [](u32 yes, u32) { return yes != 0; });
   define_vote("all", [](u32 yes, u32 mask) { return yes == mask; });
-  define_vote("uni", [](u32 yes, u32 mask) { return yes == 0 || yes == mask; });
   table["vote.sync.ballot.b32"] = {ballot, {0, 4}, Kind::kWarpWide};
-  table["match.any.sync.b32"] = {match_any<u32>, {4, 4}, Kind::kWarpWide};
-  table["match.any.sync.b64"] = {match_any<u64>, {8, 4}, Kind::kWarpWide};
+  table["match.any.sync.b32"] = {match_any, {4, 4}, Kind::kWarpWide};
   table["bar.warp.sync"] = {[](Warp& w, const Instruction&, u32) { w.ordered = ++machine.now; }, {4}, Kind::kWarpWide};
   table["bar.sync"] = {nullptr, {4}, Kind::kBarrier};
   table["bar.red.or.pred"] = {nullptr, {4, 0}, Kind::kBarrier};
-  table["bar.red.and.pred"] = {nullptr, {4, 0}, Kind::kBarrier};
-  table["bar.red.popc.u32"] = {nullptr, {4, 0}, Kind::kBarrier};
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -509,7 +465,7 @@ void atomic(Warp& w, const Instruction& i, u32 mask) {
 }
 template <typename... T, typename F>
 void define_atomic(const char* name, F) {
-  (each_name<T>(std::string("atom.") + name, {atomic<F, T>, {8, sizeof(T), sizeof(T)}}), ...);
+  (name_it<T>(std::string("atom.") + name, {atomic<F, T>, {8, sizeof(T), sizeof(T)}}), ...);
 }
 void define_atomics() {  // of the old value, the first argument and the second; no floating-point ones: see style
   define_atomic<s32, u32, s64, u64>("add", [](auto old, auto a, auto) { return old + a; });
@@ -517,7 +473,6 @@ void define_atomics() {  // of the old value, the first argument and the second;
   define_atomic<s32, u32, s64, u64>("max", [](auto old, auto a, auto) { return std::max(old, a); });
   define_atomic<u32, u64>("or", [](auto old, auto a, auto) { return old | a; });
   define_atomic<u32, u64>("and", [](auto old, auto a, auto) { return old & a; });
-  define_atomic<u32, u64>("xor", [](auto old, auto a, auto) { return old ^ a; });
   define_atomic<u32, u64>("exch", [](auto, auto a, auto) { return a; });
   define_atomic<u32, u64>("cas", [](auto old, auto a, auto b) { return old == a ? b : old; });
 }
@@ -525,22 +480,18 @@ void define_atomics() {  // of the old value, the first argument and the second;
 }  // namespace
 
 Execute memory_access(bool is_store, const std::string& type, int register_bytes) {
-  const auto by_register = [&](auto m) {
-    using M = decltype(m);
+  const auto by_register = [&]<typename M>(M) {
     if (register_bytes == 2) return is_store ? store<M, u16> : load<M, u16>;
     if (register_bytes == 4) return is_store ? store<M, u32> : load<M, u32>;
     return is_store ? store<M, u64> : load<M, u64>;
   };
+  if (type == "s8") return by_register(s8());
+  if (type == "s16") return by_register(s16());
+  if (type == "s32") return by_register(s32());
   const int bits = std::stoi(type.substr(1));
-  if (type[0] == 's')
-    return bits == 8    ? by_register(s8())
-           : bits == 16 ? by_register(s16())
-           : bits == 32 ? by_register(s32())
-                        : by_register(s64());
-  return bits == 8    ? by_register(u8())
-         : bits == 16 ? by_register(u16())
-         : bits == 32 ? by_register(u32())
-                      : by_register(u64());
+  return bits > 16  ? bits > 32 ? by_register(u64()) : by_register(u32())
+         : bits > 8 ? by_register(u16())
+                    : by_register(u8());
 }
 
 const Operation* operation(const std::string& name) {

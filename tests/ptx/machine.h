@@ -38,7 +38,7 @@ struct Instruction;
 using Execute = void (*)(Warp&, const Instruction&, u32 lanes);
 
 enum class Kind : u8 { kPlain, kBranch, kExit, kBarrier, kWarpWide };
-enum class Space : u8 { kGlobal, kShared, kParam, kGeneric };
+enum class Space : u8 { kGlobal, kShared, kParam };
 
 struct Instruction {
   Execute execute = nullptr;
@@ -133,7 +133,7 @@ struct Warp {
 struct Machine {
   u32 now = 8, launch = 0;
   u64 seed = 1, noise = 1;
-  s64 launches = 0;
+  long long launches = 0;
 };
 extern Machine machine;
 

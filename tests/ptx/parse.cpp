@@ -82,6 +82,7 @@ class Decoder {
     }
     Instruction last;
     last.kind = Kind::kExit;
+    last.name = name_of("ret");
     f_.code.push_back(last);
     deal_out();
   }
@@ -293,14 +294,12 @@ class Decoder {
 
   void of_memory(Instruction& i, const std::string& kind, const std::string& name, const std::string& type,
                  const std::vector<std::string>& operands) {
-    i.space = Space::kGeneric;
     const std::vector<std::string> words = split(name, '.');
     std::string operation_name = "atom";
     for (size_t k = 1; k + 1 < words.size(); ++k) {
       const std::string& word = words[k];
-      if (word == "global") {
-        i.space = Space::kGlobal;
-      } else if (word == "param") {
+      if (word == "global") continue;  // as generic addresses are, of these kernels
+      if (word == "param") {
         i.space = Space::kParam;
       } else if (begins(word, "shared")) {
         i.space = Space::kShared;

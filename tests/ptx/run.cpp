@@ -14,14 +14,16 @@ namespace ptx {
 
 Machine machine;
 
+static std::string source_of(const Function& f, const Instruction& i) {
+  const auto file = f.files->find(i.source_file);
+  return file == f.files->end() ? "?" : file->second;
+}
+
 void fail(const std::string& what) { throw std::runtime_error(what); }
 void fail_at(const Warp& w, const Instruction& i, int lane, const std::string& what) {
   std::ostringstream s;
   const Function& f = *w.block->f;
-  const auto file = f.files->find(i.source_file);
-  s << what << "; ";
-  if (file != f.files->end()) s << file->second << ":" << i.source_line << ", ";
-  s << "PTX line " << i.line << " (" << (i.name < static_cast<int>(f.names.size()) ? f.names[i.name] : "")
+  s << what << "; " << source_of(f, i) << ":" << i.source_line << ", PTX line " << i.line << " (" << f.names[i.name]
     << "), thread " << w.first + lane << " of " << w.block->threads << ", block " << w.block->index << ", " << f.name;
   fail(s.str());
 }
@@ -152,7 +154,7 @@ struct Checked {
 
 // Of an instruction, by PTXRUN_STATS.
 struct Count {
-  u64 warps = 0, lanes = 0, sectors = 0, conflicts = 0;
+  unsigned long long warps = 0, lanes = 0, sectors = 0, conflicts = 0;
 };
 FILE* const stats = [] {
   const char* const name = std::getenv("PTXRUN_STATS");
@@ -201,15 +203,9 @@ void write_counts(const Function& f) {
     const Count& c = counts[k];
     if (!c.warps) continue;
     const Instruction& i = f.code[k];
-    const auto file = f.files->find(i.source_file);
-    std::fprintf(stats, "%lld,%s,%d,%s,%s,%d,%llu,%llu,%llu,%llu\n", static_cast<long long>(machine.launches),
-                 f.name.c_str(), i.line,
-                 i.execute || i.kind == Kind::kBarrier ? f.names[i.name].c_str()
-                 : i.kind == Kind::kExit               ? "ret"
-                                                       : "bra",
-                 file == f.files->end() ? "" : file->second.c_str(), i.source_line,
-                 static_cast<unsigned long long>(c.warps), static_cast<unsigned long long>(c.lanes),
-                 static_cast<unsigned long long>(c.sectors), static_cast<unsigned long long>(c.conflicts));
+    std::fprintf(stats, "%lld,%s,%d,%s,%s,%d,%llu,%llu,%llu,%llu\n", machine.launches, f.name.c_str(), i.line,
+                 f.names[i.name].c_str(), source_of(f, i).c_str(), i.source_line, c.warps, c.lanes, c.sectors,
+                 c.conflicts);
   }
   std::fflush(stats);
 }
@@ -326,24 +322,18 @@ void pass_barrier(Block& b) {
   const Instruction* const code = b.f->code.data();
   const auto of = [&](const Warp& w) -> const Instruction& { return code[w.at[0]]; };
   const Instruction* first = nullptr;
-  int yes = 0;
+  bool yes = false;
   for (const Warp& w : b.warps) {
     if (w.live) first = &of(w);
   }
   for (const Warp& w : b.warps) {
     if (!w.live) fail("a barrier that some warps have returned before; " + b.f->name);
     if (of(w).name != first->name) fail_at(w, of(w), 0, "warps at different barriers");
-    if (of(w).from[1] >= 0) yes += __builtin_popcount(w.predicate(of(w), 1));
+    if (of(w).from[1] >= 0) yes |= w.predicate(of(w), 1) != 0;
   }
-  const std::string& name = b.f->names[first->name];
-  const bool all = name == "bar.red.and.pred" ? yes == b.threads : yes > 0;
   b.barrier = ++machine.now;
   for (Warp& w : b.warps) {
-    if (name == "bar.red.popc.u32") {
-      std::fill_n(w.lanes<u32>(of(w).to[0]), kLanes, static_cast<u32>(yes));
-    } else if (of(w).to[0] >= 0) {
-      w.set_predicate(of(w).to[0], kAll, all ? kAll : 0);
-    }
+    if (of(w).to[0] >= 0) w.set_predicate(of(w).to[0], kAll, yes ? kAll : 0);
     w.waiting = 0;
     w.ordered = machine.now;
     set_lanes(w, kAll, w.at[0] + 1);
@@ -387,11 +377,8 @@ void locate(Warp& w, const Instruction& i, u32 mask, Access access, char* (&at)[
   const int bytes = i.bytes * i.vector;
   const u64* const wide = w.lanes<u64>(i.from[0]);
   const u32* const narrow = w.lanes<u32>(i.from[0]);
-  const int first = __builtin_ctz(mask);
   const auto address = [&](int l) { return (i.wide ? wide[l] : narrow[l]) + static_cast<u64>(i.offset); };
-  Space space = i.space;
-  if (space == Space::kGeneric) space = address(first) >> 63 ? Space::kShared : Space::kGlobal;
-  if (space == Space::kParam) {
+  if (i.space == Space::kParam) {
     for (u32 rest = mask; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       const u64 a = address(l);
@@ -401,7 +388,7 @@ void locate(Warp& w, const Instruction& i, u32 mask, Access access, char* (&at)[
     }
     return;
   }
-  const bool shared = space == Space::kShared;
+  const bool shared = i.space == Space::kShared;
   Checked check = {w, i, machine.now, machine.launch, b.begin, b.barrier, w.ordered, shared};
   const u64 base = shared ? reinterpret_cast<u64>(b.shared) : 0;
   static Range last = {0, 0, false};  // mostly the next access lies there, too
@@ -412,7 +399,6 @@ void locate(Warp& w, const Instruction& i, u32 mask, Access access, char* (&at)[
     if (a % bytes)
       fail_at(w, i, l, shared ? "a misaligned access to shared memory" : "a misaligned access to global memory");
     if (shared) {
-      if (i.space == Space::kGeneric) a &= ~(u64(1) << 63);
       if (a + bytes > static_cast<u64>(b.shared_bytes)) {
         fail_at(w, i, l,
                 "out of bounds of shared memory: byte " + std::to_string(static_cast<s64>(a)) + " of " +
