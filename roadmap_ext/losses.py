@@ -464,7 +464,7 @@ def roadmap_loss(
         0.3336
     """
     gather = check_flag("gather_across_devices", settings.get("gather_across_devices", False))
-    if gather and distributed.world_size() > 1:
+    if gather and distributed.several():
         across_ranks = distributed.roadmap_loss
         if torch.compiler.is_compiling():  # it looks at what others bring: no graph's matter. Imports the compiler.
             across_ranks = torch.compiler.disable(across_ranks)
@@ -474,6 +474,8 @@ def roadmap_loss(
         return loss
     beside = "gather_across_devices" if gather else "an EmbeddingMemory" if isinstance(ref_emb, EmbeddingMemory) else ""
     check_given(labels, positives, relevance, beside)
+    if gather:
+        distributed.world_size()  # raises where torch.distributed is not initialised
     if positives is not None or relevance is not None:
         assert not isinstance(ref_emb, EmbeddingMemory)  # as checked above
         made = checked(settings)
