@@ -221,7 +221,7 @@ def check_embeddings(
                 )
         else:
             _check_integers("ref_labels", ref_labels, name, ref_emb)
-    if many:
+    if many and labels.dtype != torch.bool:
         _check_nesting(labels if ref_labels is None else torch.cat([labels.long(), ref_labels.long()]))
     if ids is not None and ref_ids is not None:
         _check_integers("ids", ids, "embeddings", embeddings)
@@ -254,7 +254,7 @@ def _several(name: str, labels: object, matrix: Tensor) -> bool:
 
 def _check_nesting(labels: Tensor) -> None:
     """Raise ValueError unless each class of a level lies in one of the level before."""
-    if labels.dtype == torch.bool or not can_be_read(labels) or not len(labels):
+    if not can_be_read(labels) or not len(labels):
         return
     for level in range(1, labels.shape[1]):
         fine, order = labels[:, level].sort()
