@@ -175,7 +175,7 @@ def _median(loss: Callable[[], Tensor], x: Tensor) -> float:
     end = time.perf_counter() + _SECONDS
     while len(taken) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         x.grad = None
         if x.is_cuda:
             torch.cuda.synchronize()

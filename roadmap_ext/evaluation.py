@@ -95,7 +95,7 @@ class RetrievalMetrics:
                 raise ValueError("ids were given with some batches and not with others: give them with all, or none")
         self._device = self._device or embeddings.device
         copies = (None if x is None else x.detach().to(self._device, copy=True) for x in (embeddings, labels, ids))
-        self._rows.append(tuple(copies))  # type: ignore[arg-type]
+        self._rows.append(tuple(copies))  # type: ignore[arg-type]  # three, which a generator cannot say
 
     @torch.no_grad()
     def compute(self, progress: bool | Callable[[int], object] | None = None) -> dict[str, float]:

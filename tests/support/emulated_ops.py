@@ -103,6 +103,7 @@ def compilations_of_ptx(compiler, arch, self_test):
     if not root:
         pytest.skip("there is no CUDA toolkit: set CUDA_HOME", allow_module_level=True)
     # The machine is for this processor alone; integers wrap around as on a GPU.
+    # For this machine, which alone runs what is built here: the lanes of a warp become its vectors.
     flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fwrapv", "-fPIC", "-fvisibility=hidden"]
     objects = {f"{source.stem}.o": [*compiler, *flags, "-c", str(source)] for source in PTX.glob("*.cpp")}
     nvcc = [

@@ -129,7 +129,7 @@ def replay(launch: Launch, machine: Machine, cache: Cache, flush: bool) -> Outco
             continue
         issued += 1
         warp.place += 1
-        waits[line] += now - warp.last  # type: ignore[assignment]
+        waits[line] += now - warp.last  # type: ignore[assignment]  # Counter takes floats, its type does not say so
         warp.last = now
         slot[scheduler] = now + 1
         used[scheduler][-1] += 1
